@@ -1,0 +1,1 @@
+"""Experiments: each file answers the question in its docstring, with ``python -m experiments.<name>``."""

@@ -1,0 +1,168 @@
+"""Figures. A model is drawn through traces of (model, guide), so any amortized Pyro program is drawn alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pyro import poutine
+from torch import Tensor
+
+from experiments.datasets import Data
+from pyro_vae import Epoch, Evidence, posterior_samples
+from pyro_vae.log_weights import Program
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.bbox": "tight",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "font.size": 10,
+}
+Latents = dict[str, Tensor]
+
+
+def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots):
+    """Context: axes of one figure, saved to ``path`` as PNG at the end."""
+    return _Figure(path, width, height, columns, subplots)
+
+
+class _Figure:
+    def __init__(self, path: Path, width: float, height: float, columns: int, subplots: dict):
+        self.path = path
+        self.arguments = width, height, columns, subplots
+
+    def __enter__(self):
+        width, height, columns, subplots = self.arguments
+        self._style = matplotlib.rc_context(STYLE)
+        self._style.__enter__()
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        return self.figure.subplots(1, columns, **subplots)
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            self.figure.savefig(self.path)
+        return self._style.__exit__(*error)
+
+
+def training_curve(history: Sequence[Epoch], path: Path) -> None:
+    """Training and validation bound against epochs."""
+    epochs = [row.epoch for row in history]
+    with figure(path) as axes:
+        axes.plot(epochs, [row.train_elbo for row in history], label="training (as optimized)")
+        axes.plot(epochs, [row.validation_elbo for row in history], label="validation ELBO")
+        values = [value for row in history[len(history) // 20 :] for value in (row.train_elbo, row.validation_elbo)]
+        if np.isfinite(values).all():
+            low, high = np.quantile(values, 0.05), max(values)
+            axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
+        axes.set(xlabel="epoch", ylabel="nats per image", title="Evidence lower bound")
+        axes.legend(loc="lower right")
+
+
+def evidence(result: Evidence, run_dir: Path) -> None:
+    """Histogram of log p(x), and Pareto k against effective sample size."""
+    log_px, ess, khat = (getattr(result, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
+    log_px = log_px[np.isfinite(log_px)]
+    mean = log_px.mean()
+    with figure(run_dir / "log_px.png") as axes:
+        axes.hist(log_px, bins=60, color="C0", alpha=0.8)
+        axes.axvline(mean, color="C3", label=f"mean {mean:.2f}")
+        axes.set(xlabel="log p(x), nats", ylabel="test images", title="Test log-likelihood per image")
+        axes.legend()
+    with figure(run_dir / "pareto_k.png") as axes:
+        axes.scatter(ess, khat, s=4, alpha=0.4, linewidths=0)
+        axes.axhline(0.7, color="C3", lw=1)
+        axes.text(
+            0.99,
+            0.7,
+            "above: not to be trusted ",
+            color="C3",
+            ha="right",
+            va="bottom",
+            transform=axes.get_yaxis_transform(),
+        )
+        axes.set(
+            xscale="log",
+            xlabel="effective sample size",
+            ylabel="Pareto k",
+            title="How reliable is each image's estimate?",
+        )
+
+
+def posterior_mean(guide: Program, x: Tensor, num_samples: int = 16) -> Latents:
+    """Latents of each observation ``(B, X)`` by site, averaged over draws of the guide."""
+    with torch.no_grad():
+        return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
+
+
+def decode(model: Program, size: int, like: Tensor, latents: Latents | None = None) -> Tensor:
+    """The mean of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
+    program = poutine.condition(poutine.uncondition(model), data=latents or {})
+    with torch.no_grad():
+        nodes = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
+    (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
+    return observed["fn"].mean
+
+
+def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
+    """Reconstructions, prior samples, interpolations and the latent space."""
+    shape = data.image_shape
+    originals = data.test[:10]
+    reconstructed = decode(model, len(originals), data.test, posterior_mean(guide, originals))
+    rows = torch.stack([originals, reconstructed])
+    image_grid(rows, shape, run_dir / "reconstructions.png", "Test images (top) and their reconstructions")
+    samples = decode(model, 100, data.test)
+    image_grid(samples.unflatten(0, (10, 10)), shape, run_dir / "samples.png", "Means of p(x | z), z from the prior")
+    ends = posterior_mean(guide, data.test[:12])
+    steps = torch.linspace(0, 1, 10, device=data.test.device)[:, None]
+    between = {name: torch.cat([(1 - steps) * z[i] + steps * z[i + 6] for i in range(6)]) for name, z in ends.items()}
+    grid = decode(model, 60, data.test, between).unflatten(0, (6, 10))
+    image_grid(
+        grid,
+        shape,
+        run_dir / "interpolation.png",
+        "From one test image to another, straight through latent space",
+    )
+    latent_scatter(guide, data, run_dir / "latent_space.png")
+
+
+def image_grid(images: Tensor, shape: Sequence[int], path: Path, title: str = "") -> None:
+    """Images ``(rows, columns, X)`` of shape ``(C, H, W)`` as one picture."""
+    rows, columns = images.shape[:2]
+    channels, height, width = shape
+    tiles = images.detach().cpu().reshape(rows, columns, channels, height, width)
+    tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=0.2)
+    canvas = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + 2), columns * (width + 2), channels).clamp(0, 1)
+    with figure(path, 0.62 * columns, 0.62 * rows + 0.3) as axes:
+        axes.imshow(
+            canvas.squeeze(-1) if channels == 1 else canvas,
+            cmap="gray_r",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        axes.set_title(title)
+        axes.axis("off")
+
+
+def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 5000) -> None:
+    """Posterior means of test images in the plane of their largest variance, coloured by class."""
+    x = data.test[:num_images]
+    latents = posterior_mean(guide, x)
+    z = torch.cat([site.flatten(1) for site in latents.values()], dim=1)
+    z = z - z.mean(0)
+    if z.shape[1] > 2:
+        _, _, directions = torch.linalg.svd(z, full_matrices=False)
+        z = z @ directions[:2].mT
+    labels = None if data.test_labels is None else data.test_labels[: len(x)].numpy()
+    z = torch.nn.functional.pad(z, (0, 2 - min(2, z.shape[1]))).cpu().numpy()
+    with figure(path, 5.6, 4.6) as axes:
+        points = axes.scatter(z[:, 0], z[:, 1], c=labels, s=5, alpha=0.6, cmap="tab10", linewidths=0)
+        if labels is not None:
+            axes.legend(*points.legend_elements(), title="class", loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set(xlabel="first principal component", ylabel="second", title="Posterior means of test images")

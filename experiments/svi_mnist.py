@@ -1,0 +1,341 @@
+"""Train one variational autoencoder, written as a Pyro program, and report its test log-likelihood with its error.
+
+With no options: the one-layer VAE of the IWAE paper (784-200-200-50, tanh) on dynamically binarized MNIST, trained by
+Pyro's SVI and Trace_ELBO, evaluated on all 10,000 test images by importance sampling. Every part can be swapped by
+name, or by import path for a class of your own; a part takes its own options after its name, as in --encoder MLP
+--encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, larger is better.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import Trace_ELBO
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
+
+from experiments import plots, runs
+from experiments.datasets import MNIST, Data, DataError, Dataset, cache_folder
+from pyro_vae import (
+    MLP,
+    VAE,
+    Bernoulli,
+    CheckpointError,
+    Conditional,
+    Epoch,
+    Evidence,
+    Likelihood,
+    MeanField,
+    Network,
+    Objective,
+    Posterior,
+    Prior,
+    PyroSVI,
+    StandardNormal,
+    active_units,
+    check_program,
+    estimate_elbo,
+    fit,
+    importance_sampling,
+)
+
+ENGINES = {"pyro": PyroSVI}
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How test images are scored.
+
+    Args:
+        num_samples: importance samples per image, at least 1; literature uses 5000.
+        num_images: score only the first so many test images; null: all of them.
+    """
+
+    num_samples: int = 1000
+    num_images: int | None = None
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"--evidence.num_samples must be at least 1, got {self.num_samples}")
+        if self.num_images is not None and self.num_images < 1:
+            raise ValueError(f"--evidence.num_images must be at least 1, got {self.num_images}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run.
+
+    Args:
+        dataset: source of images.
+        data_dir: folder of data files and downloads; null: the user's cache folder.
+        prior: p(z).
+        likelihood: p(x | z), the head of the decoder.
+        posterior: q(z | x), the head of the encoder.
+        encoder: network from an image to the posterior's parameters.
+        decoder: network from z to the likelihood's parameters.
+        latent_dim: dimensions of z, at least 1.
+        objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
+        engine: pyro runs pyro.infer.SVI itself.
+        epochs: passes over the training images, at least 1.
+        batch_size: images per gradient step, at least 1.
+        lr: learning rate of Adam, positive; the peak if the schedule has one.
+        schedule: learning-rate schedule over the whole run.
+        patience: stop after so many epochs without a better validation ELBO; null: never.
+        weights: evaluate the last weights, or those of the best validation ELBO.
+        seed: of initialization, data order, training noise and evaluation noise.
+        device: auto takes a GPU if there is one.
+        evidence: how test images are scored.
+        run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
+        resume: go on with the interrupted run in --run_dir, with its settings.
+        tensorboard: log curves to run_dir for TensorBoard.
+    """
+
+    dataset: Callable[[Path], Dataset] = MNIST
+    data_dir: Path | None = None
+    prior: Callable[[int], Prior] = StandardNormal
+    likelihood: Callable[[int], Likelihood] = Bernoulli
+    posterior: Callable[[int], Posterior] = MeanField
+    encoder: Callable[[int, int], Network] = MLP
+    decoder: Callable[[int, int], Network] = MLP
+    latent_dim: int = 50
+    objective: Callable[[], Objective | pyro.infer.ELBO] = Trace_ELBO
+    engine: Literal["pyro"] = "pyro"
+    epochs: int = 40
+    batch_size: int = 256
+    lr: float = 5e-3
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    patience: int | None = None
+    weights: Literal["last", "best"] = "last"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    evidence: EvidenceSettings = field(default_factory=EvidenceSettings)
+    run_dir: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("latent_dim", "epochs", "batch_size", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be positive and finite, got {self.lr}")
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the experiment as told by ``argv``; return the run directory.
+
+    Raises:
+        RunError: for a mistake in ``argv`` or in what it points to.
+    """
+    config, text = runs.parse(Config, argv)
+    device = runs.device(config.device)
+    torch.manual_seed(config.seed)
+    try:
+        dataset = config.dataset(config.data_dir or cache_folder())
+        data = dataset.load(device)
+        vae = build(config, data.image_shape).to(device)
+        vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
+        check_program(vae.model, vae.guide, data.test)
+    except (DataError, ValueError, TypeError) as error:
+        raise runs.RunError(" ".join(str(error).split())) from error
+    name = type(dataset).__name__
+    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    runs.open_run(run_dir, text, config.resume)
+    train_size, validation_size, test_size = len(data.train_pixels), len(data.validation), len(data.test)
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    print(
+        f"{name}, {dataset.binarization} binarization: {train_size:,} training, {validation_size:,} validation, "
+        f"{test_size:,} test images on {device}\nVAE with {num_parameters:,} parameters, run directory {run_dir}"
+    )
+    if (run_dir / "result.json").exists():
+        print("This run is finished; its result:")
+        report(run_dir)
+        return run_dir
+
+    try:
+        history = train(config, vae, data, run_dir)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
+    vae.eval()
+    save_file(
+        vae.state_dict(),
+        run_dir / "model.safetensors",
+        metadata={"image_shape": json.dumps(data.image_shape)},
+    )
+    try:
+        result, evidence = evaluate(config, vae, data)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
+
+    trained = {
+        "train_seconds": sum(e.seconds for e in history),
+        "epochs": len(history),
+        "weights": config.weights,
+    }
+    seeds = {"seed": config.seed, "binarization_seed": dataset.binarization_seed}
+    result |= {
+        "dataset": name,
+        "binarization": dataset.binarization,
+        **trained,
+        **seeds,
+        **runs.provenance(device),
+    }
+    evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"]).to_netcdf(
+        run_dir / "evidence.nc", engine="h5netcdf"
+    )
+    plots.training_curve(history, run_dir / "training.png")
+    plots.evidence(evidence, run_dir)
+    plots.pictures(vae.model, vae.guide, data, run_dir)
+    runs.write_json(run_dir / "result.json", result)
+    report(run_dir)
+    return run_dir
+
+
+def build(config: Config, image_shape: Sequence[int]) -> VAE:
+    """The untrained VAE of ``config`` for images of shape ``(C, H, W)``."""
+    event_size = int(np.prod(image_shape))
+    likelihood = config.likelihood(event_size)
+    posterior = config.posterior(config.latent_dim)
+    decoder = config.decoder(config.latent_dim, sum(likelihood.sizes), image_shape=tuple(image_shape))
+    encoder = config.encoder(event_size, sum(posterior.sizes), image_shape=tuple(image_shape))
+    return VAE(config.prior(config.latent_dim), Conditional(decoder, likelihood), Conditional(encoder, posterior))
+
+
+def train(config: Config, vae: VAE, data: Data, run_dir: Path) -> list[Epoch]:
+    """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
+    writer = SummaryWriter(str(run_dir)) if config.tensorboard else None
+    logged = 0
+
+    def on_epoch(history: list[Epoch]) -> None:
+        nonlocal logged
+        runs.write_csv(run_dir / "metrics.csv", [row._asdict() for row in history])
+        if writer:
+            for row in history[logged:]:
+                for name in ("train_elbo", "validation_elbo", "learning_rate"):
+                    writer.add_scalar(name, getattr(row, name), row.epoch)
+            writer.flush()
+        logged = len(history)
+
+    try:
+        return fit(
+            vae,
+            data.batches(config.batch_size),
+            data.validation,
+            epochs=config.epochs,
+            lr=config.lr,
+            schedule=config.schedule,
+            loss=config.objective(),
+            engine=ENGINES[config.engine],
+            patience=config.patience,
+            weights=config.weights,
+            checkpoint=run_dir / "checkpoint.pt",
+            resume=config.resume,
+            on_epoch=on_epoch,
+        )
+    except CheckpointError as error:
+        raise runs.RunError(str(error)) from error
+    except OSError as error:
+        raise runs.RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
+    finally:
+        if writer:
+            writer.close()
+
+
+def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], Evidence]:
+    """Score the test images; return the entries of result.json about them, and log p(x) per image."""
+    torch.manual_seed(config.seed + 1)  # the same draws whether or not training was resumed
+    start = time.perf_counter()
+    test = data.test[: config.evidence.num_images]
+    elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
+    evidence = importance_sampling(vae.model, vae.guide, test, config.evidence.num_samples, progress=True)
+    log_likelihood, over_images, monte_carlo = evidence.mean()
+    units = active_units(vae.guide, test)
+    return {
+        "test_elbo": elbo.mean().item(),
+        "test_log_likelihood": log_likelihood,
+        "test_log_likelihood_se": over_images,
+        "mc_se": monte_carlo,
+        "num_samples": config.evidence.num_samples,
+        "num_images": len(test),
+        "unit": f"nats per image, {'density' if vae.likelihood.head.is_density else 'mass'}",
+        "median_ess": evidence.ess.median().item(),
+        "share_khat_above_0_7": (evidence.khat > 0.7).double().mean().item(),
+        "num_invalid": int(evidence.num_invalid.sum()),
+        "active_units": sum(int(site.sum()) for site in units.values()),
+        "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
+        "evaluate_seconds": time.perf_counter() - start,
+    }, evidence
+
+
+def report(run_dir: Path) -> None:
+    """Print the result in ``run_dir`` as a short table."""
+    result = json.loads((run_dir / "result.json").read_text())
+    samples = f"{result['num_samples']:,} importance samples, {result['num_images']:,} test images"
+    rows = [
+        ("test", result["unit"], ""),
+        ("ELBO", f"{result['test_elbo']:.2f}", ""),
+        ("log-likelihood", f"{result['test_log_likelihood']:.2f}", samples),
+        (
+            "  error over images",
+            number(result["test_log_likelihood_se"]),
+            "another test set of this size would differ by this",
+        ),
+        (
+            "  Monte Carlo error",
+            number(result["mc_se"]),
+            "another run of the estimator would differ by this, if k allows",
+        ),
+        (
+            "  images with k > 0.7",
+            f"{result['share_khat_above_0_7']:.0%}",
+            "Pareto k of the weights: above 0.7 the estimate is too low",
+        ),
+        ("active units", str(result["active_units"]), "latent units that vary with the image"),
+        (
+            "seconds",
+            f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}",
+            "training + evaluation",
+        ),
+    ]
+    print(f"\n{runs.table(rows)}\n\n{run_dir}")
+
+
+def number(value: float | None) -> str:
+    """A small number, or a dash for none."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def resume_hint(run_dir: Path) -> str:
+    """What to tell someone who pressed Ctrl-C."""
+    if (run_dir / "checkpoint.pt").exists():
+        return f"go on with: python -m experiments.svi_mnist --run_dir {run_dir} --resume"
+    return f"no epoch was finished; {run_dir} can be deleted"
+
+
+def load_run(directory: Path | str) -> VAE:
+    """The trained VAE of a finished run, on the CPU, ready for use; its data set is not needed.
+
+    Raises:
+        RunError: if ``directory`` holds no trained model.
+    """
+    directory = Path(directory)
+    weights = directory / "model.safetensors"
+    if not weights.exists():
+        raise runs.RunError(f"{directory} holds no trained model (there is no model.safetensors)")
+    config, _ = runs.parse(Config, [f"--config={directory / 'config.yaml'}"])
+    with safe_open(weights, "pt") as file:
+        vae = build(config, json.loads(file.metadata()["image_shape"]))
+    vae.load_state_dict(load_file(weights))
+    return vae.eval()
+
+
+if __name__ == "__main__":
+    runs.cli(main)

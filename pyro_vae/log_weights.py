@@ -1,0 +1,157 @@
+"""Traces of a model and its guide, and their log-weights: what every bound and estimator reduces."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+Program = Callable[[Tensor], object]
+"""An amortized Pyro program: called with observations ``(B, X)``, everything inside one data plate of size B."""
+
+
+class Traces(NamedTuple):
+    """Traces of K samples of the guide and of the model replayed on them, with every site's ``log_prob`` (K, B)."""
+
+    model: poutine.Trace
+    guide: poutine.Trace
+
+
+def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Traces:
+    """Draw z_1..z_K ~ q(z | x_b) for each observation and score them under model and guide.
+
+    The K samples live in a plate of their own at dimension -2, so programs run once, and the encoder sees each
+    observation once.
+
+    Args:
+        model: p(x, z), with one plate over the data at dimension -1 and one observed site.
+        guide: q(z | x), likewise.
+        x: observations, shape ``(B, X)``.
+        num_samples: K, at least 1.
+
+    Raises:
+        ValueError: if K is below 1, or the programs break the rules above: a latent site that is not local to
+            the data plate, a plate that is subsampled or scaled, no observed site or several.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+    guide_trace = _trace(guide, x, num_samples)
+    result = Traces(_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
+    for each in result:
+        each.compute_log_prob()
+    _check(result, (num_samples, x.shape[0]))
+    return result
+
+
+def posterior_samples(guide: Program, x: Tensor, num_samples: int) -> dict[str, Tensor]:
+    """Draws z_kb ~ q(z | x_b) of each latent site: shapes ``(K, B, *event_shape)``. The model is not run.
+
+    Args:
+        guide: see :func:`traces`.
+        x: observations, shape ``(B, X)``.
+        num_samples: K, at least 1.
+    """
+    trace = _trace(guide, x, num_samples)
+    return {name: trace.nodes[name]["value"] for name in _sample_sites(trace)}
+
+
+def _trace(program: Program, x: Tensor, num_samples: int) -> poutine.Trace:
+    def with_particles(x: Tensor) -> None:
+        with pyro.plate("particles", num_samples, dim=-2, device=x.device):
+            program(x)
+
+    return prune_subsample_sites(poutine.trace(with_particles).get_trace(x))
+
+
+def log_weights(model: Program, guide: Program, x: Tensor, num_samples: int) -> Tensor:
+    """log w_kb = log p(x_b, z_kb) - log q(z_kb | x_b), with z_kb ~ q(z | x_b), in nats; shape ``(K, B)``.
+
+    Their mean over K estimates the ELBO; the log of the mean of their exponentials is the importance-weighted bound
+    and estimates log p(x_b) (Burda, Grosse & Salakhutdinov 2016, equation 8).
+
+    Args:
+        model, guide: see :func:`traces`.
+        x: observations, shape ``(B, X)``.
+        num_samples: K, at least 1.
+
+    Raises:
+        ValueError: see :func:`traces`.
+    """
+    model_trace, guide_trace = traces(model, guide, x, num_samples)
+    return _sum_log_prob(model_trace) - _sum_log_prob(guide_trace)
+
+
+def _sum_log_prob(trace: poutine.Trace) -> Tensor:
+    return sum(trace.nodes[name]["log_prob"] for name in _sample_sites(trace))
+
+
+def _sample_sites(trace: poutine.Trace) -> list[str]:
+    return [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+
+
+def _check(traces: Traces, shape: tuple[int, int]) -> None:
+    """Refuse programs for which a sum of log-probabilities over sites is not a log-weight per observation."""
+    latents = {name for name in _sample_sites(traces.model) if not traces.model.nodes[name]["is_observed"]}
+    observed = [name for name in _sample_sites(traces.model) if name not in latents]
+    if len(observed) != 1:
+        raise ValueError(f"the model must have exactly one observed site, it has {observed or 'none'}")
+    if latents != (in_guide := set(_sample_sites(traces.guide))):
+        raise ValueError(
+            f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}"
+        )
+    for program, trace in zip(("model", "guide"), traces, strict=True):
+        for name in _sample_sites(trace):
+            site = trace.nodes[name]
+            if isinstance(site["scale"], Tensor) or site["scale"] != 1:
+                raise ValueError(
+                    f"{program} site '{name}' is scaled, by a subsampled plate or poutine.scale, which biases every "
+                    "estimate of log p(x): pass the observations themselves, in an unscaled plate"
+                )
+            if site["log_prob"].shape != shape:
+                raise ValueError(
+                    f"{program} site '{name}' has log-probabilities of shape {tuple(site['log_prob'].shape)}, not "
+                    f"{shape} for {shape[0]} samples of {shape[1]} observations: every site must be inside one data "
+                    "plate at dim=-1, its other dimensions declared with .to_event()"
+                )
+
+
+def check_program(model: Program, guide: Program, x: Tensor) -> None:
+    """Run model and guide once on ``x`` and refuse what would give a number that is no log-likelihood.
+
+    Args:
+        model, guide: see :func:`traces`.
+        x: observations, shape ``(B, X)``.
+
+    Raises:
+        ValueError: as :func:`traces`, and if there is no observation or an observation lies outside the support
+            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score).
+    """
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ValueError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
+    with torch.no_grad(), pyro.validation_enabled(False):
+        model_trace, _ = traces(model, guide, x, num_samples=2)
+    for name in _sample_sites(model_trace):
+        site = model_trace.nodes[name]
+        if site["is_observed"] and not (valid := site["fn"].support.check(x)).all():
+            head = type(site["fn"]).__name__
+            raise ValueError(
+                f"{(~valid).sum().item()} observations of site '{name}' lie outside the support of {head}, "
+                f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
+                "likelihood for its values"
+            )
+
+
+def find_non_finite(model: Program, guide: Program, x: Tensor, num_samples: int = 16) -> str | None:
+    """Name the first site whose value or log-probability is NaN or infinite, guide first; None if all are finite."""
+    with torch.no_grad(), pyro.validation_enabled(False):
+        model_trace, guide_trace = traces(model, guide, x, num_samples)
+    for program, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name in _sample_sites(trace):
+            for what in ("value", "log_prob"):
+                if not trace.nodes[name][what].isfinite().all():
+                    return f"{what.replace('_prob', '-probability')} of {program} site '{name}'"
+    return None

@@ -1,0 +1,240 @@
+"""fit: epochs of an engine's steps, with validation, a learning-rate schedule, checkpoints and resumption."""
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import pyro
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_vae.diagnostics import estimate_elbo
+from pyro_vae.log_weights import check_program, find_non_finite
+from pyro_vae.objectives import Objective
+from pyro_vae.svi import Engine, NonFiniteError, PyroSVI
+
+
+class Epoch(NamedTuple):
+    """One row of a training history. Bounds are in nats per datum; the training bound is that of the loss."""
+
+    epoch: int
+    train_elbo: float
+    validation_elbo: float
+    learning_rate: float
+    seconds: float
+
+
+class Batches(Protocol):
+    """What ``fit`` trains on: each iteration is one epoch of mini-batches ``(B, X)``; ``len`` is their number."""
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or belongs to something else."""
+
+
+def fit(
+    vae: nn.Module,
+    train: Batches,
+    validation: Tensor | None = None,
+    *,
+    epochs: int = 30,
+    lr: float = 3e-3,
+    schedule: Literal["one_cycle", "constant"] = "one_cycle",
+    loss: PyroELBO | Objective | None = None,
+    engine: Callable[..., Engine] = PyroSVI,
+    patience: int | None = None,
+    weights: Literal["last", "best"] = "last",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[list[Epoch]], None] | None = None,
+    progress: bool = True,
+) -> list[Epoch]:
+    """Train a VAE with Adam and leave it with the weights asked for.
+
+    Args:
+        vae: a module with the Pyro programs ``model`` and ``guide``.
+        train: mini-batches of observations on the module's device.
+        validation: observations ``(N, X)`` for the plain ELBO after each epoch; without them it is NaN.
+        epochs: passes over ``train``, at least 1.
+        lr: learning rate, positive: Adam's own if constant, the peak of the cycle otherwise.
+        schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle) or ``constant``.
+        loss: the training objective, or one of Pyro's ELBOs. Default: Pyro's ``Trace_ELBO()``.
+        engine: called as ``engine(model, guide, optim, loss)``.
+        patience: stop when the validation ELBO has not risen for so many epochs. Default: never.
+        weights: leave the module with its ``last`` weights, or with those of the ``best`` validation ELBO.
+        checkpoint: file that receives everything needed to resume, after each epoch, atomically.
+        resume: go on from ``checkpoint`` if it exists. The trajectory is that of an uninterrupted run.
+        on_epoch: called with the history so far after each epoch, and once when a run is resumed.
+        progress: show a progress bar.
+
+    Returns:
+        The history, a row per epoch.
+
+    Raises:
+        ValueError: if a setting is out of its range, or model, guide and data break the rules of
+            :func:`pyro_vae.check_program`.
+        NonFiniteError: if training meets a NaN or an infinity. The message names the site; the module and the
+            checkpoint hold the last good state.
+        CheckpointError: if the checkpoint is truncated, or of another model or schedule.
+    """
+    _check_settings(epochs, lr, patience, weights, validation)
+    loss = loss or pyro.infer.Trace_ELBO()
+    optim = torch.optim.Adam(vae.parameters(), lr=lr)
+    steps = len(train)
+    if steps < 1:
+        raise ValueError("there is no mini-batch to train on")
+    scheduler = {
+        "one_cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(
+            optim, max_lr=lr, total_steps=epochs * steps, cycle_momentum=False
+        ),
+        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0),
+    }[schedule]()
+    svi = engine(vae.model, vae.guide, optim, loss)
+    state = _State(vae, optim, scheduler)
+    if resume and checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint, total_steps=epochs * steps)
+        if on_epoch:
+            on_epoch(state.history)
+
+    bar = tqdm(
+        total=epochs * steps,
+        initial=len(state.history) * steps,
+        disable=not progress,
+        unit="step",
+        desc="training",
+    )
+    with bar:
+        for epoch in range(len(state.history) + 1, epochs + 1):
+            if patience is not None and len(state.history) - state.best_epoch >= patience:
+                break
+            start = time.perf_counter()
+            total, size = 0.0, 0
+            for batch in train:
+                if epoch == 1 and size == 0:
+                    check_program(vae.model, vae.guide, batch)
+                value = _step(svi, vae, batch)
+                total += value if isinstance(loss, PyroELBO) else value * len(batch)
+                size += len(batch)
+                rate = scheduler.get_last_lr()[0]
+                scheduler.step()
+                bar.update()
+            validation_elbo = math.nan
+            if validation is not None:
+                validation_elbo = estimate_elbo(vae.model, vae.guide, validation).mean().item()
+            row = Epoch(epoch, -float(total) / size, validation_elbo, rate, time.perf_counter() - start)
+            if not math.isfinite(row.train_elbo):
+                raise NonFiniteError(f"epoch {epoch}: the training bound is {row.train_elbo}")
+            state.record(row)
+            if checkpoint is not None:
+                state.save(checkpoint)
+            if on_epoch:
+                on_epoch(state.history)
+            bar.set_postfix(
+                epoch=f"{epoch}/{epochs}", train=f"{row.train_elbo:.2f}", validation=f"{validation_elbo:.2f}"
+            )
+    if weights == "best":
+        vae.load_state_dict(state.best_weights)
+    return state.history
+
+
+def _check_settings(epochs: int, lr: float, patience: int | None, weights: str, validation: Tensor | None) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
+    if validation is None and (patience is not None or weights == "best"):
+        raise ValueError("patience and weights='best' need validation data")
+
+
+def _step(svi: Engine, vae: nn.Module, batch: Tensor) -> float | Tensor:
+    """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
+    try:
+        return svi.step(batch)
+    except (NonFiniteError, ValueError) as error:
+        site = find_non_finite(vae.model, vae.guide, batch)
+        if site is None and not isinstance(error, NonFiniteError):
+            raise
+        place = f"{site} is NaN or infinite" if site else f"{error}, with every site finite"
+        raise NonFiniteError(f"training stopped: {place}; a smaller learning rate may help") from error
+
+
+class _State:
+    """Everything that a run needs to go on: saved to and loaded from one file."""
+
+    def __init__(self, vae: nn.Module, optim: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler):
+        self.vae = vae
+        self.optim = optim
+        self.scheduler = scheduler
+        self.history: list[Epoch] = []
+        self.best_epoch = 0
+        self.best_elbo = -math.inf
+        self.best_weights: dict[str, Tensor] = {}
+
+    def record(self, row: Epoch) -> None:
+        self.history.append(row)
+        values = [e.validation_elbo for e in self.history]
+        if (
+            row.validation_elbo >= max(v for v in values if not math.isnan(v))
+            if not math.isnan(row.validation_elbo)
+            else False
+        ):
+            self.best_epoch = row.epoch
+            self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
+
+    def save(self, path: Path) -> None:
+        cuda = torch.cuda.is_available()
+        content = {
+            "format": "pyro_vae.training/1",
+            "weights": self.vae.state_dict(),
+            "optimizer": self.optim.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": [tuple(row) for row in self.history],
+            "best_epoch": self.best_epoch,
+            "best_elbo": self.best_elbo,
+            "best_weights": self.best_weights,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+        }
+        partial = path.with_name(path.name + ".partial")
+        torch.save(content, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path, total_steps: int) -> None:
+        device = next(self.vae.parameters()).device
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or no checkpoint of this program: {str(error).splitlines()[0]}"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != "pyro_vae.training/1":
+            raise CheckpointError(f"{path} is not a checkpoint of this program")
+        if content["scheduler"].get("total_steps", total_steps) != total_steps:
+            raise CheckpointError(
+                f"{path} belongs to a run of {content['scheduler']['total_steps']} steps, not {total_steps}"
+            )
+        try:
+            self.vae.load_state_dict(content["weights"])
+            self.optim.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} belongs to another model: {str(error).splitlines()[0]}") from error
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.history = [Epoch(*row) for row in content["history"]]
+        self.best_epoch = content["best_epoch"]
+        self.best_elbo = content["best_elbo"]
+        self.best_weights = content["best_weights"]
+        torch.set_rng_state(content["rng"].cpu())
+        for index, rng in enumerate(content["cuda_rng"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(rng.cpu(), index)
