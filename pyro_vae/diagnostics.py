@@ -15,6 +15,7 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     >>> effective_sample_size(torch.zeros(7, 1)).round().item()
     7.0
     """
+    log_w = log_w.double()
     return torch.exp(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0))
 
 
@@ -36,7 +37,7 @@ def pareto_k(log_w: Tensor, num_samples: int | None = None) -> Tensor:
         num_samples: K, if ``log_w`` does not hold all of them.
 
     Returns:
-        k per column. NaN where K < 25 leaves no five draws for the fit or a weight is NaN; ``-inf`` where the largest
+        k per column. NaN where K < 21 leaves no five draws for the fit or a weight is NaN; ``-inf`` where the largest
         weights are all equal, so bounded; ``inf`` where fewer than five weights of the tail differ from zero.
     """
     num_samples = num_samples or log_w.shape[0]

@@ -85,7 +85,7 @@ class BernoulliVector(dist.Independent):
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(x)
         if torch.is_grad_enabled():
-            return (x * self.logits - nn.functional.softplus(self.logits)).sum(-1)
+            return (x * self.logits - nn.functional.softplus(self.logits, threshold=50)).sum(-1)
         return _bernoulli_log_prob(self.logits, x)
 
     def expand(self, batch_shape, _instance=None) -> "BernoulliVector":

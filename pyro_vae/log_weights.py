@@ -111,11 +111,12 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
                     f"{program} site '{name}' is scaled, by a subsampled plate or poutine.scale, which biases every "
                     "estimate of log p(x): pass the observations themselves, in an unscaled plate"
                 )
-            if site["log_prob"].shape != shape:
+            plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+            if plates != {-2, -1} or site["log_prob"].shape != shape:
                 raise ValueError(
-                    f"{program} site '{name}' has log-probabilities of shape {tuple(site['log_prob'].shape)}, not "
-                    f"{shape} for {shape[0]} samples of {shape[1]} observations: every site must be inside one data "
-                    "plate at dim=-1, its other dimensions declared with .to_event()"
+                    f"{program} site '{name}' is in plates at dimensions {sorted(plates)}, its log-probabilities have "
+                    f"shape {tuple(site['log_prob'].shape)} for {shape[0]} samples (dim -2) of {shape[1]} observations "
+                    "(dim -1): put every site in one data plate at dim=-1, and other dimensions in .to_event()"
                 )
 
 
