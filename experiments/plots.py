@@ -54,8 +54,9 @@ def training_curve(history: Sequence[Epoch], path: Path) -> None:
     """Training and validation bound against epochs."""
     epochs = [row.epoch for row in history]
     with figure(path) as axes:
-        axes.plot(epochs, [row.train_elbo for row in history], label="training (as optimized)")
-        axes.plot(epochs, [row.validation_elbo for row in history], label="validation ELBO")
+        marker = "o" if len(epochs) == 1 else None  # a line of one point cannot be seen
+        axes.plot(epochs, [row.train_elbo for row in history], marker=marker, label="training (as optimized)")
+        axes.plot(epochs, [row.validation_elbo for row in history], marker=marker, label="validation ELBO")
         values = [value for row in history[len(history) // 20 :] for value in (row.train_elbo, row.validation_elbo)]
         if np.isfinite(values).all():
             low, high = np.quantile(values, 0.05), max(values)
@@ -68,14 +69,17 @@ def evidence(result: Evidence, run_dir: Path) -> None:
     """Histogram of log p(x), and Pareto k against effective sample size."""
     log_px, ess, khat = (getattr(result, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
     log_px = log_px[np.isfinite(log_px)]
-    mean = log_px.mean()
     with figure(run_dir / "log_px.png") as axes:
         axes.hist(log_px, bins=60, color="C0", alpha=0.8)
-        axes.axvline(mean, color="C3", label=f"mean {mean:.2f}")
+        if len(log_px):
+            axes.axvline(log_px.mean(), color="C3", label=f"mean {log_px.mean():.2f}")
+            axes.legend()
         axes.set(xlabel="log p(x), nats", ylabel="test images", title="Test log-likelihood per image")
-        axes.legend()
+    known = np.isfinite(khat)  # few samples have no k, and bounded weights have k = -inf
     with figure(run_dir / "pareto_k.png") as axes:
-        axes.scatter(ess, khat, s=4, alpha=0.4, linewidths=0)
+        axes.scatter(ess[known], khat[known], s=4, alpha=0.4, linewidths=0)
+        if not known.all():
+            axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} images", transform=axes.transAxes)
         axes.axhline(0.7, color="C3", lw=1)
         axes.text(
             0.99,
@@ -87,7 +91,7 @@ def evidence(result: Evidence, run_dir: Path) -> None:
             transform=axes.get_yaxis_transform(),
         )
         axes.set(
-            xscale="log",
+            xscale="log" if known.any() else "linear",
             xlabel="effective sample size",
             ylabel="Pareto k",
             title="How reliable is each image's estimate?",
@@ -119,9 +123,12 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     samples = decode(model, 100, data.test)
     image_grid(samples.unflatten(0, (10, 10)), shape, run_dir / "samples.png", "Means of p(x | z), z from the prior")
     ends = posterior_mean(guide, data.test[:12])
+    half = min(12, len(data.test)) // 2
     steps = torch.linspace(0, 1, 10, device=data.test.device)[:, None]
-    between = {name: torch.cat([(1 - steps) * z[i] + steps * z[i + 6] for i in range(6)]) for name, z in ends.items()}
-    grid = decode(model, 60, data.test, between).unflatten(0, (6, 10))
+    between = {
+        name: torch.cat([(1 - steps) * z[i] + steps * z[i + half] for i in range(half)]) for name, z in ends.items()
+    }
+    grid = decode(model, 10 * half, data.test, between).unflatten(0, (half, 10))
     image_grid(
         grid,
         shape,
@@ -138,9 +145,11 @@ def image_grid(images: Tensor, shape: Sequence[int], path: Path, title: str = ""
     tiles = images.detach().cpu().reshape(rows, columns, channels, height, width)
     tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=0.2)
     canvas = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + 2), columns * (width + 2), channels).clamp(0, 1)
+    if channels not in (1, 3):  # no colours that a picture could show
+        canvas, channels = canvas.mean(-1, keepdim=True), 1
     with figure(path, 0.62 * columns, 0.62 * rows + 0.3) as axes:
         axes.imshow(
-            canvas.squeeze(-1) if channels == 1 else canvas,
+            (canvas.squeeze(-1) if channels == 1 else canvas).numpy(),
             cmap="gray_r",
             vmin=0,
             vmax=1,
@@ -161,8 +170,9 @@ def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 500
         z = z @ directions[:2].mT
     labels = None if data.test_labels is None else data.test_labels[: len(x)].numpy()
     z = torch.nn.functional.pad(z, (0, 2 - min(2, z.shape[1]))).cpu().numpy()
+    colours = {} if labels is None else {"c": labels, "cmap": "tab10"}
     with figure(path, 5.6, 4.6) as axes:
-        points = axes.scatter(z[:, 0], z[:, 1], c=labels, s=5, alpha=0.6, cmap="tab10", linewidths=0)
+        points = axes.scatter(z[:, 0], z[:, 1], s=5, alpha=0.6, linewidths=0, **colours)
         if labels is not None:
             axes.legend(*points.legend_elements(), title="class", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set(xlabel="first principal component", ylabel="second", title="Posterior means of test images")

@@ -1,19 +1,23 @@
 """Command line and run directories, shared by all experiments."""
 
+import argparse
 import csv
 import difflib
 import inspect
 import json
+import math
 import os
 import platform
+import pydoc
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 import yaml
@@ -37,6 +41,10 @@ def parser(config: type) -> ArgumentParser:
     )
     result.add_class_arguments(config)
     result.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
+    types = get_type_hints(config)
+    for action in result._actions:
+        if types.get(action.dest) is bool:
+            action.nargs, action.const = "?", True  # --resume alone means --resume true
     return result
 
 
@@ -52,64 +60,145 @@ def parse(config: type[T], argv: Sequence[str] | None = None) -> tuple[T, str]:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser(config)
     try:
-        settings = options.parse_args(argv)
-        if getattr(settings, "resume", False):
-            if settings.run_dir is None:
+        _refuse_empty(argv)
+        run_dir, resume, files = _preview(argv)
+        if resume:
+            if run_dir is None:
                 raise RunError("--resume needs --run_dir, the directory of the run to go on with")
-            saved = Path(settings.run_dir) / "config.yaml"
-            if saved.exists():
-                settings = options.parse_args([f"--config={saved}", *argv])
-        text = options.dump(settings.clone(), skip_none=False)
+            saved = Path(run_dir) / "config.yaml"
+            if not saved.exists():
+                raise RunError(f"--resume: {run_dir} holds no run (there is no config.yaml)")
+            argv, files = [f"--config={saved}", *argv], [str(saved), *files]
+        for file in files:
+            _check_config_file(file, options)
+        settings = options.parse_args(argv)
+        text = options.dump(settings.clone(), skip_unset=False)
         instance = options.instantiate(settings)
-    except ArgumentError as error:
-        raise RunError(_one_line(str(error), options, argv)) from error
-    except (ValueError, TypeError, OSError) as error:
-        raise RunError(" ".join(str(error).split())) from error
-    values = {name: value for name, value in vars(instance).items() if name != "config"}
-    text = yaml.safe_dump({k: v for k, v in yaml.safe_load(text).items() if k not in PLACE}, sort_keys=False)
+        values = {name: value for name, value in vars(instance).items() if name != "config"}
+        result = config(**values)
+    except (ArgumentError, ValueError, TypeError, OSError, SyntaxError) as error:
+        raise RunError(_one_line(str(error), config, options)) from error
+    kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
+    return result, yaml.safe_dump(kept, sort_keys=False)
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """An empty value, as an unset shell variable leaves it, would be read as the current directory or worse."""
+    for option, value in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, given = option.partition("=")
+        if re.fullmatch(r"--\w+", name) and "" in ((given,) if equals else (value,)):
+            raise RunError(f"{name}: the value is empty")
+
+
+def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+    """The run directory, whether to resume and the files of settings: needed before the rest can be understood."""
+    preview = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    preview.add_argument("--run_dir")
+    preview.add_argument("--resume", nargs="?", const="true", default="false")
+    preview.add_argument("--config", action="append", default=[])
+    known, _ = preview.parse_known_args(argv)
+    return known.run_dir, known.resume.lower() == "true", known.config
+
+
+def _check_config_file(file: str, options: ArgumentParser) -> None:
+    """Refuse a file of settings that cannot be read; the parser's own complaints do not name it."""
     try:
-        return config(**values), text
-    except ValueError as error:
-        raise RunError(str(error)) from error
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise RunError(f"--config {file}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"--config {file} is no readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"--config {file}: expected lines such as 'epochs: 10', a setting and its value")
+    known = [action.dest for action in options._actions]
+    for name in content:
+        if not any(option.split(".")[0] == str(name).split(".")[0] for option in known):
+            raise RunError(f"--config {file}: unknown setting {name}{_near(str(name), known)}")
 
 
-def _one_line(message: str, options: ArgumentParser, argv: Sequence[str]) -> str:
+VALUES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "Path": "a path",
+    "Sequence": "a list, such as '[200, 200]'",
+    "NoneType": "null",
+}
+
+
+def _one_line(message: str, config: type, options: ArgumentParser) -> str:
     """The parser's complaint, which runs over several lines, as one that names the option and what would be right."""
     message = " ".join(message.split())
+    try:
+        return _explain(message, config, options)
+    except Exception:  # the parser's wording varies between versions: what is not understood stays as it is
+        return message
+
+
+def _explain(message: str, config: type, options: ArgumentParser) -> str:
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         name = found[1].split("=")[0]
         known = [option for action in options._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, known, n=1)
-        return f"unknown option {name}; " + (f"did you mean {close[0]}?" if close else "--help lists the options")
-    found = re.match(r'Parser key "([^"]+)": (.*)', message)
-    if not found:
+        inside = [option for option in known if option.startswith(name.split(".")[0] + ".")]
+        return f"unknown option {name}{_near(name, inside or known)}; --help lists the options"
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
+    problem = re.split(r'Parser key "[^"]+": ', message)[-1]
+    if found := re.match(r"--(\w+)\.help: (.*)", message):
+        keys, problem = [found[1]], found[2]
+    if not keys:
         return message
-    key, problem = found.groups()
-    action = next((a for a in options._actions if a.dest == key), None)
-    classes = [name.rsplit(".", 1)[-1] for name in re.findall(r"[\w.]+", _known_subclasses(action))]
-    choices = f"one of {', '.join(classes)}, or an import path such as my_package.MyClass"
-    if sub := re.search(
-        r"(?:Option '([^']+)' is not accepted|No action for key '([^']+)').*class_path='([^']+)'", problem
-    ):
-        name = sub[3].rsplit(".", 1)[-1]
-        return f"--{key}.{sub[1] or sub[2]}: {name} has no such option; --{key}.help {name} lists those it has"
-    if sub := re.search(r"Expected a dot import path string: (\S+)", problem):
-        return f"--{key}: '{sub[1]}' is no known class; choose {choices}"
-    if sub := re.search(
-        r"(No module named '[^']+'|module '\S+' has no attribute '\S+'|cannot import name '\S+')", problem
-    ):
-        return f"--{key}: {sub[1]}; choose {choices}"
-    if sub := re.search(r"Expected '([^']+)' to be a subclass of <class '([^']+)'>", problem):
-        return f"--{key}: {sub[1]} is no {sub[2].rsplit('.', 1)[-1]}; choose {choices}"
-    if sub := re.search(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.+?)\])\. Got value: (.*)", problem):
-        wanted = f"a value of type {sub[1]}" if sub[1] else f"one of {sub[2]}"
-        return f"--{key}: expected {wanted}, got {sub[3]!r}"
-    return f"--{key}: {problem}"
+    option = "--" + ".".join(keys)
+    found = re.search(r"class_path='([^']+)'", problem)
+    path = found[1] if found else ""
+    name = path.rsplit(".", 1)[-1]
+    problem = re.sub(r"^Type .*? expects a function or a callable class: ", "", problem)
+    problem = re.sub(r"\.* Got value: Namespace\(.*", "", problem)
+
+    if found := re.search(r"Option '([^']+)' is not accepted", problem):
+        option = f"{option}.{found[1]}"
+        accepted = inspect.signature(pydoc.locate(path)).parameters
+        if found[1] in accepted:
+            return f"{option} cannot be given: the program sets it"
+        near = _near(found[1], accepted)
+        return f"{option}: {name} has no such option{near}; --{keys[0]}.help {name} lists those it has"
+    if found := re.search(r"the following arguments are required: (\w+)", problem):
+        return f"{option}.{found[1]} must be given: {name} has no default for it"
+    if re.search(r"import path|No module named|has no attribute|cannot import name|subclass of", problem):
+        classes = _classes(config, option.removeprefix("--"))
+        problem = re.sub(r"\.* Got value: .*", "", problem)
+        if found := re.match(r"Expected a dot import path string: (\S+)", problem):
+            problem = f"'{found[1]}' is no known class{_near(found[1], classes)}"
+        elif found := re.match(r"Expected '(\S+)' to be a subclass of (?:<class ')?([\w |]+)", problem):
+            problem = f"{found[1]} is no {found[2]}"
+        return f"{option}: {problem}; choose one of {', '.join(classes)}, or an import path such as my_package.MyClass"
+    if found := re.search(r"(?:Got|Given) value: ?(.*)", problem):
+        types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", problem)
+        wanted = " or ".join(VALUES.get(name, name) for name in dict.fromkeys(types))
+        if choices := re.search(r"Literal\[(.+?)\]", problem):
+            wanted = f"one of {choices[1]}"
+        if wanted:
+            return f"{option}: expected {wanted}, got '{found[1]}'"
+    return f"{option}: {problem}"
 
 
-def _known_subclasses(action: Any) -> str:
-    found = re.search(r"known subclasses: (.*?)\)", str(getattr(action, "help", "")))
-    return found[1] if found else ""
+def _near(name: str, known: Iterable[str]) -> str:
+    """A question that suggests the known name nearest to a misspelt one, if there is any."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _classes(config: type, setting: str) -> list[str]:
+    """The names of the classes that can be chosen for a setting that is annotated as a factory of them."""
+    made = get_args(get_type_hints(config)[setting])[-1]
+    waiting = list(get_args(made) or [made])
+    names = []
+    while waiting:
+        cls = waiting.pop(0)
+        waiting += cls.__subclasses__()
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+            names.append(cls.__name__)
+    return sorted(set(names))
 
 
 def cli(main: Callable[[], object]) -> None:
@@ -124,6 +213,11 @@ def cli(main: Callable[[], object]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory ({textwrap.shorten(str(error), 200)}); try smaller sizes", file=sys.stderr)
+        sys.exit(2)
 
 
 def device(name: str) -> torch.device:
@@ -146,29 +240,45 @@ def open_run(directory: Path, config: str, resume: bool) -> None:
     Raises:
         RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be written.
     """
-    saved = directory / "config.yaml"
+    check_run_dir(directory, config, resume)
     try:
-        if saved.exists():
-            previous = saved.read_text()
-            if not resume:
-                raise RunError(
-                    f"{directory} holds another run, which is never overwritten: choose another --run_dir, or --resume"
-                )
-            if changed := _difference(yaml.safe_load(previous), yaml.safe_load(config)):
-                raise RunError(
-                    f"--resume: {directory} was run with another {changed}; leave the option out, or start a new run"
-                )
-            return
-        if resume:
-            raise RunError(f"--resume: {directory} holds no run (there is no config.yaml)")
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise RunError(f"{directory} exists and is no empty directory: choose another --run_dir")
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(saved, config)
+        if not resume:
+            write_text(directory / "config.yaml", config)
     except OSError as error:
         raise RunError(f"--run_dir {directory}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise RunError(f"{saved} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def check_run_dir(directory: Path, config: str, resume: bool) -> None:
+    """Check that ``directory`` can become, or with ``resume`` is, the home of the run described by ``config``.
+
+    Nothing is written, so that a wrong directory is found before the data are fetched.
+
+    Raises:
+        RunError: as :func:`open_run`.
+    """
+    saved = directory / "config.yaml"
+    try:
+        if not resume:
+            if saved.exists():
+                raise RunError(
+                    f"--run_dir: {directory} holds another run, which is never overwritten: "
+                    "choose another directory, or --resume"
+                )
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise RunError(f"--run_dir: {directory} exists and is no empty directory: choose another")
+            return
+        if not saved.exists():
+            raise RunError(f"--resume: {directory} holds no run (there is no config.yaml)")
+        previous = yaml.safe_load(saved.read_text())
+    except OSError as error:
+        raise RunError(f"--run_dir {directory}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(previous, dict):
+        raise RunError(f"{saved} is damaged: it holds no settings")
+    if changed := _difference(previous, yaml.safe_load(config)):
+        raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
@@ -190,8 +300,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary as JSON, with null for NaN."""
-    write_text(path, json.dumps({k: None if v != v else v for k, v in content.items()}, indent=2) + "\n")
+    """Write a dictionary as JSON, with null for NaN and infinities, which JSON does not have."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

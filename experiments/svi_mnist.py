@@ -7,19 +7,21 @@ name, or by import path for a class of your own; a part takes its own options af
 """
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments import plots, runs
@@ -48,6 +50,7 @@ from pyro_vae import (
 )
 
 ENGINES = {"pyro": PyroSVI}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class EvidenceSettings:
 
     Args:
         num_samples: importance samples per image, at least 1; literature uses 5000.
-        num_images: score only the first so many test images; null: all of them.
+        num_images: score only the first so many test images, at least 2; null: all of them.
     """
 
     num_samples: int = 1000
@@ -65,8 +68,8 @@ class EvidenceSettings:
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"--evidence.num_samples must be at least 1, got {self.num_samples}")
-        if self.num_images is not None and self.num_images < 1:
-            raise ValueError(f"--evidence.num_images must be at least 1, got {self.num_images}")
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"--evidence.num_images must be at least 2, got {self.num_images}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Config:
         schedule: learning-rate schedule over the whole run.
         patience: stop after so many epochs without a better validation ELBO; null: never.
         weights: evaluate the last weights, or those of the best validation ELBO.
-        seed: of initialization, data order, training noise and evaluation noise.
+        seed: of initialization, data order, training noise and evaluation noise, at least 0.
         device: auto takes a GPU if there is one.
         evidence: how test images are scored.
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
@@ -127,6 +130,8 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -136,80 +141,104 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv`` or in what it points to.
     """
     config, text = runs.parse(Config, argv)
-    device = runs.device(config.device)
-    torch.manual_seed(config.seed)
-    try:
-        dataset = config.dataset(config.data_dir or cache_folder())
-        data = dataset.load(device)
-        vae = build(config, data.image_shape).to(device)
-        vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
-        check_program(vae.model, vae.guide, data.test)
-    except (DataError, ValueError, TypeError) as error:
-        raise runs.RunError(" ".join(str(error).split())) from error
+    dataset = make("dataset", config.dataset, config.data_dir or cache_folder())
+    objective = make("objective", config.objective)
     name = type(dataset).__name__
-    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    runs.open_run(run_dir, text, config.resume)
-    train_size, validation_size, test_size = len(data.train_pixels), len(data.validation), len(data.test)
-    num_parameters = sum(p.numel() for p in vae.parameters())
-    print(
-        f"{name}, {dataset.binarization} binarization: {train_size:,} training, {validation_size:,} validation, "
-        f"{test_size:,} test images on {device}\nVAE with {num_parameters:,} parameters, run directory {run_dir}"
-    )
+    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    runs.check_run_dir(run_dir, text, config.resume)
     if (run_dir / "result.json").exists():
         print("This run is finished; its result:")
         report(run_dir)
         return run_dir
 
+    device = runs.device(config.device)
+    torch.manual_seed(config.seed)
     try:
-        history = train(config, vae, data, run_dir)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
-    vae.eval()
-    save_file(
-        vae.state_dict(),
-        run_dir / "model.safetensors",
-        metadata={"image_shape": json.dumps(data.image_shape)},
+        data = dataset.load(device)
+    except DataError as error:
+        raise runs.RunError(" ".join(str(error).split())) from error
+    vae = build(config, data.image_shape).to(device)
+    x = data.observe(torch.arange(len(data.train_pixels), device=device))
+    check_observations(vae, [data.test, data.validation, x], dataset.binarization)
+    vae.initialize(x)
+    runs.open_run(run_dir, text, config.resume)
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    print(
+        f"{name}, {dataset.binarization} binarization: {len(data.train_pixels):,} training, "
+        f"{len(data.validation):,} validation, {len(data.test):,} test images on {device}\n"
+        f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
     )
-    try:
-        result, evidence = evaluate(config, vae, data)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
 
-    trained = {
-        "train_seconds": sum(e.seconds for e in history),
-        "epochs": len(history),
-        "weights": config.weights,
-    }
-    seeds = {"seed": config.seed, "binarization_seed": dataset.binarization_seed}
-    result |= {
-        "dataset": name,
-        "binarization": dataset.binarization,
-        **trained,
-        **seeds,
-        **runs.provenance(device),
-    }
-    evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"]).to_netcdf(
-        run_dir / "evidence.nc", engine="h5netcdf"
-    )
-    plots.training_curve(history, run_dir / "training.png")
-    plots.evidence(evidence, run_dir)
-    plots.pictures(vae.model, vae.guide, data, run_dir)
-    runs.write_json(run_dir / "result.json", result)
+    try:
+        history = train(config, vae, data, objective, run_dir)
+        vae.eval()
+        save_file(
+            vae.state_dict(),
+            run_dir / "model.safetensors",
+            metadata={"image_shape": json.dumps(data.image_shape)},
+        )
+        result, evidence = evaluate(config, vae, data)
+        result |= {
+            "dataset": name,
+            "binarization": dataset.binarization,
+            "train_seconds": sum(e.seconds for e in history),
+            "epochs": len(history),
+            "weights": config.weights,
+            "seed": config.seed,
+            "binarization_seed": dataset.binarization_seed,
+            **runs.provenance(device),
+        }
+        tree = evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"])
+        tree.to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+        plots.training_curve(history, run_dir / "training.png")
+        plots.evidence(evidence, run_dir)
+        plots.pictures(vae.model, vae.guide, data, run_dir)
+        runs.write_json(run_dir / "result.json", result)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
+    except OSError as error:
+        raise runs.RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
     report(run_dir)
     return run_dir
 
 
+def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What ``factory`` makes; what it refuses is a user's mistake in ``option``."""
+    try:
+        return factory(*args, **kwargs)
+    except (ValueError, TypeError, AssertionError) as error:  # Pyro's losses assert
+        raise runs.RunError(f"--{option}: {' '.join(str(error).split())}") from error
+
+
 def build(config: Config, image_shape: Sequence[int]) -> VAE:
     """The untrained VAE of ``config`` for images of shape ``(C, H, W)``."""
-    event_size = int(np.prod(image_shape))
-    likelihood = config.likelihood(event_size)
-    posterior = config.posterior(config.latent_dim)
-    decoder = config.decoder(config.latent_dim, sum(likelihood.sizes), image_shape=tuple(image_shape))
-    encoder = config.encoder(event_size, sum(posterior.sizes), image_shape=tuple(image_shape))
-    return VAE(config.prior(config.latent_dim), Conditional(decoder, likelihood), Conditional(encoder, posterior))
+    event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
+    prior = make("prior", config.prior, config.latent_dim)
+    likelihood = make("likelihood", config.likelihood, event_size)
+    posterior = make("posterior", config.posterior, config.latent_dim)
+    decoder = make("decoder", config.decoder, config.latent_dim, sum(likelihood.sizes), image_shape=shape)
+    encoder = make("encoder", config.encoder, event_size, sum(posterior.sizes), image_shape=shape)
+    return VAE(
+        prior,
+        make("decoder", Conditional, decoder, likelihood),
+        make("encoder", Conditional, encoder, posterior),
+    )
 
 
-def train(config: Config, vae: VAE, data: Data, run_dir: Path) -> list[Epoch]:
+def check_observations(vae: VAE, observations: Sequence[Tensor], binarization: str) -> None:
+    """Refuse observations that the likelihood cannot score; binary ones are alike, so that a few stand for all."""
+    size = None if binarization == "none" else 1000
+    try:
+        for x in observations:
+            for part in x[:size].split(1000):
+                check_program(vae.model, vae.guide, part)
+    except ValueError as error:
+        raise runs.RunError(
+            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {error}"
+        ) from error
+
+
+def train(config: Config, vae: VAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
     writer = SummaryWriter(str(run_dir)) if config.tensorboard else None
     logged = 0
@@ -232,7 +261,7 @@ def train(config: Config, vae: VAE, data: Data, run_dir: Path) -> list[Epoch]:
             epochs=config.epochs,
             lr=config.lr,
             schedule=config.schedule,
-            loss=config.objective(),
+            loss=objective,
             engine=ENGINES[config.engine],
             patience=config.patience,
             weights=config.weights,
@@ -241,9 +270,9 @@ def train(config: Config, vae: VAE, data: Data, run_dir: Path) -> list[Epoch]:
             on_epoch=on_epoch,
         )
     except CheckpointError as error:
-        raise runs.RunError(str(error)) from error
-    except OSError as error:
-        raise runs.RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
+        raise runs.RunError(f"--resume: {error}; start a new run in another --run_dir") from error
+    except (ValueError, NotImplementedError) as error:  # settings and data have been checked: it is the loss
+        raise runs.RunError(f"--objective {type(objective).__name__}: {' '.join(str(error).split())}") from error
     finally:
         if writer:
             writer.close()
@@ -258,6 +287,7 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
     evidence = importance_sampling(vae.model, vae.guide, test, config.evidence.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
+    khat = evidence.khat[~evidence.khat.isnan()]
     return {
         "test_elbo": elbo.mean().item(),
         "test_log_likelihood": log_likelihood,
@@ -267,7 +297,7 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
         "num_images": len(test),
         "unit": f"nats per image, {'density' if vae.likelihood.head.is_density else 'mass'}",
         "median_ess": evidence.ess.median().item(),
-        "share_khat_above_0_7": (evidence.khat > 0.7).double().mean().item(),
+        "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
         "num_invalid": int(evidence.num_invalid.sum()),
         "active_units": sum(int(site.sum()) for site in units.values()),
         "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
@@ -281,8 +311,8 @@ def report(run_dir: Path) -> None:
     samples = f"{result['num_samples']:,} importance samples, {result['num_images']:,} test images"
     rows = [
         ("test", result["unit"], ""),
-        ("ELBO", f"{result['test_elbo']:.2f}", ""),
-        ("log-likelihood", f"{result['test_log_likelihood']:.2f}", samples),
+        ("ELBO", number(result["test_elbo"], 2), ""),
+        ("log-likelihood", number(result["test_log_likelihood"], 2), samples),
         (
             "  error over images",
             number(result["test_log_likelihood_se"]),
@@ -295,7 +325,7 @@ def report(run_dir: Path) -> None:
         ),
         (
             "  images with k > 0.7",
-            f"{result['share_khat_above_0_7']:.0%}",
+            "-" if result["share_khat_above_0_7"] is None else f"{result['share_khat_above_0_7']:.0%}",
             "Pareto k of the weights: above 0.7 the estimate is too low",
         ),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
@@ -308,15 +338,15 @@ def report(run_dir: Path) -> None:
     print(f"\n{runs.table(rows)}\n\n{run_dir}")
 
 
-def number(value: float | None) -> str:
-    """A small number, or a dash for none."""
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def resume_hint(run_dir: Path) -> str:
     """What to tell someone who pressed Ctrl-C."""
     if (run_dir / "checkpoint.pt").exists():
-        return f"go on with: python -m experiments.svi_mnist --run_dir {run_dir} --resume"
+        return f"go on with: python -m experiments.svi_mnist --run_dir {shlex.quote(str(run_dir))} --resume"
     return f"no epoch was finished; {run_dir} can be deleted"
 
 
@@ -331,9 +361,12 @@ def load_run(directory: Path | str) -> VAE:
     if not weights.exists():
         raise runs.RunError(f"{directory} holds no trained model (there is no model.safetensors)")
     config, _ = runs.parse(Config, [f"--config={directory / 'config.yaml'}"])
-    with safe_open(weights, "pt") as file:
-        vae = build(config, json.loads(file.metadata()["image_shape"]))
-    vae.load_state_dict(load_file(weights))
+    try:
+        with safe_open(weights, "pt") as file:
+            vae = build(config, json.loads((file.metadata() or {})["image_shape"]))
+        vae.load_state_dict(load_file(weights))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise runs.RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
     return vae.eval()
 
 

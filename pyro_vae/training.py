@@ -1,9 +1,11 @@
 """fit: epochs of an engine's steps, with validation, a learning-rate schedule, checkpoints and resumption."""
 
+import io
 import math
 import os
-import pickle
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -18,6 +20,9 @@ from pyro_vae.diagnostics import estimate_elbo
 from pyro_vae.log_weights import check_program, find_non_finite
 from pyro_vae.objectives import Objective
 from pyro_vae.svi import Engine, NonFiniteError, PyroSVI
+
+FORMAT = "pyro_vae.training/1"
+"""Marks a checkpoint; another layout gets another number."""
 
 
 class Epoch(NamedTuple):
@@ -93,16 +98,20 @@ def fit(
     steps = len(train)
     if steps < 1:
         raise ValueError("there is no mini-batch to train on")
-    scheduler = {
-        "one_cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(
+    settings: dict[str, object] = {"schedule": schedule, "lr": lr}
+    if schedule == "one_cycle":
+        settings["steps"] = epochs * steps
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optim, max_lr=lr, total_steps=epochs * steps, cycle_momentum=False
-        ),
-        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0),
-    }[schedule]()
+        )
+    elif schedule == "constant":
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
+    else:
+        raise ValueError(f"schedule must be one_cycle or constant, got {schedule}")
     svi = engine(vae.model, vae.guide, optim, loss)
-    state = _State(vae, optim, scheduler)
+    state = _State(vae, optim, scheduler, settings)
     if resume and checkpoint is not None and checkpoint.exists():
-        state.load(checkpoint, total_steps=epochs * steps)
+        state.load(checkpoint)
         if on_epoch:
             on_epoch(state.history)
 
@@ -113,7 +122,8 @@ def fit(
         unit="step",
         desc="training",
     )
-    with bar:
+    with bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; it is an error here, with more to say
         for epoch in range(len(state.history) + 1, epochs + 1):
             if patience is not None and len(state.history) - state.best_epoch >= patience:
                 break
@@ -123,17 +133,21 @@ def fit(
                 if epoch == 1 and size == 0:
                     check_program(vae.model, vae.guide, batch)
                 value = _step(svi, vae, batch)
+                if isinstance(value, tuple):
+                    raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
                 total += value if isinstance(loss, PyroELBO) else value * len(batch)
                 size += len(batch)
                 rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 bar.update()
+            if not math.isfinite(total):
+                raise _non_finite(vae, batch, f"the training loss is {float(total)}")
             validation_elbo = math.nan
             if validation is not None:
                 validation_elbo = estimate_elbo(vae.model, vae.guide, validation).mean().item()
+                if not math.isfinite(validation_elbo):
+                    raise _non_finite(vae, validation, f"the validation ELBO is {validation_elbo}")
             row = Epoch(epoch, -float(total) / size, validation_elbo, rate, time.perf_counter() - start)
-            if not math.isfinite(row.train_elbo):
-                raise NonFiniteError(f"epoch {epoch}: the training bound is {row.train_elbo}")
             state.record(row)
             if checkpoint is not None:
                 state.save(checkpoint)
@@ -154,6 +168,8 @@ def _check_settings(epochs: int, lr: float, patience: int | None, weights: str, 
         raise ValueError(f"lr must be positive and finite, got {lr}")
     if patience is not None and patience < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
+    if weights not in ("last", "best"):
+        raise ValueError(f"weights must be last or best, got {weights}")
     if validation is None and (patience is not None or weights == "best"):
         raise ValueError("patience and weights='best' need validation data")
 
@@ -161,22 +177,40 @@ def _check_settings(epochs: int, lr: float, patience: int | None, weights: str, 
 def _step(svi: Engine, vae: nn.Module, batch: Tensor) -> float | Tensor:
     """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
     try:
-        return svi.step(batch)
-    except (NonFiniteError, ValueError) as error:
-        site = find_non_finite(vae.model, vae.guide, batch)
-        if site is None and not isinstance(error, NonFiniteError):
+        value = svi.step(batch)
+    except NonFiniteError as error:
+        raise _non_finite(vae, batch, str(error)) from error
+    except ValueError as error:
+        if find_non_finite(vae.model, vae.guide, batch) is None:
             raise
-        place = f"{site} is NaN or infinite" if site else f"{error}, with every site finite"
-        raise NonFiniteError(f"training stopped: {place}; a smaller learning rate may help") from error
+        raise _non_finite(vae, batch, "Pyro refuses a value") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _non_finite(vae, batch, f"the training loss is {value}")
+    return value
+
+
+def _non_finite(vae: nn.Module, x: Tensor, what: str) -> NonFiniteError:
+    """The error that says where the NaN is, as far as a look at the observations ``x`` can tell."""
+    sites = (find_non_finite(vae.model, vae.guide, part) for part in x.split(1000))
+    site = next((site for site in sites if site), None)
+    place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
+    return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")
 
 
 class _State:
     """Everything that a run needs to go on: saved to and loaded from one file."""
 
-    def __init__(self, vae: nn.Module, optim: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler):
+    def __init__(
+        self,
+        vae: nn.Module,
+        optim: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        settings: dict[str, object],
+    ):
         self.vae = vae
         self.optim = optim
         self.scheduler = scheduler
+        self.settings = settings
         self.history: list[Epoch] = []
         self.best_epoch = 0
         self.best_elbo = -math.inf
@@ -184,19 +218,15 @@ class _State:
 
     def record(self, row: Epoch) -> None:
         self.history.append(row)
-        values = [e.validation_elbo for e in self.history]
-        if (
-            row.validation_elbo >= max(v for v in values if not math.isnan(v))
-            if not math.isnan(row.validation_elbo)
-            else False
-        ):
-            self.best_epoch = row.epoch
+        if row.validation_elbo > self.best_elbo:
+            self.best_epoch, self.best_elbo = row.epoch, row.validation_elbo
             self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
 
     def save(self, path: Path) -> None:
         cuda = torch.cuda.is_available()
         content = {
-            "format": "pyro_vae.training/1",
+            "format": FORMAT,
+            "settings": self.settings,
             "weights": self.vae.state_dict(),
             "optimizer": self.optim.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -208,28 +238,28 @@ class _State:
             "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
         }
         partial = path.with_name(path.name + ".partial")
-        torch.save(content, partial)
+        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
+            torch.save(content, file)
         os.replace(partial, path)
 
-    def load(self, path: Path, total_steps: int) -> None:
+    def load(self, path: Path) -> None:
         device = next(self.vae.parameters()).device
+        file = io.BytesIO(path.read_bytes())
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or no checkpoint of this program: {str(error).splitlines()[0]}"
-            ) from error
-        if not isinstance(content, dict) or content.get("format") != "pyro_vae.training/1":
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
+            raise CheckpointError(f"{path} is damaged, or no checkpoint of this program") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of this program")
-        if content["scheduler"].get("total_steps", total_steps) != total_steps:
-            raise CheckpointError(
-                f"{path} belongs to a run of {content['scheduler']['total_steps']} steps, not {total_steps}"
-            )
+        previous = content.get("settings", {})
+        for name, value in self.settings.items():
+            if previous.get(name) != value:
+                raise CheckpointError(f"{path} belongs to a run with {name} {previous.get(name)}, not {value}")
         try:
             self.vae.load_state_dict(content["weights"])
             self.optim.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} belongs to another model: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(f"{path} belongs to another model: {textwrap.shorten(str(error), 200)}") from error
         self.scheduler.load_state_dict(content["scheduler"])
         self.history = [Epoch(*row) for row in content["history"]]
         self.best_epoch = content["best_epoch"]
