@@ -55,7 +55,10 @@ class PyroSVI:
         self.optim = optim
         self._params = pyro.get_param_store().get_state()
         modules = nn.ParameterList(
-            p for group in optim.param_groups for p in group["params"] if isinstance(p, nn.Parameter)
+            p
+            for group in optim.param_groups
+            for p in group["params"]
+            if isinstance(p, nn.Parameter) and p.requires_grad
         )
 
         def registered_model(*args, **kwargs):

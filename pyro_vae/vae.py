@@ -1,9 +1,13 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import Network
@@ -32,6 +36,11 @@ class Conditional(nn.Module):
         self.network = network
         self.head = head
 
+    @property
+    def latent_dim(self) -> int:
+        """Dimensions of the head's variable, where that is latent."""
+        return self.head.latent_dim
+
     def forward(self, condition: Tensor) -> dist.TorchDistribution:
         """The distribution given ``condition``, shape ``(*, C)``: batch shape ``(*)``."""
         return self.head(*self.network(condition).split(self.head.sizes, dim=-1))
@@ -49,6 +58,8 @@ class VAE(nn.Module):
     and the sites ``"z"`` and ``"x"``:
 
         p(x, z) = prior(z) likelihood(x | z)        q(z | x) = posterior(z | x)
+
+    Where the prior's support is not the whole space, the guide maps the posterior into it.
 
     Args:
         prior: p(z).
@@ -70,20 +81,14 @@ class VAE(nn.Module):
 
     def __init__(self, prior: Prior, likelihood: Conditional, posterior: Conditional):
         super().__init__()
-        latent_dims = (prior.latent_dim, posterior.head.latent_dim, likelihood.network.in_features)
-        if len(set(latent_dims)) > 1:
-            raise ValueError(
-                "prior, posterior and decoder disagree about the number of latent dimensions: "
-                f"{latent_dims[0]}, {latent_dims[1]} and {latent_dims[2]}"
-            )
-        if posterior.network.in_features != likelihood.head.event_size:
-            raise ValueError(
-                f"the encoder reads {posterior.network.in_features} pixels, "
-                f"the likelihood scores {likelihood.head.event_size}"
-            )
+        _check_latent_dims(
+            prior=prior.latent_dim, posterior=posterior.latent_dim, decoder=likelihood.network.in_features
+        )
+        _check_pixels(posterior, likelihood)
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
+        self._into_support = _IntoSupport()
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) for observations ``x``, shape ``(B, X)``."""
@@ -94,9 +99,110 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x) for observations ``x``, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
-            return pyro.sample("z", self.posterior(x))
+            return pyro.sample("z", self._into_support(self.posterior(x), lambda: self.prior(self.posterior)))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         for part in (self.posterior, self.likelihood, self.prior):
             part.initialize(x)
+
+
+class TwoLayerVAE(nn.Module):
+    """A VAE with two stochastic layers: z2 -> z1 -> x, inferred as x -> z1 -> z2 (Burda et al. 2016, section 5).
+
+        p(x, z1, z2) = prior(z2) latent(z1 | z2) likelihood(x | z1)
+        q(z1, z2 | x) = posterior(z1 | x) top_posterior(z2 | z1)
+
+    A prior that asks for q(z2 | x), as the VampPrior does, is given top_posterior(z2 | E[z1 | x]).
+
+    Args:
+        prior: p(z2).
+        latent: p(z1 | z2), a network with a posterior's head.
+        likelihood: p(x | z1), the decoder and its head.
+        posterior: q(z1 | x), the encoder and its head.
+        top_posterior: q(z2 | z1), a network with a posterior's head.
+
+    Raises:
+        ValueError: if the parts disagree about the number of latent dimensions or of pixels.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        latent: Conditional,
+        likelihood: Conditional,
+        posterior: Conditional,
+        top_posterior: Conditional,
+    ):
+        super().__init__()
+        _check_latent_dims(
+            prior=prior.latent_dim, top_posterior=top_posterior.latent_dim, latent=latent.network.in_features
+        )
+        _check_latent_dims(
+            latent=latent.latent_dim,
+            posterior=posterior.latent_dim,
+            decoder=likelihood.network.in_features,
+            top_posterior=top_posterior.network.in_features,
+        )
+        _check_pixels(posterior, likelihood)
+        self.prior = prior
+        self.latent = latent
+        self.likelihood = likelihood
+        self.posterior = posterior
+        self.top_posterior = top_posterior
+        self._into_support = _IntoSupport()
+
+    def _prior(self) -> dist.TorchDistribution:
+        return self.prior(lambda x: self.top_posterior(self.posterior(x).mean))
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(x, z1, z2) for observations ``x``, shape ``(B, X)``."""
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+            z2 = pyro.sample("z2", self._prior())
+            z1 = pyro.sample("z1", self.latent(z2))
+            return pyro.sample("x", self.likelihood(z1), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q(z1, z2 | x) for observations ``x``, shape ``(B, X)``."""
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+            z1 = pyro.sample("z1", self.posterior(x))
+            return pyro.sample("z2", self._into_support(self.top_posterior(z1), self._prior))
+
+    def initialize(self, x: Tensor) -> None:
+        """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
+        for part in (self.posterior, self.likelihood, self.prior):
+            part.initialize(x)
+
+
+class _IntoSupport:
+    """Maps a posterior into a prior's support, where that is not the whole space, by torch's ``biject_to``."""
+
+    def __init__(self):
+        self._whole_space = False
+
+    def __call__(self, posterior: dist.TorchDistribution, prior: Callable[[], dist.TorchDistribution]):
+        if self._whole_space:  # remembered: making a VampPrior costs as much as encoding all its pseudo-inputs
+            return posterior
+        support = prior().support
+        if isinstance(support, MixtureSameFamilyConstraint):  # biject_to does not know it
+            support = support.base_constraint
+        innermost = support
+        while hasattr(innermost, "base_constraint"):
+            innermost = innermost.base_constraint
+        self._whole_space = innermost is constraints.real
+        if self._whole_space:
+            return posterior
+        # the transform remembers its last point: its inverse is inexact near the support's boundary
+        return dist.TransformedDistribution(posterior, [biject_to(support).with_cache(1)])
+
+
+def _check_latent_dims(**dims: int) -> None:
+    if len(set(dims.values())) > 1:
+        found = ", ".join(f"{name} {dim}" for name, dim in dims.items())
+        raise ValueError(f"the parts disagree about the number of latent dimensions: {found}")
+
+
+def _check_pixels(posterior: Conditional, likelihood: Conditional) -> None:
+    read, scored = posterior.network.in_features, likelihood.head.event_size
+    if read != scored:
+        raise ValueError(f"the encoder reads {read} pixels, the likelihood scores {scored}")

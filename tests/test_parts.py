@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, MeanField, StandardNormal
-from pyro_vae.likelihoods import BernoulliVector
+from pyro_vae.distributions import BernoulliVector
 
 
 @pytest.mark.parametrize("pixels", [1, 7, 16, 64, 784])
@@ -93,7 +93,7 @@ def test_mlp_is_glorot_initialized_affine_maps():
         (lambda: Conditional(MLP(4, 5), MeanField(2)), r"MeanField reads 4 numbers \(2 \+ 2\), but MLP has 5"),
         (
             lambda: VAE(StandardNormal(3), Conditional(MLP(2, 6), Bernoulli(6)), Conditional(MLP(6, 4), MeanField(2))),
-            "disagree about the number of latent dimensions: 3, 2 and 2",
+            "disagree about the number of latent dimensions: prior 3, posterior 2, decoder 2",
         ),
         (
             lambda: VAE(StandardNormal(2), Conditional(MLP(2, 6), Bernoulli(6)), Conditional(MLP(7, 4), MeanField(2))),
