@@ -244,7 +244,7 @@ class Npz(Dataset):
 
     def read(self) -> Images:
         try:
-            with np.load(self.path) as archive:
+            with self.path.open("rb") as file, np.load(file) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -16,6 +16,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -84,7 +85,7 @@ def parse(config: type[T], argv: Sequence[str] | None = None) -> tuple[T, str]:
 
 def _refuse_empty(argv: Sequence[str]) -> None:
     """An empty value, as an unset shell variable leaves it, would be read as the current directory or worse."""
-    for option, value in zip(argv, [*argv[1:], None], strict=True):
+    for option, value in pairwise([*argv, None]):
         name, equals, given = option.partition("=")
         if re.fullmatch(r"--\w+", name) and "" in ((given,) if equals else (value,)):
             raise RunError(f"{name}: the value is empty")
@@ -173,7 +174,7 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
             problem = f"{found[1]} is no {found[2]}"
         return f"{option}: {problem}; choose one of {', '.join(classes)}, or an import path such as my_package.MyClass"
     if found := re.search(r"(?:Got|Given) value: ?(.*)", problem):
-        types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", problem)
+        types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", problem.split("Given value type")[0])
         wanted = " or ".join(VALUES.get(name, name) for name in dict.fromkeys(types))
         if choices := re.search(r"Literal\[(.+?)\]", problem):
             wanted = f"one of {choices[1]}"
@@ -196,7 +197,7 @@ def _classes(config: type, setting: str) -> list[str]:
     while waiting:
         cls = waiting.pop(0)
         waiting += cls.__subclasses__()
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
+        if not inspect.isabstract(cls) and not re.search(r"\b_|<locals>", cls.__qualname__):
             names.append(cls.__name__)
     return sorted(set(names))
 

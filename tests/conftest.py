@@ -1,5 +1,10 @@
 """Every test starts from the same seed, and must leave Pyro's global state as it found it."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: small tensors gain nothing from threads, which
+# wait for each other where other programs run; the runs that tests start inherit it
+
 import pyro
 import pytest
 import torch

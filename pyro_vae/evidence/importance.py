@@ -22,7 +22,7 @@ def importance_sampling(
     guide: Program,
     x: Tensor,
     num_samples: int,
-    memory: int = 2**28,
+    memory: int = 2**27,
     progress: bool = False,
 ) -> Evidence:
     """Estimate log p(x) of each observation from K importance samples of the guide.
