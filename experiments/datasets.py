@@ -244,7 +244,10 @@ class Npz(Dataset):
 
     def read(self) -> Images:
         try:
-            with self.path.open("rb") as file, np.load(file) as archive:
+            with self.path.open("rb") as file:
+                archive = np.load(file)
+                if isinstance(archive, np.ndarray):
+                    raise ValueError("it is a single array; save it with numpy.savez(path, train=..., test=...)")
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())

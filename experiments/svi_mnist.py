@@ -9,6 +9,7 @@ name, or by import path for a class of your own; a part takes its own options af
 import json
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,6 +33,7 @@ from pyro_vae import (
     Bernoulli,
     CheckpointError,
     Conditional,
+    ContractError,
     Epoch,
     Evidence,
     Likelihood,
@@ -47,6 +49,7 @@ from pyro_vae import (
     estimate_elbo,
     fit,
     importance_sampling,
+    pareto_k_threshold,
 )
 
 ENGINES = {"pyro": PyroSVI}
@@ -191,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         tree = evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"])
         tree.to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
         plots.training_curve(history, run_dir / "training.png")
-        plots.evidence(evidence, run_dir)
+        plots.evidence(evidence, result["khat_threshold"], run_dir)
         plots.pictures(vae.model, vae.guide, data, run_dir)
         runs.write_json(run_dir / "result.json", result)
     except KeyboardInterrupt as interrupt:
@@ -232,9 +235,10 @@ def check_observations(vae: VAE, observations: Sequence[Tensor], binarization: s
         for x in observations:
             for part in x[:size].split(1000):
                 check_program(vae.model, vae.guide, part)
-    except ValueError as error:
+    except ContractError as error:
+        problem = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
         raise runs.RunError(
-            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {error}"
+            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {problem}"
         ) from error
 
 
@@ -271,11 +275,21 @@ def train(config: Config, vae: VAE, data: Data, objective: Objective | pyro.infe
         )
     except CheckpointError as error:
         raise runs.RunError(f"--resume: {error}; start a new run in another --run_dir") from error
-    except (ValueError, NotImplementedError) as error:  # settings and data have been checked: it is the loss
+    except (ValueError, NotImplementedError) as error:
+        if not _raised_by_a_library(error):
+            raise  # an error in somebody's own class: its traceback says where
         raise runs.RunError(f"--objective {type(objective).__name__}: {' '.join(str(error).split())}") from error
     finally:
         if writer:
             writer.close()
+
+
+def _raised_by_a_library(error: BaseException) -> bool:
+    """Whether Pyro or pyro_vae itself refused what it was given, as losses do with settings they cannot serve."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].split(".")[0] in ("pyro", "pyro_vae")
 
 
 def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], Evidence]:
@@ -287,7 +301,8 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
     evidence = importance_sampling(vae.model, vae.guide, test, config.evidence.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
-    khat = evidence.khat[~evidence.khat.isnan()]
+    khat = evidence.khat[~evidence.khat.isnan()]  # fewer than 21 samples have no k
+    threshold = pareto_k_threshold(config.evidence.num_samples)
     return {
         "test_elbo": elbo.mean().item(),
         "test_log_likelihood": log_likelihood,
@@ -298,6 +313,8 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
         "unit": f"nats per image, {'density' if vae.likelihood.head.is_density else 'mass'}",
         "median_ess": evidence.ess.median().item(),
         "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
+        "khat_threshold": threshold,
+        "share_khat_above_threshold": (khat > threshold).double().mean().item(),
         "num_invalid": int(evidence.num_invalid.sum()),
         "active_units": sum(int(site.sum()) for site in units.values()),
         "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
@@ -309,32 +326,22 @@ def report(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
     result = json.loads((run_dir / "result.json").read_text())
     samples = f"{result['num_samples']:,} importance samples, {result['num_images']:,} test images"
+    share = result["share_khat_above_threshold"]
+    unreliable = "Pareto k of the weights: there, neither the estimate nor its error is to be trusted"
     rows = [
         ("test", result["unit"], ""),
-        ("ELBO", number(result["test_elbo"], 2), ""),
+        ("ELBO", number(result["test_elbo"], 2), "the lower bound that is trained"),
         ("log-likelihood", number(result["test_log_likelihood"], 2), samples),
-        (
-            "  error over images",
-            number(result["test_log_likelihood_se"]),
-            "another test set of this size would differ by this",
-        ),
-        (
-            "  Monte Carlo error",
-            number(result["mc_se"]),
-            "another run of the estimator would differ by this, if k allows",
-        ),
-        (
-            "  images with k > 0.7",
-            "-" if result["share_khat_above_0_7"] is None else f"{result['share_khat_above_0_7']:.0%}",
-            "Pareto k of the weights: above 0.7 the estimate is too low",
-        ),
+        ("  error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
+        ("  Monte Carlo error", number(result["mc_se"]), "another run of the estimator would, if k allows"),
+        ("  images with bad k", "-", "too few samples to tell")
+        if share is None
+        else (f"  images with k > {result['khat_threshold']:.2f}", f"{share:.0%}", unreliable),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
-        (
-            "seconds",
-            f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}",
-            "training + evaluation",
-        ),
+        ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]
+    if result["num_invalid"]:
+        rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
     print(f"\n{runs.table(rows)}\n\n{run_dir}")
 
 

@@ -1,10 +1,10 @@
 """A laboratory for variational autoencoders written as Pyro programs."""
 
-from pyro_vae.diagnostics import active_units, effective_sample_size, estimate_elbo, pareto_k
+from pyro_vae.diagnostics import active_units, effective_sample_size, estimate_elbo, pareto_k, pareto_k_threshold
 from pyro_vae.evidence import Evidence, LinearGaussianVAE, importance_sampling, reduce_log_weights
 from pyro_vae.likelihoods import Bernoulli, Likelihood
 from pyro_vae.log_weights import Traces, check_program, log_weights, posterior_samples, traces
-from pyro_vae.networks import MLP, Network
+from pyro_vae.networks import MLP, ContractError, Network
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.posteriors import MeanField, Posterior
 from pyro_vae.priors import Prior, StandardNormal
@@ -21,6 +21,7 @@ __all__ = [
     "Bernoulli",
     "CheckpointError",
     "Conditional",
+    "ContractError",
     "Epoch",
     "Evidence",
     "Likelihood",
@@ -42,6 +43,7 @@ __all__ = [
     "importance_sampling",
     "log_weights",
     "pareto_k",
+    "pareto_k_threshold",
     "posterior_samples",
     "reduce_log_weights",
     "traces",

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+class ContractError(ValueError):
+    """A part, a program or an observation is not what it promises to be."""
+
+
 class Network(nn.Module, ABC):
     """A map from ``(*, in_features)`` to ``(*, out_features)``, for any number of leading dimensions.
 
