@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> list[Difference]:
         raise runs.RunError("name at least two run directories to compare")
     first, *others = (read(directory) for directory in directories)
     differences = [compare(run, first) for run in others]
-    rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "images with k > 0.7")]
+    rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "k > 0.7")]
     rows.append((str(first.path), f"{first.log_px.mean():.3f}", "", "", "", _share(first)))
     for run, d in zip(others, differences, strict=True):
         errors = f"{d.se:.3f}", f"{d.mc_se:.3f}"
         rows.append((str(run.path), f"{run.log_px.mean():.3f}", f"{d.mean:+.3f}", *errors, _share(run)))
     result = first.result
-    print(f"{result['unit']}; {result['dataset']}, {result['num_images']:,} test images, {result['num_samples']:,} samples")
+    size = f"{result['num_images']:,} test images, {result['num_samples']:,} samples"
+    print(f"{result['unit']}; {result['dataset']}, {size}")
     print(runs.table(rows))
     return differences
 
@@ -93,7 +94,9 @@ def compare(run: Run, reference: Run) -> Difference:
     for name in MUST_AGREE:
         ours, theirs = run.result.get(name), reference.result.get(name)
         if ours != theirs:
-            raise runs.RunError(f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}")
+            raise runs.RunError(
+                f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}"
+            )
     difference = run.log_px - reference.log_px
     size = len(difference)
     mc_se = math.sqrt((run.mc_se**2 + reference.mc_se**2).sum()) / size

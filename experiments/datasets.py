@@ -27,7 +27,18 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-Binarization = Literal["dynamic", "static", "threshold", "none"]
+Binarization = Literal["dynamic", "static", "threshold", "dequantized", "integers", "none"]
+
+
+ENCODINGS = {
+    "dynamic": "binary",
+    "static": "binary",
+    "threshold": "binary",
+    "dequantized": "dequantized",
+    "integers": "integers",
+    "none": "grey",
+}
+"""What observations are, by the setting that makes them; see ``pyro_vae.likelihoods.Encoding``."""
 
 
 class DataError(ValueError):
@@ -55,8 +66,9 @@ class Dataset(ABC):
     Args:
         data_dir: folder that holds the files of all data sets; downloads go there.
         binarization: how pixels in [0, 1] become observations. dynamic: Bernoulli(pixel), drawn anew each time a
-            training image is used; static: training images are drawn once; threshold: 1 above half intensity;
-            none: grey values.
+            training image is used; static: training images are drawn once; threshold: 1 above half intensity.
+            Other observations: dequantized: (pixel + uniform noise) / levels, drawn anew likewise, for densities;
+            integers: pixels as stored, for masses of whole numbers; none: grey values pixel / maximum.
         binarization_seed: seed of the validation and test images, and of static training images, at least 0.
         num_validation: images held out from the end of the training set, at least 1; null: the usual split.
     """
@@ -126,25 +138,32 @@ class Data:
             raise DataError(f"{name}: num_validation is {held_out}, of only {len(train)} training images")
         self.image_shape: tuple[int, ...] = train.shape[1:]
         self.max_value = images.max_value
-        self._dynamic = dataset.binarization == "dynamic"
+        self.levels = images.max_value + 1
+        self.encoding = ENCODINGS[dataset.binarization]
+        self._redrawn = "static" if dataset.binarization == "dynamic" else dataset.binarization
+        redraw = dataset.binarization in ("dynamic", "dequantized")
         # Drawn on the CPU, the test set first: it is the same on every device and for every split.
         generator = torch.Generator().manual_seed(dataset.binarization_seed)
-        fixed = "static" if self._dynamic else dataset.binarization
+        fixed = self._redrawn
         pixels = torch.from_numpy(train).flatten(1)
         self.test = self._observe(torch.from_numpy(test).flatten(1), fixed, generator).to(device)
         self.validation = self._observe(pixels[-held_out:], fixed, generator).to(device)
         pixels = pixels[:-held_out]
         self.train_pixels = pixels.to(device)
-        self._train = None if self._dynamic else self._observe(pixels, fixed, generator).to(device)
+        self._train = None if redraw else self._observe(pixels, fixed, generator).to(device)
         train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
         self.train_labels = None if train_labels is None else train_labels[:-held_out]
         self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
 
     def observe(self, index: Tensor) -> Tensor:
-        """Training observations ``(len(index), X)``, redrawn by torch's global generator if binarization is dynamic."""
+        """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
         if self._train is not None:
             return self._train[index]
-        return self._observe(self.train_pixels[index], "static", None)
+        return self._observe(self.train_pixels[index], self._redrawn, None)
+
+    def picture(self, x: Tensor) -> Tensor:
+        """Observations, or their means, as intensities from 0 to 1."""
+        return x / self.max_value if self.encoding == "integers" else x
 
     def batches(self, batch_size: int) -> "Batches":
         """Mini-batches of training observations, in a new random order each epoch."""
@@ -153,6 +172,15 @@ class Data:
     def _observe(self, pixels: Tensor, binarization: Binarization, generator: torch.Generator | None) -> Tensor:
         if binarization == "none":
             return pixels.float() / self.max_value
+        if binarization == "integers":
+            if pixels.is_floating_point():
+                raise DataError("real-valued pixels have no integers: save the images as whole numbers in 0..255")
+            return pixels.float()
+        if binarization == "dequantized":
+            if not pixels.is_floating_point():
+                noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+                pixels = (pixels + noise) / self.levels
+            return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
         if binarization == "threshold":
             return (pixels > self.max_value / 2).float()
         if pixels.is_floating_point():
@@ -244,7 +272,10 @@ class Npz(Dataset):
 
     def read(self) -> Images:
         try:
-            with self.path.open("rb") as file, np.load(file) as archive:
+            with self.path.open("rb") as file:
+                archive = np.load(file)
+                if isinstance(archive, np.ndarray):
+                    raise ValueError("it is a single array; save it with numpy.savez(path, train=..., test=...)")
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())

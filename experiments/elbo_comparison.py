@@ -630,7 +630,8 @@ def _time_table(result: dict[str, Any]) -> Table:
     line = (
         f"A training step on {result['batch_size']} images, milliseconds, in turns on {result['device']}: {TRACE} "
         f"takes {times[TRACE]['ratio']:.2f} times as long as its twin by hand, and with Pyro's validation off "
-        f"{times[TRACE + UNVALIDATED]['ratio']:.2f} times. Pyro's steps include PyroSVI's check for a finite gradient."
+        f"{times[TRACE + UNVALIDATED]['ratio']:.2f} times. The step is that of PyroSVI, "
+        "which also registers the parameters and checks that the gradient is finite."
     )
     names = ("median", "lower_quartile", "upper_quartile")
     return line, [("contender", "median", "lower quartile", "upper quartile", "ratio of medians")] + [

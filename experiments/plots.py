@@ -62,11 +62,12 @@ def training_curve(history: Sequence[Epoch], path: Path) -> None:
             low, high = np.quantile(values, 0.05), max(values)
             axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
         axes.set(xlabel="epoch", ylabel="nats per image", title="Evidence lower bound")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower right")
 
 
-def evidence(result: Evidence, run_dir: Path) -> None:
-    """Histogram of log p(x), and Pareto k against effective sample size."""
+def evidence(result: Evidence, threshold: float, run_dir: Path) -> None:
+    """Histogram of log p(x), and Pareto k, with its threshold, against effective sample size."""
     log_px, ess, khat = (getattr(result, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
     log_px = log_px[np.isfinite(log_px)]
     with figure(run_dir / "log_px.png") as axes:
@@ -80,16 +81,9 @@ def evidence(result: Evidence, run_dir: Path) -> None:
         axes.scatter(ess[known], khat[known], s=4, alpha=0.4, linewidths=0)
         if not known.all():
             axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} images", transform=axes.transAxes)
-        axes.axhline(0.7, color="C3", lw=1)
-        axes.text(
-            0.99,
-            0.7,
-            "above: not to be trusted ",
-            color="C3",
-            ha="right",
-            va="bottom",
-            transform=axes.get_yaxis_transform(),
-        )
+        label = f"threshold {threshold:.2f}: above it, not to be trusted"
+        axes.axhline(threshold, color="C3", lw=1, label=label)
+        axes.legend(loc="upper right")
         axes.set(
             xscale="log" if known.any() else "linear",
             xlabel="effective sample size",
@@ -98,7 +92,7 @@ def evidence(result: Evidence, run_dir: Path) -> None:
         )
 
 
-def posterior_mean(guide: Program, x: Tensor, num_samples: int = 16) -> Latents:
+def posterior_mean(guide: Program, x: Tensor, num_samples: int = 64) -> Latents:
     """Latents of each observation ``(B, X)`` by site, averaged over draws of the guide."""
     with torch.no_grad():
         return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
@@ -119,16 +113,23 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     originals = data.test[:10]
     reconstructed = decode(model, len(originals), data.test, posterior_mean(guide, originals))
     rows = torch.stack([originals, reconstructed])
-    image_grid(rows, shape, run_dir / "reconstructions.png", "Test images (top) and their reconstructions")
+    image_grid(
+        data.picture(rows), shape, run_dir / "reconstructions.png", "Test images (top) and their reconstructions"
+    )
     samples = decode(model, 100, data.test)
-    image_grid(samples.unflatten(0, (10, 10)), shape, run_dir / "samples.png", "Means of p(x | z), z from the prior")
+    image_grid(
+        data.picture(samples).unflatten(0, (10, 10)),
+        shape,
+        run_dir / "samples.png",
+        "Means of p(x | z), z from the prior",
+    )
     ends = posterior_mean(guide, data.test[:12])
     half = min(12, len(data.test)) // 2
     steps = torch.linspace(0, 1, 10, device=data.test.device)[:, None]
     between = {
         name: torch.cat([(1 - steps) * z[i] + steps * z[i + half] for i in range(half)]) for name, z in ends.items()
     }
-    grid = decode(model, 10 * half, data.test, between).unflatten(0, (half, 10))
+    grid = data.picture(decode(model, 10 * half, data.test, between)).unflatten(0, (half, 10))
     image_grid(
         grid,
         shape,

@@ -185,7 +185,7 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
 
 def _near(name: str, known: Iterable[str]) -> str:
     """A question that suggests the known name nearest to a misspelt one, if there is any."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

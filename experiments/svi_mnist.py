@@ -7,8 +7,10 @@ name, or by import path for a class of your own; a part takes its own options af
 """
 
 import json
+import math
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,13 +27,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments import plots, runs
-from experiments.datasets import MNIST, Data, DataError, Dataset, cache_folder
+from experiments.datasets import ENCODINGS, MNIST, Data, DataError, Dataset, cache_folder
 from pyro_vae import (
     MLP,
     VAE,
     Bernoulli,
     CheckpointError,
     Conditional,
+    ContractError,
     Epoch,
     Evidence,
     Likelihood,
@@ -42,11 +45,13 @@ from pyro_vae import (
     Prior,
     PyroSVI,
     StandardNormal,
+    TwoLayerVAE,
     active_units,
     check_program,
     estimate_elbo,
     fit,
     importance_sampling,
+    pareto_k_threshold,
 )
 
 ENGINES = {"pyro": PyroSVI}
@@ -73,10 +78,32 @@ class EvidenceSettings:
 
 
 @dataclass(frozen=True)
+class TopSettings:
+    """The upper layer of TwoLayerVAE, p(z2) p(z1 | z2).
+
+    Args:
+        latent_dim: dimensions of z2, at least 1; those of z1 are --latent_dim.
+        hidden: width of each hidden layer of the two networks between z1 and z2.
+    """
+
+    latent_dim: int = 50
+    hidden: Sequence[int] = (100, 100)
+
+    def __post_init__(self):
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from the command line
+        if self.latent_dim < 1:
+            raise ValueError(f"--top.latent_dim must be at least 1, got {self.latent_dim}")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"--top.hidden: every width must be at least 1, got {list(self.hidden)}")
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of one run.
 
     Args:
+        model: VAE, or TwoLayerVAE with two stochastic layers, whose prior is that of the upper one.
+        top: the upper layer of TwoLayerVAE.
         dataset: source of images.
         data_dir: folder of data files and downloads; null: the user's cache folder.
         prior: p(z).
@@ -101,6 +128,8 @@ class Config:
         tensorboard: log curves to run_dir for TensorBoard.
     """
 
+    model: Literal["VAE", "TwoLayerVAE"] = "VAE"
+    top: TopSettings = field(default_factory=TopSettings)
     dataset: Callable[[Path], Dataset] = MNIST
     data_dir: Path | None = None
     prior: Callable[[int], Prior] = StandardNormal
@@ -159,8 +188,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise runs.RunError(" ".join(str(error).split())) from error
     vae = build(config, data.image_shape).to(device)
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
+    check_pairing(vae.likelihood.head, data, dataset)
+    make("model", vae.initialize, x)
     check_observations(vae, [data.test, data.validation, x], dataset.binarization)
-    vae.initialize(x)
     runs.open_run(run_dir, text, config.resume)
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(
@@ -179,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
         result, evidence = evaluate(config, vae, data)
         result |= {
+            "bits_per_dim": bits_per_dim(result["test_log_likelihood"], data),
             "dataset": name,
             "binarization": dataset.binarization,
             "train_seconds": sum(e.seconds for e in history),
@@ -191,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         tree = evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"])
         tree.to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
         plots.training_curve(history, run_dir / "training.png")
-        plots.evidence(evidence, run_dir)
+        plots.evidence(evidence, result["khat_threshold"], run_dir)
         plots.pictures(vae.model, vae.guide, data, run_dir)
         runs.write_json(run_dir / "result.json", result)
     except KeyboardInterrupt as interrupt:
@@ -210,35 +241,76 @@ def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T
         raise runs.RunError(f"--{option}: {' '.join(str(error).split())}") from error
 
 
-def build(config: Config, image_shape: Sequence[int]) -> VAE:
-    """The untrained VAE of ``config`` for images of shape ``(C, H, W)``."""
+def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
+    """The untrained model of ``config`` for images of shape ``(C, H, W)``."""
     event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
-    prior = make("prior", config.prior, config.latent_dim)
     likelihood = make("likelihood", config.likelihood, event_size)
     posterior = make("posterior", config.posterior, config.latent_dim)
     decoder = make("decoder", config.decoder, config.latent_dim, sum(likelihood.sizes), image_shape=shape)
     encoder = make("encoder", config.encoder, event_size, sum(posterior.sizes), image_shape=shape)
-    return VAE(
-        prior,
-        make("decoder", Conditional, decoder, likelihood),
-        make("encoder", Conditional, encoder, posterior),
+    below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
+    return MODELS[config.model](config, *below)
+
+
+def one_layer(config: Config, likelihood: Conditional, posterior: Conditional) -> VAE:
+    """z -> x."""
+    return VAE(make("prior", config.prior, config.latent_dim), likelihood, posterior)
+
+
+def two_layers(config: Config, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
+    """z2 -> z1 -> x."""
+    bottom, top = config.latent_dim, config.top.latent_dim
+    latent, top_posterior = MeanField(bottom), make("posterior", config.posterior, top)
+    return TwoLayerVAE(
+        make("prior", config.prior, top),
+        latent=Conditional(MLP(top, sum(latent.sizes), config.top.hidden), latent),
+        likelihood=likelihood,
+        posterior=posterior,
+        top_posterior=Conditional(MLP(bottom, sum(top_posterior.sizes), config.top.hidden), top_posterior),
     )
 
 
-def check_observations(vae: VAE, observations: Sequence[Tensor], binarization: str) -> None:
+MODELS = {"VAE": one_layer, "TwoLayerVAE": two_layers}
+
+
+def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
+    """Refuse data that are not of the kind that the likelihood scores: its numbers would not be a log-likelihood.
+
+    Raises:
+        RunError: with the option that mends it.
+    """
+    name, levels = type(head).__name__, getattr(head, "levels", None)
+    wanted = getattr(head, "encoding", None)
+    if wanted is not None and data.encoding != wanted:
+        mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
+        raise runs.RunError(
+            f"--likelihood {name} scores {wanted} pixels, but --dataset.binarization {dataset.binarization} makes "
+            f"{data.encoding} ones: choose --dataset.binarization {mend}, or another likelihood"
+        )
+    if wanted == "integers" and levels is not None and levels != data.levels:
+        raise runs.RunError(
+            f"--likelihood {name} has {levels} levels, but the pixels of {type(dataset).__name__} have {data.levels}: "
+            f"add --likelihood.levels {data.levels}"
+        )
+
+
+def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], binarization: str) -> None:
     """Refuse observations that the likelihood cannot score; binary ones are alike, so that a few stand for all."""
-    size = None if binarization == "none" else 1000
+    size = 1000 if ENCODINGS[binarization] == "binary" else None
     try:
         for x in observations:
             for part in x[:size].split(1000):
                 check_program(vae.model, vae.guide, part)
-    except ValueError as error:
+    except ContractError as error:
+        problem = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
         raise runs.RunError(
-            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {error}"
+            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {problem}"
         ) from error
 
 
-def train(config: Config, vae: VAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path) -> list[Epoch]:
+def train(
+    config: Config, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path
+) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
     writer = SummaryWriter(str(run_dir)) if config.tensorboard else None
     logged = 0
@@ -271,14 +343,24 @@ def train(config: Config, vae: VAE, data: Data, objective: Objective | pyro.infe
         )
     except CheckpointError as error:
         raise runs.RunError(f"--resume: {error}; start a new run in another --run_dir") from error
-    except (ValueError, NotImplementedError) as error:  # settings and data have been checked: it is the loss
+    except (ValueError, NotImplementedError) as error:
+        if not _raised_by_a_library(error):
+            raise  # an error in somebody's own class: its traceback says where
         raise runs.RunError(f"--objective {type(objective).__name__}: {' '.join(str(error).split())}") from error
     finally:
         if writer:
             writer.close()
 
 
-def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], Evidence]:
+def _raised_by_a_library(error: BaseException) -> bool:
+    """Whether Pyro or pyro_vae itself refused what it was given, as losses do with settings they cannot serve."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].split(".")[0] in ("pyro", "pyro_vae")
+
+
+def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[str, object], Evidence]:
     """Score the test images; return the entries of result.json about them, and log p(x) per image."""
     torch.manual_seed(config.seed + 1)  # the same draws whether or not training was resumed
     start = time.perf_counter()
@@ -287,7 +369,8 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
     evidence = importance_sampling(vae.model, vae.guide, test, config.evidence.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
-    khat = evidence.khat[~evidence.khat.isnan()]
+    khat = evidence.khat[~evidence.khat.isnan()]  # fewer than 21 samples have no k
+    threshold = pareto_k_threshold(config.evidence.num_samples)
     return {
         "test_elbo": elbo.mean().item(),
         "test_log_likelihood": log_likelihood,
@@ -298,6 +381,8 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
         "unit": f"nats per image, {'density' if vae.likelihood.head.is_density else 'mass'}",
         "median_ess": evidence.ess.median().item(),
         "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
+        "khat_threshold": threshold,
+        "share_khat_above_threshold": (khat > threshold).double().mean().item(),
         "num_invalid": int(evidence.num_invalid.sum()),
         "active_units": sum(int(site.sum()) for site in units.values()),
         "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
@@ -305,36 +390,40 @@ def evaluate(config: Config, vae: VAE, data: Data) -> tuple[dict[str, object], E
     }, evidence
 
 
+def bits_per_dim(log_likelihood: float, data: Data) -> float | None:
+    """Bits per pixel of the image as stored; None for binary and other images, of which not all is scored.
+
+    A density of dequantized pixels, (k + u) / L in (0, 1), counts log2 L more: E_u log p((k + u) / L) - X log L is a
+    lower bound of the log mass of the whole numbers k (Theis, van den Oord & Bethge 2016, section 3.1).
+    """
+    if data.encoding not in ("integers", "dequantized") or data.train_pixels.is_floating_point():
+        return None
+    bits = -log_likelihood / (math.prod(data.image_shape) * math.log(2))
+    return bits + math.log2(data.levels) if data.encoding == "dequantized" else bits
+
+
 def report(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
     result = json.loads((run_dir / "result.json").read_text())
     samples = f"{result['num_samples']:,} importance samples, {result['num_images']:,} test images"
+    share = result["share_khat_above_threshold"]
+    unreliable = "Pareto k of the weights: there, neither the estimate nor its error is to be trusted"
     rows = [
         ("test", result["unit"], ""),
-        ("ELBO", number(result["test_elbo"], 2), ""),
+        ("ELBO", number(result["test_elbo"], 2), "the lower bound that is trained"),
         ("log-likelihood", number(result["test_log_likelihood"], 2), samples),
-        (
-            "  error over images",
-            number(result["test_log_likelihood_se"]),
-            "another test set of this size would differ by this",
-        ),
-        (
-            "  Monte Carlo error",
-            number(result["mc_se"]),
-            "another run of the estimator would differ by this, if k allows",
-        ),
-        (
-            "  images with k > 0.7",
-            "-" if result["share_khat_above_0_7"] is None else f"{result['share_khat_above_0_7']:.0%}",
-            "Pareto k of the weights: above 0.7 the estimate is too low",
-        ),
+        ("  error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
+        ("  Monte Carlo error", number(result["mc_se"]), "another run of the estimator would, if k allows"),
+        ("  images with bad k", "-", "too few samples to tell")
+        if share is None
+        else (f"  images with k > {result['khat_threshold']:.2f}", f"{share:.0%}", unreliable),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
-        (
-            "seconds",
-            f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}",
-            "training + evaluation",
-        ),
+        ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]
+    if result.get("bits_per_dim") is not None:
+        rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
+    if result["num_invalid"]:
+        rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
     print(f"\n{runs.table(rows)}\n\n{run_dir}")
 
 
@@ -350,8 +439,8 @@ def resume_hint(run_dir: Path) -> str:
     return f"no epoch was finished; {run_dir} can be deleted"
 
 
-def load_run(directory: Path | str) -> VAE:
-    """The trained VAE of a finished run, on the CPU, ready for use; its data set is not needed.
+def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
+    """The trained model of a finished run, on the CPU, ready for use; its data set is not needed.
 
     Raises:
         RunError: if ``directory`` holds no trained model.

@@ -1,6 +1,6 @@
 """A laboratory for variational autoencoders written as Pyro programs."""
 
-from pyro_vae.diagnostics import active_units, effective_sample_size, estimate_elbo, pareto_k
+from pyro_vae.diagnostics import active_units, effective_sample_size, estimate_elbo, pareto_k, pareto_k_threshold
 from pyro_vae.evidence import Evidence, LinearGaussianVAE, importance_sampling, reduce_log_weights
 from pyro_vae.likelihoods import (
     Bernoulli,
@@ -15,7 +15,16 @@ from pyro_vae.likelihoods import (
     Poisson,
 )
 from pyro_vae.log_weights import Traces, check_program, log_weights, posterior_samples, traces
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, Network, RecurrentDecoder, RecurrentEncoder
+from pyro_vae.networks import (
+    MLP,
+    ContractError,
+    ConvDecoder,
+    ConvEncoder,
+    GatedMLP,
+    Network,
+    RecurrentDecoder,
+    RecurrentEncoder,
+)
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.posteriors import FlowPosterior, FullRank, LowRank, MeanField, Posterior
 from pyro_vae.priors import (
@@ -45,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "Conditional",
     "ContinuousBernoulli",
+    "ContractError",
     "ConvDecoder",
     "ConvEncoder",
     "DiagonalNormal",
@@ -87,6 +97,7 @@ __all__ = [
     "importance_sampling",
     "log_weights",
     "pareto_k",
+    "pareto_k_threshold",
     "posterior_samples",
     "reduce_log_weights",
     "traces",

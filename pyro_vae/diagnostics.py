@@ -24,12 +24,23 @@ def pareto_tail_length(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
+def pareto_k_threshold(num_samples: int) -> float:
+    """Above this k an estimate from K weights is not to be trusted: min(1 - 1 / log10(K), 0.7).
+
+    Vehtari et al. 2024: the larger k, the more samples it takes; 0.7 is never enough of them.
+
+    >>> round(pareto_k_threshold(100), 3), pareto_k_threshold(10_000)
+    (0.5, 0.7)
+    """
+    return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
+
+
 def pareto_k(log_w: Tensor, num_samples: int | None = None) -> Tensor:
     """The shape k of a generalized Pareto distribution fitted to the largest weights: ``(K, B) -> (B,)``.
 
-    Below about 0.5 the weights have a variance and their error bars mean what they say; above 0.7 an estimate from
-    them is not to be trusted (Vehtari, Simpson, Gelman, Yao & Gabry 2024, "Pareto smoothed importance sampling";
-    the fit is that of Zhang & Stephens 2009, with the paper's weak prior).
+    Weights have a variance where k is below 0.5; above :func:`pareto_k_threshold` an estimate from them, and its error
+    bar, are not to be trusted (Vehtari, Simpson, Gelman, Yao & Gabry 2024, "Pareto smoothed importance sampling"; the
+    fit is that of Zhang & Stephens 2009, with the paper's weak prior).
 
     Args:
         log_w: log-weights, shape ``(K, B)``; or only the largest of each column, at least

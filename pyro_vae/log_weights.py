@@ -9,6 +9,8 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_vae.networks import ContractError
+
 Program = Callable[[Tensor], object]
 """An amortized Pyro program: called with observations ``(B, X)``, everything inside one data plate of size B."""
 
@@ -33,8 +35,9 @@ def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Trace
         num_samples: K, at least 1.
 
     Raises:
-        ValueError: if K is below 1, or the programs break the rules above: a latent site that is not local to
-            the data plate, a plate that is subsampled or scaled, no observed site or several.
+        ValueError: if K is below 1.
+        ContractError: if the programs break the rules above: a latent site that is not local to the data plate, a
+            plate that is subsampled or scaled, no observed site or several.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -98,22 +101,22 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
     latents = {name for name in _sample_sites(traces.model) if not traces.model.nodes[name]["is_observed"]}
     observed = [name for name in _sample_sites(traces.model) if name not in latents]
     if len(observed) != 1:
-        raise ValueError(f"the model must have exactly one observed site, it has {observed or 'none'}")
+        raise ContractError(f"the model must have exactly one observed site, it has {observed or 'none'}")
     if latents != (in_guide := set(_sample_sites(traces.guide))):
-        raise ValueError(
+        raise ContractError(
             f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}"
         )
     for program, trace in zip(("model", "guide"), traces, strict=True):
         for name in _sample_sites(trace):
             site = trace.nodes[name]
             if isinstance(site["scale"], Tensor) or site["scale"] != 1:
-                raise ValueError(
+                raise ContractError(
                     f"{program} site '{name}' is scaled, by a subsampled plate or poutine.scale, which biases every "
                     "estimate of log p(x): pass the observations themselves, in an unscaled plate"
                 )
             plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
             if plates != {-2, -1} or site["log_prob"].shape != shape:
-                raise ValueError(
+                raise ContractError(
                     f"{program} site '{name}' is in plates at dimensions {sorted(plates)}, its log-probabilities have "
                     f"shape {tuple(site['log_prob'].shape)} for {shape[0]} samples (dim -2) of {shape[1]} observations "
                     "(dim -1): put every site in one data plate at dim=-1, and other dimensions in .to_event()"
@@ -128,18 +131,18 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
         x: observations, shape ``(B, X)``.
 
     Raises:
-        ValueError: as :func:`traces`, and if there is no observation or an observation lies outside the support
+        ContractError: as :func:`traces`, and if there is no observation or an observation lies outside the support
             of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score).
     """
     if x.dim() != 2 or x.shape[0] == 0:
-        raise ValueError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
+        raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
     with torch.no_grad(), pyro.validation_enabled(False):
         model_trace, _ = traces(model, guide, x, num_samples=2)
     for name in _sample_sites(model_trace):
         site = model_trace.nodes[name]
         if site["is_observed"] and not (valid := site["fn"].support.check(x)).all():
             head = type(site["fn"]).__name__
-            raise ValueError(
+            raise ContractError(
                 f"{(~valid).sum().item()} observations of site '{name}' lie outside the support of {head}, "
                 f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
                 "likelihood for its values"

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "softplus"]
 
 
+class ContractError(ValueError):
+    """A part, a program or an observation is not what it promises to be."""
+
+
 class Network(nn.Module, ABC):
     """A map from ``(*, in_features)`` to ``(*, out_features)``, for any number of leading dimensions.
 

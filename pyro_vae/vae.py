@@ -10,7 +10,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.networks import Network
+from pyro_vae.networks import ContractError, Network
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 
@@ -23,11 +23,15 @@ class Conditional(nn.Module):
         head: a likelihood or a posterior.
 
     Raises:
+        TypeError: if the network is no ``Network``.
         ValueError: if the network's width is not the sum of the head's sizes.
+        ContractError: by ``forward``, if the network's output has another width than it declares.
     """
 
     def __init__(self, network: Network, head: Likelihood | Posterior):
         super().__init__()
+        if not isinstance(network, Network):
+            raise TypeError(f"{type(network).__name__} is no pyro_vae.Network: make it a subclass")
         if network.out_features != sum(head.sizes):
             raise ValueError(
                 f"{type(head).__name__} reads {sum(head.sizes)} numbers ({' + '.join(map(str, head.sizes))}), "
@@ -43,7 +47,12 @@ class Conditional(nn.Module):
 
     def forward(self, condition: Tensor) -> dist.TorchDistribution:
         """The distribution given ``condition``, shape ``(*, C)``: batch shape ``(*)``."""
-        return self.head(*self.network(condition).split(self.head.sizes, dim=-1))
+        outputs = self.network(condition)
+        if outputs.shape[-1] != self.network.out_features:
+            raise ContractError(
+                f"{type(self.network).__name__} promises {self.network.out_features} outputs, not {outputs.shape[-1]}"
+            )
+        return self.head(*outputs.split(self.head.sizes, dim=-1))
 
     def initialize(self, x: Tensor) -> None:
         """Start the network at the outputs that suit ``x``, shape ``(N, X)``, where the head knows them."""

@@ -169,6 +169,7 @@ class _Tame(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network = network
+        self.out_features = network.out_features
 
     def forward(self, x):
         return torch.tanh(self.network(x))

@@ -18,6 +18,7 @@ from pyro_vae import (
     estimate_elbo,
     importance_sampling,
     pareto_k,
+    pareto_k_threshold,
     reduce_log_weights,
 )
 
@@ -200,6 +201,11 @@ def test_pareto_k_where_there_is_nothing_to_fit():
     one = torch.full((100, 1), -1e6)
     one[3] = 0
     assert pareto_k(one) == math.inf  # one weight is everything
+
+
+@pytest.mark.parametrize(("num_samples", "threshold"), [(10, 0.0), (100, 0.5), (1000, 2 / 3), (10**6, 0.7)])
+def test_pareto_k_threshold(num_samples, threshold):
+    assert pareto_k_threshold(num_samples) == pytest.approx(threshold)
 
 
 def test_effective_sample_size():

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae import MLP, VAE, Bernoulli, Conditional, MeanField, StandardNormal
+from pyro_vae import MLP, VAE, Bernoulli, Conditional, ContractError, MeanField, Network, StandardNormal
 from pyro_vae.distributions import BernoulliVector
 
 
@@ -115,3 +115,17 @@ def test_state_dict_round_trip():
     x = torch.ones(3, 6)
     torch.testing.assert_close(vae.posterior(x).mean, other.posterior(x).mean)
     assert all(name.split(".")[0] in ("likelihood", "posterior") for name in vae.state_dict())
+
+
+class Narrow(Network):
+    """Promises another width than it has."""
+
+    def forward(self, features):
+        return features[..., :1]
+
+
+def test_a_network_that_breaks_its_promise_is_named():
+    with pytest.raises(ContractError, match="Narrow promises 4 outputs, not 1"):
+        Conditional(Narrow(6, 4), MeanField(2))(torch.zeros(3, 6))
+    with pytest.raises(TypeError, match="Linear is no pyro_vae"):
+        Conditional(torch.nn.Linear(6, 4), MeanField(2))

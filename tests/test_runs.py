@@ -65,7 +65,7 @@ def test_values_reach_the_parts(tmp_path):
     encoder = config.encoder(64, 6, image_shape=(1, 8, 8))
     assert isinstance(encoder, MLP)
     assert [layer.out_features for layer in encoder.layers] == [7, 5, 6]
-    assert encoder.activation == "relu"
+    assert encoder.activate.activation == "relu"
     assert (config.lr, config.evidence.num_samples, config.patience, str(config.run_dir)) == (1e-4, 12, 3, "x")
     assert config.weights == "best"
 

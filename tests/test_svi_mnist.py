@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -360,15 +361,21 @@ def test_images_of_other_shapes(tmp_path, shape):
 
 def test_evidence_that_is_nowhere_finite_is_still_reported(tmp_path, capsys):
     nan = torch.full((5,), math.nan)
-    plots.evidence(Evidence(nan, nan, nan, nan, torch.ones(5), nan), tmp_path)
+    plots.evidence(Evidence(nan, nan, nan, nan, torch.ones(5), nan), 0.7, tmp_path)
     assert (tmp_path / "log_px.png").stat().st_size > 1000
-    names = ("test_elbo", "test_log_likelihood", "test_log_likelihood_se", "mc_se", "share_khat_above_0_7")
-    content = dict.fromkeys(names, math.nan) | {"unit": "nats per image, mass", "num_samples": 3, "num_images": 5}
+    names = ("test_elbo", "test_log_likelihood", "test_log_likelihood_se", "mc_se", "share_khat_above_threshold")
+    content = dict.fromkeys(names, math.nan) | {
+        "num_invalid": 5,
+        "khat_threshold": 0.7,
+        "unit": "nats per image, mass",
+        "num_samples": 3,
+        "num_images": 5,
+    }
     runs.write_json(
         tmp_path / "result.json", content | {"active_units": 0, "train_seconds": 1.0, "evaluate_seconds": 1.0}
     )
     svi_mnist.report(tmp_path)
-    assert "| log-likelihood        |                    - |" in capsys.readouterr().out
+    assert re.search(r"\| log-likelihood +\| +- \|", capsys.readouterr().out)
 
 
 # Interruption
@@ -521,7 +528,12 @@ def test_resuming_with_a_wrong_checkpoint(tmp_path, spoil, words):
     [
         (
             ["--dataset.binarization", "none"],
-            ["--likelihood Bernoulli", "--dataset.binarization none", "outside the support", "binarize the data"],
+            [
+                "--likelihood Bernoulli",
+                "--dataset.binarization none",
+                "scores binary pixels",
+                "choose --dataset.binarization dynamic",
+            ],
         ),
         (["--dataset.num_validation", "0"], ["--dataset", "num_validation must be at least 1, got 0"]),
         (["--dataset.num_validation", "5000"], ["num_validation is 5000, of only 1400"]),
@@ -550,7 +562,7 @@ def test_grey_training_images_under_a_bernoulli(tmp_path):
     grey[1500] = 0.5
     np.savez(tmp_path / "images.npz", train=grey, test=binary)
     argv = ["--dataset", "Npz", "--dataset.path", str(tmp_path / "images.npz"), "--dataset.binarization", "none"]
-    assert "outside the support" in complaint(*argv, "--run_dir", str(tmp_path / "run"))
+    assert "scores binary pixels" in complaint(*argv, "--run_dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -707,3 +719,16 @@ def test_ctrl_c_has_status_130_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in done.stderr
     expected = f"interrupted: go on with: python -m experiments.svi_mnist --run_dir {tmp_path / 'run'} --resume"
     assert done.stderr.splitlines()[-1] == expected
+
+
+class Faulty(MLP):
+    """A network with a bug of its own."""
+
+    def forward(self, features):
+        raise ValueError("a bug of the user's")
+
+
+def test_a_bug_in_a_users_class_is_not_reported_as_another_mistake(tmp_path):
+    with pytest.raises(ValueError, match="a bug of the user's") as caught:
+        run(tmp_path / "run", "--encoder", f"{__name__}.Faulty")
+    assert not isinstance(caught.value, runs.RunError)

@@ -13,7 +13,8 @@ class Evidence(NamedTuple):
         log_px: log p(x), nats, shape ``(B,)``.
         mc_se: its Monte Carlo standard error, nats.
         ess: effective sample size of the weights.
-        khat: Pareto shape of the largest weights; above 0.7 neither ``log_px`` nor ``mc_se`` can be trusted.
+        khat: Pareto shape of the largest weights; above :func:`pyro_vae.pareto_k_threshold` neither ``log_px`` nor
+            ``mc_se`` can be trusted.
         num_invalid: how many log-weights were NaN or infinite. A weight of zero (log-weight ``-inf``) counts in the
             average as zero; a NaN makes ``log_px`` NaN.
         acceptance: acceptance rate of the estimator's Markov transitions.
