@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pyro
@@ -445,6 +447,15 @@ def test_moves_between_devices(parts):
 def test_repr_names_the_part(parts):
     text = repr(vae_with(**parts))
     assert all(name in text for name in ("(prior)", "(likelihood)", "(posterior)", "(network)", "(head)"))
+
+
+def test_import_leaves_validation_as_it_was():
+    """zuko switches it off for all of torch, which would score grey pixels under a Bernoulli without a word."""
+    program = (
+        "from torch.distributions import Distribution; before = Distribution._validate_args; import pyro_vae; "
+        "assert before and Distribution._validate_args == before"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @named(ENCODERS)

@@ -19,4 +19,5 @@ def test_python_blocks_run_in_order(capsys):
     log_px, over_images, monte_carlo = (float(v) for v in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)[:3])
     assert -30 < log_px < -20
     assert 0 < monte_carlo < over_images < 0.5
+    assert namespace["history"][-1].train_elbo > namespace["history"][0].train_elbo
     assert namespace["loss"] / len(namespace["batch"]) == pytest.approx(-log_px, abs=10)
