@@ -192,7 +192,7 @@ class ConvEncoder(Network):
             raise ValueError(f"blocks must be at least 0, got {blocks}")
         self.image_shape = _check_image(image_shape, in_features)
         *_, height, width = self.image_shape
-        self.convolutions = nn.ModuleList()
+        self.convolutions = nn.Sequential()
         for m, n in pairwise([self.image_shape[0], *channels]):
             residual = (_Residual(n, activation) for _ in range(blocks))
             convolution = nn.Conv2d(m, n, 3, stride=2, padding=1)
@@ -201,9 +201,7 @@ class ConvEncoder(Network):
         self.output = nn.Linear([self.image_shape[0], *channels][-1] * height * width, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        images = features.reshape(-1, *self.image_shape)
-        for convolution in self.convolutions:
-            images = convolution(images)
+        images = self.convolutions(features.reshape(-1, *self.image_shape))
         return self.output(images.flatten(1)).reshape(*features.shape[:-1], self.out_features)
 
 
@@ -236,8 +234,7 @@ class ConvDecoder(Network):
         _check_widths("channels", channels)
         if blocks < 0:
             raise ValueError(f"blocks must be at least 0, got {blocks}")
-        self.image_shape = _check_image(image_shape, out_features, multiple=True)
-        *_, height, width = self.image_shape
+        *_, height, width = _check_image(image_shape, out_features, multiple=True)
         sizes = [(height, width)]
         for _ in channels:
             sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -245,22 +242,17 @@ class ConvDecoder(Network):
         planes = out_features // (height * width)
         self.start_shape = (channels[0], *sizes[0])
         self.input = nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1])
-        self.convolutions = nn.ModuleList(
-            nn.Sequential(
-                *(_Residual(m, activation) for _ in range(blocks)),
-                _Activation(activation),
-                # from n to 2 n - 1, or to 2 n with a padding of 1
-                nn.ConvTranspose2d(m, n, 3, stride=2, padding=1, output_padding=(1 - h % 2, 1 - w % 2)),
-            )
-            for (m, n), (h, w) in zip(pairwise([*channels, planes]), sizes[1:], strict=True)
-        )
+        self.convolutions = nn.Sequential()
+        for (m, n), (h, w) in zip(pairwise([*channels, planes]), sizes[1:], strict=True):
+            residual = (_Residual(m, activation) for _ in range(blocks))
+            # from n to 2 n - 1, or to 2 n with a padding of 1
+            convolution = nn.ConvTranspose2d(m, n, 3, stride=2, padding=1, output_padding=(1 - h % 2, 1 - w % 2))
+            self.convolutions.append(nn.Sequential(*residual, _Activation(activation), convolution))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, features: Tensor) -> Tensor:
         images = self.input(features.reshape(-1, self.in_features)).unflatten(-1, self.start_shape)
-        for convolution in self.convolutions:
-            images = convolution(images)
-        return images.reshape(*features.shape[:-1], self.out_features) + self.bias
+        return self.convolutions(images).reshape(*features.shape[:-1], self.out_features) + self.bias
 
     def start_at(self, output: Tensor) -> None:
         with torch.no_grad():
