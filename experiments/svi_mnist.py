@@ -53,6 +53,7 @@ from pyro_vae import (
     importance_sampling,
     pareto_k_threshold,
 )
+from pyro_vae.vae import num_outputs
 
 ENGINES = {"pyro": PyroSVI}
 T = TypeVar("T")
@@ -237,6 +238,8 @@ def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T
     """What ``factory`` makes; what it refuses is a user's mistake in ``option``."""
     try:
         return factory(*args, **kwargs)
+    except ContractError as error:  # names the class itself
+        raise runs.RunError(str(error)) from error
     except (ValueError, TypeError, AssertionError) as error:  # Pyro's losses assert
         raise runs.RunError(f"--{option}: {' '.join(str(error).split())}") from error
 
@@ -246,8 +249,8 @@ def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
     event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
     likelihood = make("likelihood", config.likelihood, event_size)
     posterior = make("posterior", config.posterior, config.latent_dim)
-    decoder = make("decoder", config.decoder, config.latent_dim, sum(likelihood.sizes), image_shape=shape)
-    encoder = make("encoder", config.encoder, event_size, sum(posterior.sizes), image_shape=shape)
+    decoder = make("decoder", config.decoder, config.latent_dim, num_outputs(likelihood), image_shape=shape)
+    encoder = make("encoder", config.encoder, event_size, num_outputs(posterior), image_shape=shape)
     below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
     return MODELS[config.model](config, *below)
 
@@ -263,10 +266,10 @@ def two_layers(config: Config, likelihood: Conditional, posterior: Conditional) 
     latent, top_posterior = MeanField(bottom), make("posterior", config.posterior, top)
     return TwoLayerVAE(
         make("prior", config.prior, top),
-        latent=Conditional(MLP(top, sum(latent.sizes), config.top.hidden), latent),
+        latent=Conditional(MLP(top, num_outputs(latent), config.top.hidden), latent),
         likelihood=likelihood,
         posterior=posterior,
-        top_posterior=Conditional(MLP(bottom, sum(top_posterior.sizes), config.top.hidden), top_posterior),
+        top_posterior=Conditional(MLP(bottom, num_outputs(top_posterior), config.top.hidden), top_posterior),
     )
 
 
@@ -295,7 +298,10 @@ def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
 
 
 def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], binarization: str) -> None:
-    """Refuse observations that the likelihood cannot score; binary ones are alike, so that a few stand for all."""
+    """Refuse parts that break their contract, and observations that the likelihood cannot score.
+
+    Binary observations are alike, so that a few stand for all.
+    """
     size = 1000 if ENCODINGS[binarization] == "binary" else None
     try:
         for x in observations:
@@ -303,9 +309,9 @@ def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], b
                 check_program(vae.model, vae.guide, part)
     except ContractError as error:
         problem = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
-        raise runs.RunError(
-            f"--likelihood {type(vae.likelihood.head).__name__}, with --dataset.binarization {binarization}: {problem}"
-        ) from error
+        parts = {"prior": vae.prior, "likelihood": vae.likelihood.head, "posterior": vae.posterior.head}
+        chosen = " ".join(f"--{option} {type(part).__name__}" for option, part in parts.items())
+        raise runs.RunError(f"{problem} ({chosen} --dataset.binarization {binarization})") from error
 
 
 def train(

@@ -84,8 +84,26 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_samples: int) -> 
     Raises:
         ValueError: see :func:`traces`.
     """
-    model_trace, guide_trace = traces(model, guide, x, num_samples)
-    return _sum_log_prob(model_trace) - _sum_log_prob(guide_trace)
+    return log_weights_of(traces(model, guide, x, num_samples))
+
+
+def log_weights_of(traces: Traces) -> Tensor:
+    """The log-weights ``(K, B)`` of given traces."""
+    return _sum_log_prob(traces.model) - _sum_log_prob(traces.guide)
+
+
+def check_pathwise(guide_trace: poutine.Trace) -> None:
+    """Refuse a guide whose draws carry no gradient: a pathwise bound would train it with a wrong one.
+
+    Raises:
+        ContractError: naming the site and its distribution.
+    """
+    for name in _sample_sites(guide_trace):
+        if not (made := guide_trace.nodes[name]["fn"]).has_rsample:
+            raise ContractError(
+                f"guide site '{name}' draws from {type(made).__name__}, whose draws have no gradient (has_rsample is "
+                "False), as a pathwise bound needs: choose another posterior, or pyro.infer.Trace_ELBO"
+            )
 
 
 def _sum_log_prob(trace: poutine.Trace) -> Tensor:
@@ -126,18 +144,31 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
 def check_program(model: Program, guide: Program, x: Tensor) -> None:
     """Run model and guide once on ``x`` and refuse what would give a number that is no log-likelihood.
 
+    Supports are judged by draws: those of the guide must lie in the model's support, and those of the model in the
+    guide's, which else misses part of the posterior.
+
     Args:
         model, guide: see :func:`traces`.
         x: observations, shape ``(B, X)``.
 
     Raises:
         ContractError: as :func:`traces`, and if there is no observation or an observation lies outside the support
-            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score).
+            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or model
+            and guide disagree about the support of a latent site.
     """
     if x.dim() != 2 or x.shape[0] == 0:
         raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
     with torch.no_grad(), pyro.validation_enabled(False):
-        model_trace, _ = traces(model, guide, x, num_samples=2)
+        model_trace, guide_trace = traces(model, guide, x, num_samples=2)
+        for name in _sample_sites(guide_trace):
+            guided, modelled = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]
+            for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
+                if not other.support.check(drawn.sample()).all():
+                    raise ContractError(
+                        f"at site '{name}' the {whose} draws from {type(drawn).__name__} on {drawn.support}, outside "
+                        f"the support of {type(other).__name__}, {other.support}: prior and posterior must have the "
+                        "same support, or the posterior be over all reals"
+                    )
     for name in _sample_sites(model_trace):
         site = model_trace.nodes[name]
         if site["is_observed"] and not (valid := site["fn"].support.check(x)).all():

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from pyro_vae.log_weights import Program, log_weights
+from pyro_vae.log_weights import Program, check_pathwise, log_weights_of, traces
 
 
 class Objective(ABC):
@@ -26,6 +26,7 @@ class ELBO(Objective):
 
     Raises:
         ValueError: if ``num_particles`` is below 1.
+        ContractError: when called, if draws of the guide have no gradient.
     """
 
     def __init__(self, num_particles: int = 1):
@@ -34,4 +35,6 @@ class ELBO(Objective):
         self.num_particles = num_particles
 
     def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        return -log_weights(model, guide, x, self.num_particles).mean()
+        both = traces(model, guide, x, self.num_particles)
+        check_pathwise(both.guide)
+        return -log_weights_of(both).mean()

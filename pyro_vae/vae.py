@@ -25,16 +25,17 @@ class Conditional(nn.Module):
     Raises:
         TypeError: if the network is no ``Network``.
         ValueError: if the network's width is not the sum of the head's sizes.
-        ContractError: by ``forward``, if the network's output has another width than it declares.
+        ContractError: if the head does not say its sizes; by ``forward``, if the network's output has another shape
+            than it promises, or the head returns no Pyro distribution, or one of another batch or event shape.
     """
 
     def __init__(self, network: Network, head: Likelihood | Posterior):
         super().__init__()
         if not isinstance(network, Network):
             raise TypeError(f"{type(network).__name__} is no pyro_vae.Network: make it a subclass")
-        if network.out_features != sum(head.sizes):
+        if network.out_features != (wanted := num_outputs(head)):
             raise ValueError(
-                f"{type(head).__name__} reads {sum(head.sizes)} numbers ({' + '.join(map(str, head.sizes))}), "
+                f"{type(head).__name__} reads {wanted} numbers ({' + '.join(map(str, head.sizes))}), "
                 f"but {type(network).__name__} has {network.out_features} outputs"
             )
         self.network = network
@@ -48,16 +49,34 @@ class Conditional(nn.Module):
     def forward(self, condition: Tensor) -> dist.TorchDistribution:
         """The distribution given ``condition``, shape ``(*, C)``: batch shape ``(*)``."""
         outputs = self.network(condition)
-        if outputs.shape[-1] != self.network.out_features:
+        batch = condition.shape[:-1]
+        if outputs.shape != (expected := (*batch, self.network.out_features)):
             raise ContractError(
-                f"{type(self.network).__name__} promises {self.network.out_features} outputs, not {outputs.shape[-1]}"
+                f"{type(self.network).__name__} must map {tuple(condition.shape)} to {expected}, "
+                f"it made {tuple(outputs.shape)}"
             )
-        return self.head(*outputs.split(self.head.sizes, dim=-1))
+        size = self.head.event_size if isinstance(self.head, Likelihood) else self.head.latent_dim
+        return _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
 
     def initialize(self, x: Tensor) -> None:
         """Start the network at the outputs that suit ``x``, shape ``(N, X)``, where the head knows them."""
         if isinstance(self.head, Likelihood) and (outputs := self.head.marginal(x)) is not None:
             self.network.start_at(torch.cat(outputs))
+
+
+def num_outputs(head: Likelihood | Posterior) -> int:
+    """How many raw outputs of a network the head reads.
+
+    Raises:
+        ContractError: if it does not say.
+    """
+    sizes = getattr(head, "sizes", None)
+    if not isinstance(sizes, tuple) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ContractError(
+            f"{type(head).__name__} must set self.sizes, a tuple of how many raw outputs each argument of its forward "
+            f"takes, it has {sizes}"
+        )
+    return sum(sizes)
 
 
 class VAE(nn.Module):
@@ -99,16 +118,19 @@ class VAE(nn.Module):
         self.posterior = posterior
         self._into_support = _IntoSupport()
 
+    def _prior(self) -> dist.TorchDistribution:
+        return _check_made(self.prior, self.prior(self.posterior), (), self.prior.latent_dim)
+
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) for observations ``x``, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
-            z = pyro.sample("z", self.prior(self.posterior))
+            z = pyro.sample("z", self._prior())
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x) for observations ``x``, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
-            return pyro.sample("z", self._into_support(self.posterior(x), lambda: self.prior(self.posterior)))
+            return pyro.sample("z", self._into_support(self.posterior(x), self._prior))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
@@ -162,7 +184,8 @@ class TwoLayerVAE(nn.Module):
         self._into_support = _IntoSupport()
 
     def _prior(self) -> dist.TorchDistribution:
-        return self.prior(lambda x: self.top_posterior(self.posterior(x).mean))
+        made = self.prior(lambda x: self.top_posterior(self.posterior(x).mean))
+        return _check_made(self.prior, made, (), self.prior.latent_dim)
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z1, z2) for observations ``x``, shape ``(B, X)``."""
@@ -184,25 +207,52 @@ class TwoLayerVAE(nn.Module):
 
 
 class _IntoSupport:
-    """Maps a posterior into a prior's support, where that is not the whole space, by torch's ``biject_to``."""
+    """Maps a posterior over the whole space into a prior's support, where that is smaller, by torch's ``biject_to``.
+
+    A posterior that has a support of its own keeps it.
+    """
 
     def __init__(self):
         self._whole_space = False
 
     def __call__(self, posterior: dist.TorchDistribution, prior: Callable[[], dist.TorchDistribution]):
-        if self._whole_space:  # remembered: making a VampPrior costs as much as encoding all its pseudo-inputs
+        # remembered: making a VampPrior costs as much as encoding all its pseudo-inputs
+        if self._whole_space or not _is_whole_space(posterior.support):
             return posterior
         support = prior().support
         if isinstance(support, MixtureSameFamilyConstraint):  # biject_to does not know it
             support = support.base_constraint
-        innermost = support
-        while hasattr(innermost, "base_constraint"):
-            innermost = innermost.base_constraint
-        self._whole_space = innermost is constraints.real
+        self._whole_space = _is_whole_space(support)
         if self._whole_space:
             return posterior
+        if support.is_discrete:
+            raise ContractError(
+                f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
+                f"support {support}: choose a posterior with that support"
+            )
         # the transform remembers its last point: its inverse is inexact near the support's boundary
         return dist.TransformedDistribution(posterior, [biject_to(support).with_cache(1)])
+
+
+def _is_whole_space(support: constraints.Constraint) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
+    """Refuse what a part made unless it is a Pyro distribution of these shapes: elsewhere it would be hard to place."""
+    name, kind = type(part).__name__, type(made).__name__
+    if not isinstance(made, dist.torch_distribution.TorchDistributionMixin):
+        raise ContractError(f"{name} must return a distribution of pyro.distributions, it made {kind}")
+    shapes = tuple(made.batch_shape), tuple(made.event_shape)
+    if shapes != (expected := (tuple(batch), (size,))):
+        mend = "; add .to_event(1)" if shapes == ((*batch, size), ()) else ""
+        raise ContractError(
+            f"{name} must return batch shape {expected[0]} and event shape {expected[1]}, "
+            f"it made {kind} of {shapes[0]} and {shapes[1]}{mend}"
+        )
+    return made
 
 
 def _check_latent_dims(**dims: int) -> None:

@@ -125,7 +125,7 @@ class Narrow(Network):
 
 
 def test_a_network_that_breaks_its_promise_is_named():
-    with pytest.raises(ContractError, match="Narrow promises 4 outputs, not 1"):
+    with pytest.raises(ContractError, match=r"Narrow must map \(3, 6\) to \(3, 4\), it made \(3, 1\)"):
         Conditional(Narrow(6, 4), MeanField(2))(torch.zeros(3, 6))
     with pytest.raises(TypeError, match="Linear is no pyro_vae"):
         Conditional(torch.nn.Linear(6, 4), MeanField(2))

@@ -1,0 +1,205 @@
+"""A study: the same run for several contenders and seeds, and differences paired by seed and image.
+
+Shared by the experiments whose name ends in ``_study``; each contender is a line of arguments of experiments.svi_mnist.
+"""
+
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import compare, plots, runs, svi_mnist
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that every study has. See the subclasses for what ``contenders`` and ``common`` mean."""
+
+    contenders: dict[str, str]
+    common: str
+    seeds: int = 3
+    run_dir: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if not self.contenders:
+            raise ValueError("--contenders: there is none")
+        slugs = [slug(name) for name in self.contenders]
+        if len(set(slugs)) < len(slugs) or not all(slugs):
+            raise ValueError("--contenders: names must differ in their letters and digits, which name directories")
+
+
+class Summary(NamedTuple):
+    """What the seeds of one contender say; every error is a standard error, None if there is but one seed.
+
+    Attributes:
+        name: of the contender.
+        reference: the contender that it is compared with.
+        unit: of all log-likelihoods.
+        elbo: mean over seeds.
+        log_likelihood: mean over seeds.
+        seed_error: of ``log_likelihood``, over seeds.
+        mc_error: of ``log_likelihood``, Monte Carlo.
+        differences: log-likelihood minus that of the reference, for each seed.
+        difference: their mean.
+        difference_seed_error: of ``difference``, over seeds: other seeds would differ by this.
+        difference_image_error: of ``difference``, over images: another test set would differ by this.
+        share_khat: of images whose Pareto k is above 0.7; there the log-likelihood is too low by an unknown amount.
+        active_units: mean over seeds.
+        seconds: of training, mean over seeds.
+        bits_per_dim: mean over seeds; None where it makes no sense.
+    """
+
+    name: str
+    reference: str
+    unit: str
+    elbo: float
+    log_likelihood: float
+    seed_error: float | None
+    mc_error: float
+    differences: list[float]
+    difference: float
+    difference_seed_error: float | None
+    difference_image_error: float
+    share_khat: float
+    active_units: float
+    seconds: float
+    bits_per_dim: float | None
+
+
+def open_study(settings: Settings, text: str, name: str) -> Path:
+    """The study's directory, made, or with ``--resume`` found.
+
+    Raises:
+        RunError: if it holds anything else.
+    """
+    run_dir = settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    runs.open_run(run_dir, text, settings.resume)
+    return run_dir
+
+
+def run_all(settings: Settings, run_dir: Path) -> dict[str, list[Path]]:
+    """Run every contender with every seed, one seed after the other; finished runs are not run again.
+
+    Returns:
+        The run directories of each contender, one per seed.
+    """
+    result: dict[str, list[Path]] = {name: [] for name in settings.contenders}
+    for seed in range(settings.seeds):
+        for name, arguments in settings.contenders.items():
+            directory = run_dir / f"{slug(name)}-seed{seed}"
+            if not (directory / "result.json").exists():
+                print(f"\n=== {name}, seed {seed}")
+                argv = [*shlex.split(settings.common), *shlex.split(arguments), f"--seed={seed}"]
+                argv += [f"--run_dir={directory}"] + ["--resume"] * (directory / "config.yaml").exists()
+                try:
+                    svi_mnist.main(argv)
+                except KeyboardInterrupt as interrupt:
+                    hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
+                    raise KeyboardInterrupt(hint) from interrupt
+                except runs.RunError as error:
+                    raise runs.RunError(f"{name}: {error}") from error
+            result[name].append(directory)
+    return result
+
+
+def slug(name: str) -> str:
+    """A name as a directory's: ``Gaussian, per pixel`` becomes ``Gaussian-per-pixel``."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
+    """A summary of each contender, compared with the first one of its unit: a mass is never set against a density."""
+    references: dict[str, tuple[str, list[compare.Run]]] = {}
+    summaries = []
+    for name, paths in directories.items():
+        finished = [compare.read(path) for path in paths]
+        results = [run.result for run in finished]
+        unit = results[0]["unit"]
+        reference, others = references.setdefault(unit, (name, finished))
+        pairs = [compare.compare(run, other) for run, other in zip(finished, others, strict=True)]
+        differences = [pair.mean for pair in pairs]
+        per_image = np.mean([run.log_px - other.log_px for run, other in zip(finished, others, strict=True)], axis=0)
+        summaries.append(
+            Summary(
+                name=name,
+                reference=reference,
+                unit=unit,
+                elbo=_mean(results, "test_elbo"),
+                log_likelihood=_mean(results, "test_log_likelihood"),
+                seed_error=standard_error([r["test_log_likelihood"] for r in results]),
+                mc_error=math.hypot(*(r["mc_se"] for r in results)) / len(results),
+                differences=differences,
+                difference=statistics.fmean(differences),
+                difference_seed_error=standard_error(differences),
+                difference_image_error=float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
+                share_khat=_mean(results, "share_khat_above_0_7"),
+                active_units=_mean(results, "active_units"),
+                seconds=_mean(results, "train_seconds"),
+                bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
+            )
+        )
+    return summaries
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """Summaries of one unit as a Markdown table."""
+    reference = summaries[0].reference
+    header = ["", "ELBO", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
+    header += ["k > 0.7", "active units", "train s"]
+    bits = any(s.bits_per_dim is not None for s in summaries)
+    rows = [header + ["bits/dim"] * bits]
+    for s in summaries:
+        row = [s.name, f"{s.elbo:.2f}", f"{s.log_likelihood:.2f}", _text(s.seed_error)]
+        if s.name == reference:
+            row += ["", "", ""]
+        else:
+            row += [f"{s.difference:+.2f}", _text(s.difference_seed_error), _text(s.difference_image_error)]
+        row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
+        rows.append(row + [_text(s.bits_per_dim, 3)] * bits)
+    return runs.table(rows)
+
+
+def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
+    """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
+    others = [s for s in summaries if s.name != s.reference]
+    with plots.figure(path, 6.4, 1.2 + 0.4 * len(others)) as axes:
+        for row, s in enumerate(others):
+            axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)
+            axes.errorbar(s.difference, row, xerr=s.difference_seed_error, fmt="o", color="C0", capsize=3, zorder=3)
+        axes.axvline(0, color="C3", lw=1)
+        axes.set_yticks(range(len(others)), [s.name for s in others])
+        axes.set_ylim(len(others) - 0.5, -0.5)
+        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per image", title=title)
+
+
+def write(run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more) -> None:
+    """Print ``text`` and write it to table.md; write summary.json, with devices, versions and commits of the runs."""
+    results = [compare.read(path).result for paths in directories.values() for path in paths]
+    origins = {}
+    for name in ("device", "versions", "commit"):
+        origins[name] = [each for i, r in enumerate(results) if (each := r[name]) not in [s[name] for s in results[:i]]]
+    runs.write_text(run_dir / "table.md", text + "\n")
+    runs.write_json(run_dir / "summary.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
+    print(f"\n{text}\n\n{run_dir}")
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of ``values``; None for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _mean(results: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(math.nan if r[name] is None else r[name] for r in results)
+
+
+def _text(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
