@@ -98,13 +98,13 @@ def posterior_mean(guide: Program, x: Tensor, num_samples: int = 64) -> Latents:
         return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
 
 
-def decode(model: Program, size: int, like: Tensor, latents: Latents | None = None) -> Tensor:
-    """The mean of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
+def decode(model: Program, size: int, like: Tensor, latents: Latents | None = None, draw: bool = False) -> Tensor:
+    """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
     program = poutine.condition(poutine.uncondition(model), data=latents or {})
     with torch.no_grad():
         nodes = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
     (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
-    return observed["fn"].mean
+    return observed["value"] if draw else observed["fn"].mean
 
 
 def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
@@ -139,8 +139,10 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     latent_scatter(guide, data, run_dir / "latent_space.png")
 
 
-def image_grid(images: Tensor, shape: Sequence[int], path: Path, title: str = "") -> None:
-    """Images ``(rows, columns, X)`` of shape ``(C, H, W)`` as one picture."""
+def image_grid(
+    images: Tensor, shape: Sequence[int], path: Path, title: str = "", labels: Sequence[str] | None = None
+) -> None:
+    """Images ``(rows, columns, X)`` of shape ``(C, H, W)`` as one picture, with a label for each row if there are."""
     rows, columns = images.shape[:2]
     channels, height, width = shape
     tiles = images.detach().cpu().reshape(rows, columns, channels, height, width)
@@ -157,7 +159,12 @@ def image_grid(images: Tensor, shape: Sequence[int], path: Path, title: str = ""
             interpolation="nearest",
         )
         axes.set_title(title)
-        axes.axis("off")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([])
+        centres = [(row + 0.5) * (height + 2) for row in range(rows)]
+        axes.set_yticks(centres if labels else [], labels)
+        axes.tick_params(length=0)
 
 
 def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 5000) -> None:

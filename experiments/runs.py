@@ -40,7 +40,7 @@ def parser(config: type) -> ArgumentParser:
     result = ArgumentParser(
         exit_on_error=False, allow_abbrev=False, description=inspect.getdoc(inspect.getmodule(config))
     )
-    result.add_class_arguments(config)
+    result.add_class_arguments(config, fail_untyped=False)  # a user's class may have no annotations
     result.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     types = get_type_hints(config)
     for action in result._actions:

@@ -150,8 +150,8 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     return summaries
 
 
-def table(summaries: Sequence[Summary]) -> str:
-    """Summaries of one unit as a Markdown table."""
+def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
+    """Summaries of one unit as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference
     header = ["", "ELBO", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
     header += ["k > 0.7", "active units", "train s"]
@@ -165,6 +165,8 @@ def table(summaries: Sequence[Summary]) -> str:
             row += [f"{s.difference:+.2f}", _text(s.difference_seed_error), _text(s.difference_image_error)]
         row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
         rows.append(row + [_text(s.bits_per_dim, 3)] * bits)
+    for name, cells in (more or {}).items():
+        rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
     return runs.table(rows)
 
 

@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         data = dataset.load(device)
     except DataError as error:
         raise runs.RunError(" ".join(str(error).split())) from error
-    vae = build(config, data.image_shape).to(device)
+    vae = make("model", build, config, data.image_shape).to(device)
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
     check_pairing(vae.likelihood.head, data, dataset)
     make("model", vae.initialize, x)
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
         result, evidence = evaluate(config, vae, data)
         result |= {
-            "bits_per_dim": bits_per_dim(result["test_log_likelihood"], data),
+            "bits_per_dim": bits_per_dim(result["test_log_likelihood"], data, vae.likelihood.head),
             "dataset": name,
             "binarization": dataset.binarization,
             "train_seconds": sum(e.seconds for e in history),
@@ -384,7 +384,7 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
         "mc_se": monte_carlo,
         "num_samples": config.evidence.num_samples,
         "num_images": len(test),
-        "unit": f"nats per image, {'density' if vae.likelihood.head.is_density else 'mass'}",
+        "unit": vae.likelihood.head.unit,
         "median_ess": evidence.ess.median().item(),
         "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
         "khat_threshold": threshold,
@@ -396,13 +396,14 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
     }, evidence
 
 
-def bits_per_dim(log_likelihood: float, data: Data) -> float | None:
-    """Bits per pixel of the image as stored; None for binary and other images, of which not all is scored.
+def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float | None:
+    """Bits per pixel of the image as stored; None for images of which not all is scored, or by no likelihood.
 
     A density of dequantized pixels, (k + u) / L in (0, 1), counts log2 L more: E_u log p((k + u) / L) - X log L is a
     lower bound of the log mass of the whole numbers k (Theis, van den Oord & Bethge 2016, section 3.1).
     """
-    if data.encoding not in ("integers", "dequantized") or data.train_pixels.is_floating_point():
+    stored = data.encoding in ("integers", "dequantized") and not data.train_pixels.is_floating_point()
+    if not stored or head.is_density is None:
         return None
     bits = -log_likelihood / (math.prod(data.image_shape) * math.log(2))
     return bits + math.log2(data.levels) if data.encoding == "dequantized" else bits

@@ -36,14 +36,14 @@ class ContinuousBernoulli(TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None) -> "ContinuousBernoulli":
-        return ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=self._validate_args)
+        return type(self)(self.logits.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, x: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(x)
-        return self.logits * x - self._log_normalizer()
+        return self.logits * x - self.log_normalizer()
 
-    def _log_normalizer(self) -> Tensor:
+    def log_normalizer(self) -> Tensor:
         """log (exp(l) - 1) / l = max(l, 0) + log (1 - exp(-a)) / a with a = |l|; a series where a is small."""
         size = self.logits.abs()
         small = size < 0.1

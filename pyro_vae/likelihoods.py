@@ -29,7 +29,7 @@ class Likelihood(nn.Module, ABC):
         sizes: how many raw outputs each parameter takes; their sum is the decoder's ``out_features``.
         encoding: what the observations must be; None if any will do that lie in the distribution's support.
         levels: how many values a whole number can take; None if any.
-        is_density: whether log p(x) is a density (else a probability mass).
+        is_density: whether log p(x) is a density (else a probability mass); None for a score that is no likelihood.
 
     Raises:
         ValueError: if ``event_size`` is below 1.
@@ -38,7 +38,7 @@ class Likelihood(nn.Module, ABC):
     sizes: tuple[int, ...]
     encoding: Encoding | None = None
     levels: int | None = None
-    is_density: bool = False
+    is_density: bool | None = False
 
     def __init__(self, event_size: int):
         super().__init__()
@@ -46,6 +46,12 @@ class Likelihood(nn.Module, ABC):
             raise ValueError(f"event_size must be at least 1, got {event_size}")
         self.event_size = event_size
         self.sizes = (event_size,)
+
+    @property
+    def unit(self) -> str:
+        """Of log p(x). Numbers of different units mean different things and are never compared."""
+        kinds = {True: "density", False: "mass", None: "score that is no likelihood"}
+        return f"nats per image, {kinds[self.is_density]}"
 
     @abstractmethod
     def forward(self, *parameters: Tensor) -> TorchDistribution:

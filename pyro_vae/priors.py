@@ -81,6 +81,8 @@ class DiagonalNormal(Prior):
 class GaussianMixture(Prior):
     """A mixture of normals with learned weights, means and diagonal covariances.
 
+    The means start about 2 standard deviations from the origin, whatever D: further out, components find no data.
+
     Args:
         latent_dim: number D of latent dimensions.
         components: normal distributions in the mixture, at least 1.
@@ -94,7 +96,7 @@ class GaussianMixture(Prior):
         if components < 1:
             raise ValueError(f"components must be at least 1, got {components}")
         self.logits = nn.Parameter(torch.zeros(components))
-        self.loc = nn.Parameter(torch.randn(components, latent_dim))
+        self.loc = nn.Parameter(2 / math.sqrt(latent_dim) * torch.randn(components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
 
     def forward(self, posterior: PosteriorMap | None = None) -> TorchDistribution:

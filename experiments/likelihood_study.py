@@ -1,0 +1,223 @@
+"""Which likelihood suits grey images, and why is Bernoulli cross-entropy on grey pixels none?
+
+Likelihoods x seeds, same networks, same budget. Densities of dequantized pixels and masses of whole numbers are kept
+apart. Every likelihood is also set against itself with free parameters for each pixel and no latent variable, which
+says what the latent variable is worth. Cross-entropy on grey pixels is trained as many VAEs are, and its number is
+set beside the integral that a likelihood would have equal to one.
+
+With no options: MNIST in grey, 20 epochs, 3 seeds, 200 importance samples for each of the first 2,000 test images.
+Categorical is not among the usual contenders: with 256 levels its decoder has 200,704 outputs.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments import plots, runs, study, svi_mnist
+from experiments.datasets import Data, cache_folder
+from pyro_vae import ContinuousBernoulli, Likelihood, distributions, importance_sampling
+from pyro_vae.vae import num_outputs
+
+DENSITY = "--dataset.binarization dequantized --likelihood"
+MASS = "--dataset.binarization integers --likelihood"
+LIKELIHOODS = {
+    "Gaussian": f"{DENSITY} Gaussian",
+    "Gaussian, scale per pixel": f"{DENSITY} Gaussian --likelihood.scale per_pixel",
+    "LaplaceLikelihood": f"{DENSITY} LaplaceLikelihood",
+    "Beta": f"{DENSITY} Beta",
+    "ContinuousBernoulli": f"{DENSITY} ContinuousBernoulli",
+    "DiscretizedLogistic": f"{MASS} DiscretizedLogistic",
+    "DiscretizedLogistic, mixture of 5": f"{MASS} DiscretizedLogistic --likelihood.components 5",
+    "NegativeBinomial": f"{MASS} NegativeBinomial",
+    "Poisson": f"{MASS} Poisson",
+    "cross-entropy": f"{DENSITY} experiments.likelihood_study.CrossEntropy",
+}
+
+
+@dataclass(frozen=True)
+class Config(study.Settings):
+    """Settings of the study.
+
+    Args:
+        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first of each unit is the
+            reference. A likelihood of your own: --contenders.Cauchy '--likelihood my_package.CauchyPixels
+            --dataset.binarization dequantized' adds one to the usual ones.
+        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        seeds: runs of each contender, at least 1.
+        run_dir: directory to write, new or empty; null: one under runs/, named by time.
+        resume: go on with the interrupted study in --run_dir; what is finished is not run again.
+    """
+
+    contenders: dict[str, str] = field(default_factory=lambda: dict(LIKELIHOODS))
+    common: str = "--epochs 20 --evidence.num_samples 200 --evidence.num_images 2000"
+
+
+class CrossEntropy(Likelihood):
+    """The formula of the Bernoulli, x log p + (1 - x) log(1 - p), applied to grey pixels: a score, no likelihood.
+
+    Its exponential does not integrate to one over the images, so that it is not to be compared with anything.
+
+    Args:
+        event_size: number X of pixels.
+    """
+
+    encoding = "dequantized"
+    is_density = None
+
+    def forward(self, logits: Tensor) -> TorchDistribution:
+        return _Unnormalized(logits).to_event(1)
+
+    def marginal(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The logit of the mean image."""
+        return (torch.logit(x.mean(0), eps=1e-3),)
+
+
+class _Unnormalized(distributions.ContinuousBernoulli):
+    def log_normalizer(self) -> Tensor:
+        return F.softplus(self.logits)  # and not log (exp(l) - 1) / l
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+
+class Score(NamedTuple):
+    """What cross-entropy on grey pixels says, and what it means; nats per image, means over test images.
+
+    Attributes:
+        score: log of the mean of exp(score) over z, as if it were log p(x).
+        log_integral: log of the integral of exp(score) over all images, given z: 0 for a likelihood.
+        log_likelihood: log p(x) of the same decoder after division by that integral: a continuous Bernoulli.
+    """
+
+    score: float
+    log_integral: float
+    log_likelihood: float
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the study as told by ``argv``; return its directory.
+
+    Raises:
+        RunError: for a mistake in ``argv``.
+    """
+    config, text = runs.parse(Config, argv)
+    run_dir = study.open_study(config, text, "likelihood_study")
+    directories = study.run_all(config, run_dir)
+    summaries = study.summarize(directories)
+    free, scores = {}, {}
+    for name, (first, *_) in directories.items():
+        settings, data = _settings_and_data(first)
+        head = settings.likelihood(data.test.shape[1])
+        free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
+        if head.is_density is None:
+            scores[name] = score(first, settings.evidence, data)
+    sections = []
+    for unit in dict.fromkeys(s.unit for s in summaries):
+        group = [s for s in summaries if s.unit == unit]
+        columns = {"no latent": [f"{free[s.name]:.2f}" for s in group]}
+        sections.append(f"## {unit[0].upper()}{unit[1:]}\n\n{study.table(group, columns)}")
+        if len(group) > 1:
+            study.forest(group, run_dir / f"differences-{study.slug(unit.split(',')[-1])}.png", unit)
+    sections += [_explain(name, each) for name, each in scores.items()]
+    samples(directories, run_dir / "samples.png")
+    title = (
+        f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
+        "In images with k > 0.7, log p(x) is too low by more than its errors say. 'No latent' is the same\n"
+        "likelihood with free parameters for each pixel. A density's bits per dimension bound those of the mass\n"
+        "that it makes, from above."
+    )
+    extra = {"without_latent": free, "scores": {name: each._asdict() for name, each in scores.items()}}
+    study.write(run_dir, "\n\n".join([title, *sections]), summaries, directories, **extra)
+    return run_dir
+
+
+def _settings_and_data(run: Path) -> tuple[svi_mnist.Config, Data]:
+    """The settings of a run, and its data on the CPU."""
+    config, _ = runs.parse(svi_mnist.Config, [f"--config={run / 'config.yaml'}"])
+    return config, config.dataset(config.data_dir or cache_folder()).load()
+
+
+def without_latent(
+    head: Likelihood, data: Data, num_images: int | None = None, steps: int = 500, progress: str | None = None
+) -> float:
+    """Mean test log p(x), in nats, of the head alone, its raw outputs free parameters of each pixel, without a latent.
+
+    Trained on all training images by Adam, from the head's own start if it has one.
+
+    Args:
+        head: the likelihood; its own parameters are trained too.
+        data: its observations.
+        num_images: score only the first so many test images; None: all of them.
+        steps: gradient steps, each of up to 1,000 images.
+        progress: what to call the progress bar; None for no bar.
+    """
+    torch.manual_seed(0)
+    number = len(data.train_pixels)
+    start = head.marginal(data.observe(torch.arange(number)))
+    outputs = [v.clone() for v in start] if start is not None else [torch.zeros(n) for n in head.sizes]
+    assert sum(v.numel() for v in outputs) == num_outputs(head)
+    parameters = [*(v.requires_grad_() for v in outputs), *head.parameters()]
+    optim = torch.optim.Adam(parameters, lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, steps)
+    for _ in tqdm(range(steps), desc=f"{progress}, no latent", disable=progress is None):
+        loss = -head(*outputs).log_prob(data.observe(torch.randint(number, (min(number, 1000),)))).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        schedule.step()
+    with torch.no_grad():
+        return (
+            torch.cat([head(*outputs).log_prob(x) for x in data.test[:num_images].split(1000)]).double().mean().item()
+        )
+
+
+def score(run: Path, settings: svi_mnist.EvidenceSettings, data: Data) -> Score:
+    """What the number of a run with ``CrossEntropy`` means, scored as the run was."""
+    claimed = json.loads((run / "result.json").read_text())["test_log_likelihood"]
+    vae, x = svi_mnist.load_run(run), data.test[: settings.num_images]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = vae.likelihood.network(vae.posterior(x).mean)
+        log_integral = (distributions.ContinuousBernoulli(logits).log_normalizer() - F.softplus(logits)).sum(-1)
+    vae.likelihood.head = ContinuousBernoulli(x.shape[1])
+    log_likelihood, *_ = importance_sampling(vae.model, vae.guide, x, settings.num_samples).mean()
+    return Score(claimed, log_integral.mean().item(), log_likelihood)
+
+
+def _explain(name: str, each: Score) -> str:
+    return (
+        f"### Why {name} is no likelihood\n\n"
+        f"It says {each.score:.2f} nats (seed 0). A likelihood integrates to one over all images, and the logarithm\n"
+        f"of that is 0; here, given z, it is {each.log_integral:.2f}. Divided by its integral, the same decoder is\n"
+        f"a continuous Bernoulli and reaches {each.log_likelihood:.2f} nats, to be set beside the densities above."
+    )
+
+
+def samples(directories: dict[str, list[Path]], path: Path, columns: int = 8) -> None:
+    """Data, and for each contender means of p(x | z) and draws from it, z from the prior."""
+    rows, labels = [], []
+    for name, paths in directories.items():
+        vae, (_, data) = svi_mnist.load_run(paths[0]), _settings_and_data(paths[0])
+        if not rows:
+            images = data.picture(data.test[: 2 * columns + 1].clone())
+            images[columns] = 0
+            rows, labels, shape = [images], ["test images"], data.image_shape
+        torch.manual_seed(0)
+        means, draws = (plots.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True))
+        rows.append(data.picture(torch.cat([means, torch.zeros_like(means[:1]), draws])))
+        labels.append(name)
+    title = "Prior samples: means of p(x | z) (left) and draws from it (right)"
+    plots.image_grid(torch.stack(rows), shape, path, title, labels)
+
+
+if __name__ == "__main__":
+    runs.cli(main)
