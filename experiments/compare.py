@@ -21,7 +21,7 @@ import xarray as xr
 
 from experiments import runs
 
-MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "num_samples")
+MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "num_samples", "test_set")
 
 
 class Run(NamedTuple):

@@ -6,6 +6,7 @@ name, or by import path for a class of your own; a part takes its own options af
 --encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, larger is better.
 """
 
+import hashlib
 import json
 import math
 import shlex
@@ -384,6 +385,7 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
         "mc_se": monte_carlo,
         "num_samples": config.evidence.num_samples,
         "num_images": len(test),
+        "test_set": hashlib.sha256(test.cpu().numpy().tobytes()).hexdigest()[:16],
         "unit": vae.likelihood.head.unit,
         "median_ess": evidence.ess.median().item(),
         "share_khat_above_0_7": (khat > 0.7).double().mean().item(),

@@ -1,0 +1,166 @@
+"""Studies: contenders x seeds, paired differences, resumption, and what the likelihood study says about scores."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import compare, likelihood_study, prior_study, runs, study, svi_mnist
+from experiments.datasets import Digits
+from experiments.likelihood_study import CrossEntropy
+from pyro_vae import Bernoulli, Categorical, Gaussian
+
+COMMON = (
+    "--common=--dataset Digits --epochs 1 --evidence.num_samples 30 --latent_dim 3 --encoder.hidden [8] "
+    "--decoder.hidden [8]"
+)
+TWO = json.dumps({"Normal": "--prior StandardNormal", "Mixture, of 3": "--prior GaussianMixture --prior.components 3"})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished prior study of two contenders and two seeds."""
+    run_dir = tmp_path_factory.mktemp("study") / "study"
+    prior_study.main([f"--run_dir={run_dir}", "--seeds=2", f"--contenders={TWO}", COMMON])
+    return run_dir
+
+
+def test_differences_are_paired_by_seed_and_image(finished):
+    log_px = {
+        name: np.stack([compare.read(finished / f"{name}-seed{seed}").log_px for seed in range(2)])
+        for name in ("Normal", "Mixture-of-3")
+    }
+    first, second = json.loads((finished / "summary.json").read_text())["summaries"]
+    paired = log_px["Mixture-of-3"] - log_px["Normal"]
+    assert (first["name"], second["name"], second["reference"]) == ("Normal", "Mixture, of 3", "Normal")
+    assert first["log_likelihood"] == pytest.approx(log_px["Normal"].mean(), abs=1e-5)
+    assert second["differences"] == pytest.approx(paired.mean(1), abs=1e-5)
+    assert second["difference"] == pytest.approx(paired.mean(), abs=1e-5)
+    # of two numbers, the standard error of the mean is half their distance
+    assert second["difference_seed_error"] == pytest.approx(abs(np.diff(paired.mean(1))[0]) / 2, abs=1e-5)
+    assert second["difference_image_error"] == pytest.approx(paired.mean(0).std(ddof=1) / math.sqrt(397), abs=1e-5)
+    text = (finished / "table.md").read_text()
+    assert f"{second['difference']:+.2f}" in text
+    assert "minus Normal" in text
+    assert (finished / "differences.png").stat().st_size > 1000
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    done = finished / "Mixture-of-3-seed1" / "result.json"
+    kept = {path: path.stat().st_mtime_ns for path in finished.glob("*/result.json") if path != done}
+    before = (finished / "summary.json").read_text()
+    done.unlink()
+    ran = []
+    monkeypatch.setattr(svi_mnist, "main", lambda argv, main=svi_mnist.main: (ran.append(argv), main(argv)))
+    argv = [f"--run_dir={finished}", "--resume"]
+    prior_study.main(argv)
+    assert len(ran) == 1
+    assert "--seed=1" in ran[0]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    previous, now = json.loads(before), json.loads((finished / "summary.json").read_text())
+    for old, new in zip(previous["summaries"], now["summaries"], strict=True):
+        assert old["log_likelihood"] == new["log_likelihood"]
+    prior_study.main(argv)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seeds=0"], "--seeds must be at least 1, got 0"),
+        (['--contenders={"a b": "", "a-b": ""}'], "names must differ in their letters and digits"),
+        (["--contenders={}"], "--contenders: there is none"),
+        (["--common=--epochs 0"], "StandardNormal: --epochs must be at least 1"),
+        (["--common=--dataset Digits", '--contenders={"a": "--prior Nope"}'], "a: --prior: 'Nope' is no known class"),
+        (["--contenders.Own=--epochs 0", "--common=--epochs 0"], "--epochs must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, argv, message):
+    with pytest.raises(runs.RunError, match=message):
+        prior_study.main([f"--run_dir={tmp_path / 'study'}", *argv])
+
+
+def test_another_study_is_not_overwritten(finished):
+    with pytest.raises(runs.RunError, match="holds another run, which is never overwritten"):
+        prior_study.main([f"--run_dir={finished}"])
+    with pytest.raises(runs.RunError, match=r"was run with another --seeds \(2, now 3\)"):
+        prior_study.main([f"--run_dir={finished}", "--resume", "--seeds=3"])
+
+
+def test_masses_densities_and_scores_are_kept_apart(tmp_path):
+    density, mass = likelihood_study.DENSITY, likelihood_study.MASS
+    contenders = {
+        "Gaussian": f"{density} Gaussian",
+        "Beta": f"{density} Beta",
+        "Categorical": f"{mass} Categorical --likelihood.levels 17",
+        "score": f"{density} experiments.likelihood_study.CrossEntropy",
+    }
+    run_dir = tmp_path / "study"
+    argv = [f"--run_dir={run_dir}", "--seeds=1", f"--contenders={json.dumps(contenders)}", COMMON]
+    likelihood_study.main(argv)
+    content = json.loads((run_dir / "summary.json").read_text())
+    references = {s["name"]: s["reference"] for s in content["summaries"]}
+    assert references == {"Gaussian": "Gaussian", "Beta": "Gaussian", "Categorical": "Categorical", "score": "score"}
+    bits = {s["name"]: s["bits_per_dim"] for s in content["summaries"]}
+    assert bits["score"] is None
+    assert min(bits[name] for name in ("Gaussian", "Beta", "Categorical")) > 0
+    sections = (run_dir / "table.md").read_text().split("## ")[1:4]
+    assert [name in section for name, section in zip(["Beta", "Categorical", "score"], sections, strict=True)] == [
+        True
+    ] * 3
+    assert "Beta" not in sections[1] + sections[2]
+    assert (run_dir / "samples.png").stat().st_size > 1000
+    (each,) = content["scores"].values()
+    assert each["score"] == pytest.approx(content["summaries"][3]["log_likelihood"])
+    assert each["log_integral"] < -10
+    # dividing by the integral raises the score by about as much
+    assert each["log_likelihood"] - each["score"] == pytest.approx(-each["log_integral"], rel=0.05)
+
+
+def test_the_score_integrates_to_what_the_study_says():
+    logits = torch.tensor([-3.0, -0.01, 0.0, 2.0, 9.0], dtype=torch.float64)
+    x = (torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000
+    p = torch.sigmoid(logits)
+    cross_entropy = x * p.log() + (1 - x) * torch.log1p(-p)
+    by_hand = cross_entropy.exp().mean(0)
+    score = CrossEntropy(1)
+    each = torch.stack([score(logits[i : i + 1]).log_prob(x) for i in range(5)], dim=1)
+    torch.testing.assert_close(each, cross_entropy)
+    normalizer = likelihood_study.distributions.ContinuousBernoulli(logits).log_normalizer()
+    torch.testing.assert_close(torch.exp(normalizer - torch.nn.functional.softplus(logits)), by_hand, rtol=1e-6, atol=0)
+    assert (by_hand < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "binarization"),
+    [
+        (Bernoulli, "threshold"),
+        (lambda x: Categorical(x, 17), "integers"),
+        (lambda x: Gaussian(x, "per_pixel"), "none"),
+    ],
+    ids=["Bernoulli", "Categorical", "Gaussian"],
+)
+def test_without_latent_reaches_the_closed_form_of_maximum_likelihood(make, binarization):
+    """Frequencies, for Bernoulli and Categorical; mean and standard deviation, for a Gaussian."""
+    data = Digits("unused", binarization=binarization).load()
+    data.test = train = data.observe(torch.arange(1200))  # the maximum is of the training images
+    if binarization == "none":
+        varies = train.std(0) > 0.02
+        train = train.double()
+        best = -(train.std(0, correction=0)[varies].log() + 0.5 * math.log(2 * math.pi) + 0.5).sum().item()
+        data.test, data._train = data.test[:, varies], data._train[:, varies]
+        head = make(int(varies.sum()))
+    else:
+        values = torch.arange(17 if binarization == "integers" else 2)[:, None, None]
+        frequency = (train == values).double().mean(1)
+        best = torch.xlogy(frequency, frequency).sum().item()
+        head = make(64)
+    found = likelihood_study.without_latent(head, data, steps=400)
+    assert best - 0.02 * abs(best) - 0.1 < found < best + 1e-3
+
+
+def test_a_single_seed_has_no_error_over_seeds():
+    assert study.standard_error([3.0]) is None
+    assert study.standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
