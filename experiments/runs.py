@@ -87,7 +87,7 @@ def _refuse_empty(argv: Sequence[str]) -> None:
     """An empty value, as an unset shell variable leaves it, would be read as the current directory or worse."""
     for option, value in pairwise([*argv, None]):
         name, equals, given = option.partition("=")
-        if re.fullmatch(r"--\w+", name) and "" in ((given,) if equals else (value,)):
+        if re.fullmatch(r"--[\w.]+", name) and "" in ((given,) if equals else (value,)):
             raise RunError(f"{name}: the value is empty")
 
 

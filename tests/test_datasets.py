@@ -1,20 +1,34 @@
 import errno
 import gzip
 import hashlib
+import io
 import os
 import subprocess
 import zipfile
-from http.client import HTTPException, RemoteDisconnected
+from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from scipy.io import savemat
 from sklearn.datasets import load_digits
 
 from experiments import datasets
-from experiments.datasets import MNIST, DataError, Digits, FashionMNIST, Images, Npz
+from experiments.datasets import (
+    MNIST,
+    DataError,
+    Digits,
+    FashionMNIST,
+    ImageFolder,
+    Images,
+    Npy,
+    Npz,
+    Omniglot,
+    StaticMNIST,
+)
 
 NAMES = sorted(MNIST.sha256)
 
@@ -595,6 +609,544 @@ def test_own_images_in_no_archive(spoil, tmp_path):
     assert not str(caught.value).endswith(": ")
 
 
+def test_own_flat_images_in_an_archive(save, tmp_path):
+    train, test = whole(20, 24), whole(5, 24)
+    path = save(train=train, test=test)
+    data = Npz(tmp_path, path, "integers", num_validation=3, image_shape=[2, 3, 4]).load()
+    assert data.image_shape == (2, 3, 4)
+    assert data.observe(torch.arange(17)).tolist() == train[:17].tolist()
+    assert data.test.tolist() == test.tolist()
+
+
+# Your own images in one array
+
+
+@pytest.fixture
+def put(tmp_path):
+    def put(array, name="images.npy", **settings):
+        np.save(tmp_path / name, array, **settings)
+        return tmp_path / name
+
+    return put
+
+
+@pytest.mark.parametrize("make", [real, whole], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("shape", "image_shape", "expected"),
+    [
+        ((3, 4), None, (1, 3, 4)),
+        ((3, 4), [1, 3, 4], (1, 3, 4)),
+        ((2, 3, 4), None, (2, 3, 4)),
+        ((2, 3, 4), (2, 3, 4), (2, 3, 4)),
+        ((24,), [2, 3, 4], (2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_the_last_images_of_an_array_are_the_test_set(make, shape, image_shape, expected, put, tmp_path):
+    images = make(40, *shape)
+    data = Npy(tmp_path, put(images), image_shape=image_shape, binarization="none").load()
+    pixels = torch.from_numpy(images / (255 if make is whole else 1)).float().flatten(1)
+    assert data.image_shape == expected
+    torch.testing.assert_close(data.test, pixels[36:])
+    torch.testing.assert_close(data.validation, pixels[33:36])
+    torch.testing.assert_close(data.observe(torch.arange(33)), pixels[:33])
+    assert (data.train_labels, data.test_labels) == (None, None)
+
+
+def test_sizes_of_the_test_and_validation_sets_of_an_array(put, tmp_path):
+    images = whole(40, 3, 4)
+    data = Npy(tmp_path, put(images), num_test=7, num_validation=5, binarization="integers").load()
+    pixels = images.reshape(40, -1)
+    assert data.test.tolist() == pixels[33:].tolist()
+    assert data.validation.tolist() == pixels[28:33].tolist()
+    assert data.observe(torch.arange(28)).tolist() == pixels[:28].tolist()
+    assert len(Npy(tmp_path, put(images[:9])).load().test) == 2  # not a tenth, of which there is no error
+
+
+def test_test_images_in_an_array_of_their_own(put, tmp_path):
+    train, test = whole(20, 12), whole(3, 12)
+    test_path = put(test, "test.npy")
+    data = Npy(tmp_path, put(train), test_path=test_path, image_shape=[1, 3, 4], binarization="integers").load()
+    assert data.test.tolist() == test.tolist()
+    assert torch.cat([data.train_pixels, data.validation]).tolist() == train.tolist()
+
+
+@pytest.mark.parametrize(
+    ("array", "settings", "words"),
+    [
+        (whole(20, 12), {}, ["training images", "(18, 12)", "flat images need --dataset.image_shape '[C, H, W]'"]),
+        (whole(20, 12), {"image_shape": [1, 3, 5]}, ["images.npy", "(18, 12)", "--dataset.image_shape [1, 3, 5], 15"]),
+        (whole(20, 3, 4), {"image_shape": [1, 4, 3]}, ["images.npy", "(18, 3, 4)", "--dataset.image_shape [1, 4, 3]"]),
+        (whole(20, 2, 3, 4), {"image_shape": [1, 6, 4]}, ["(18, 2, 3, 4)", "--dataset.image_shape [1, 6, 4]"]),
+        (whole(20), {}, ["(18,)"]),
+        (whole(2, 3, 4), {}, ["images.npy", "a test set of 2 leaves nothing to train on, of only 2 images"]),
+        (np.float64(1), {}, ["images.npy", "of only 1 images"]),
+        (whole(20, 3, 4), {"num_test": 20}, ["images.npy", "a test set of 20", "of only 20 images"]),
+        (whole(20, 3, 4) // 200, {}, ["images.npy", "0..255", "none is above 1"]),
+        (2 * real(20, 3, 4), {}, ["must be in 0..1"]),
+        (real(20, 3, 4) > 0.5, {}, ["expected numbers, got bool"]),
+        (whole(20, 3, 4).astype(object), {}, ["images.npy is no readable .npy file", "Python objects"]),
+        (whole(20, 3, 4), {"test_path": "no.npy"}, ["no.npy is no readable .npy file", "No such file"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_an_array_that_is_wrong(array, settings, words, put, tmp_path):
+    with pytest.raises(DataError) as caught:
+        Npy(tmp_path, put(array), **settings).load()
+    assert_refused(str(caught.value), *words)
+    assert "allow_pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_test": 1}, "num_test must be at least 2, got 1"),
+        ({"num_test": 5, "test_path": "a.npy"}, "test_path or num_test, not both"),
+        ({"image_shape": [3, 4]}, r"image_shape must be \[C, H, W\], each at least 1, got \[3, 4\]"),
+        ({"image_shape": [0, 3, 4]}, r"each at least 1, got \[0, 3, 4\]"),
+    ],
+    ids=str,
+)
+def test_settings_of_an_array_out_of_range(settings, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        Npy(tmp_path, "images.npy", **settings)
+
+
+def one_archive(path):
+    with path.open("wb") as file:
+        np.savez(file, **GOOD)
+
+
+@pytest.mark.parametrize("spoil", [not_a_zip, half_a_zip, one_archive, nothing, folder])
+def test_a_file_that_is_no_array(spoil, tmp_path):
+    path = tmp_path / "images.npz"
+    spoil(path)
+    with pytest.raises(DataError) as caught:
+        Npy(tmp_path, path).load()
+    assert_refused(str(caught.value), path, "no readable .npy file")
+    assert ("use --dataset Npz" in str(caught.value)) == (spoil is one_archive)
+
+
+# Your own image files
+
+
+def paint(path, pixels, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path, **settings)
+
+
+def of_one_grey(folder, **classes):
+    """Files of 4x4 pixels, each of one grey value."""
+    for name, values in classes.items():
+        for value in values:
+            paint(folder / name / f"{value:03}.png", np.full((4, 4), value))
+
+
+def test_image_files_with_a_test_set(tmp_path):
+    of_one_grey(tmp_path / "train", cat=range(10), dog=range(100, 110))
+    of_one_grey(tmp_path / "test", dog=[255, 120], cat=[20])
+    data = ImageFolder(tmp_path, tmp_path, size=4, binarization="integers", num_validation=8).load()
+    assert data.image_shape == (1, 4, 4)
+    assert data.test.tolist() == [[20.0] * 16, [120.0] * 16, [255.0] * 16]
+    assert data.test_labels.tolist() == [0, 1, 1]
+    greys = data.train_pixels[:, 0]
+    assert (data.train_pixels == greys[:, None]).all()
+    assert data.train_labels.tolist() == (greys >= 100).int().tolist()
+    held_out = data.validation[:, 0]
+    assert sorted([*greys.tolist(), *held_out.tolist()]) == [*range(10), *range(100, 110)]
+    assert 0 < (held_out >= 100).sum() < 8  # of both classes
+
+
+def test_image_files_without_a_test_set(tmp_path):
+    of_one_grey(tmp_path, cat=range(20), dog=range(100, 120))
+
+    def greys(seed):
+        data = ImageFolder(tmp_path, tmp_path, 4, binarization="integers", binarization_seed=seed).load()
+        assert data.test_labels.tolist() == (data.test[:, 0] >= 100).int().tolist()
+        assert data.train_labels.tolist() == (data.train_pixels[:, 0] >= 100).int().tolist()
+        return [part[:, 0].tolist() for part in (data.train_pixels, data.validation, data.test)]
+
+    first = greys(1)
+    assert [len(part) for part in first] == [33, 3, 4]
+    assert sorted(value for part in first for value in part) == [*range(20), *range(100, 120)]
+    assert greys(1) == first
+    assert set(greys(2)[2]) != set(first[2])
+
+
+def test_image_files_are_cropped_then_resized(tmp_path):
+    """The middle square of a wide image, halved, whatever its orientation is said to be."""
+    square = np.kron(whole(3, 3), np.ones((2, 2)))
+    wide = np.hstack([np.full((6, 4), 255), square, np.zeros((6, 4))])
+    for value in range(3):
+        paint(tmp_path / "a" / f"{value}.png", wide)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise before it is seen
+    paint(tmp_path / "b" / "0.png", np.rot90(wide), exif=turned)
+    data = ImageFolder(tmp_path, tmp_path, size=3, binarization="integers").load()
+    images = torch.cat([data.train_pixels, data.validation, data.test]).reshape(4, 3, 3).numpy()
+    halved = torch.nn.functional.interpolate(
+        torch.from_numpy(wide)[None, None], (3, 7), mode="bilinear", antialias=True
+    )
+    assert np.abs(images[0] - halved[0, 0, :, 2:5].numpy()).max() <= 1
+    assert (images == images[0]).all()
+    twice = ImageFolder(tmp_path, tmp_path, size=6, binarization="integers").load()
+    assert twice.test[0].reshape(6, 6).tolist() == square.tolist()
+
+
+def test_colours_of_image_files(tmp_path):
+    pixels = whole(2, 2, 3)
+    for value in range(4):
+        paint(tmp_path / "a" / f"{value}.png", pixels)
+    data = ImageFolder(tmp_path, tmp_path, 2, grey=False, binarization="integers").load()
+    assert data.image_shape == (3, 2, 2)
+    assert data.test[0].reshape(3, 2, 2).tolist() == pixels.transpose(2, 0, 1).tolist()
+    grey = ImageFolder(tmp_path, tmp_path, 2, binarization="integers").load().test[0].reshape(2, 2).numpy()
+    assert np.abs(grey - pixels @ [0.299, 0.587, 0.114]).max() <= 1  # luma
+
+
+def no_folder(path):
+    return ["No such file or directory", f"{path}/<class>/*.png"]
+
+
+def no_classes(path):
+    paint(path / "0.png", np.zeros((4, 4)))
+    return ["find any class folder", f"{path}/<class>/*.png"]
+
+
+def no_images(path):
+    of_one_grey(path, cat=range(5))
+    (path / "dog").mkdir()
+    (path / "dog" / "notes.txt").write_text("")
+    return ["no valid file for the classes dog", f"{path}/<class>/*.png"]
+
+
+def no_test(path):
+    of_one_grey(path / "train", cat=range(5))
+    of_one_grey(path / "val", cat=range(5))
+    return [f"{path} must have train/<class>/ and test/<class>/, or neither"]
+
+
+def other_classes(path):
+    of_one_grey(path / "train", cat=range(5), dog=range(5))
+    of_one_grey(path / "test", cat=range(5))
+    return [f"{path}: train/ and test/ must have the same classes", "dog/"]
+
+
+def no_image_at_all(path):
+    of_one_grey(path, cat=range(5))
+    (path / "cat" / "5.png").write_text("no image")
+    return [path / "cat" / "5.png", "no readable image"]
+
+
+def half_an_image(path):
+    of_one_grey(path, cat=range(5))
+    file = path / "cat" / "002.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    return [file, "no readable image"]
+
+
+def sixteen_bits(path):
+    of_one_grey(path, cat=range(5))
+    Image.fromarray(whole(4, 4).astype(np.uint16)).save(path / "cat" / "5.png")
+    return [path / "cat" / "5.png", "8 bits per channel", "I;16"]
+
+
+def two_images(path):
+    of_one_grey(path, cat=range(2))
+    return [path, "of only 2 images"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_folder,
+        no_classes,
+        no_images,
+        no_test,
+        other_classes,
+        no_image_at_all,
+        half_an_image,
+        sixteen_bits,
+        two_images,
+    ],
+)
+def test_image_files_that_are_wrong(spoil, tmp_path):
+    words = spoil(tmp_path / "images")
+    with pytest.raises(DataError) as caught:
+        ImageFolder(tmp_path, tmp_path / "images").load()
+    assert_refused(str(caught.value), *words)
+
+
+def test_a_size_of_image_files_out_of_range(tmp_path):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        ImageFolder(tmp_path, tmp_path, size=0)
+
+
+# Static MNIST
+
+
+def bits(size):
+    return np.random.default_rng(size).integers(0, 2, (size, 784))
+
+
+SPLIT = {"train": 12, "valid": 4, "test": 5}
+
+
+@pytest.fixture
+def static_mnist(monkeypatch, tmp_path):
+    """The paths of a small one, in which all is right."""
+    monkeypatch.setattr(StaticMNIST, "sizes", SPLIT)
+    monkeypatch.setattr(StaticMNIST, "usual_validation", 4)
+    (tmp_path / "StaticMNIST").mkdir()
+    for part, size in SPLIT.items():
+        np.savetxt(tmp_path / "StaticMNIST" / f"binarized_mnist_{part}.amat", bits(size), fmt="%d")
+    return tmp_path / "StaticMNIST"
+
+
+@pytest.mark.parametrize("binarization", ["static", "dynamic", "threshold", "none", "integers"])
+def test_static_mnist_stays_as_it_is(binarization, static_mnist):
+    data = StaticMNIST(static_mnist.parent, binarization).load()
+    assert data.image_shape == (1, 28, 28)
+    assert data.observe(torch.arange(12)).tolist() == bits(12).tolist()
+    assert data.validation.tolist() == bits(4).tolist()
+    assert data.test.tolist() == bits(5).tolist()
+    assert data.levels == 2
+    assert data.encoding == {"none": "grey", "integers": "integers"}.get(binarization, "binary")
+    assert (data.train_labels, data.test_labels) == (None, None)
+
+
+def test_static_mnist_is_static_and_not_dequantized(tmp_path):
+    assert StaticMNIST(tmp_path).binarization == "static"
+    assert [StaticMNIST(tmp_path, each).binarization for each in ("dynamic", "threshold")] == ["static", "static"]
+    assert (StaticMNIST.sizes, StaticMNIST.usual_validation) == (
+        {"train": 50_000, "valid": 10_000, "test": 10_000},
+        10_000,
+    )
+    with pytest.raises(ValueError, match="another binarization than dequantized"):
+        StaticMNIST(tmp_path, "dequantized")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda text: text[:-1], []),
+        (lambda text: text.replace("\n", " \r\n"), []),
+        (lambda text: text[2:], ["line 1 is not 784 times 0 or 1"]),
+        (lambda text: text[:1600] + "2" + text[1601:], ["line 2 is not 784 times 0 or 1"]),
+        (lambda text: text.replace("\n", "", 1), ["line 1 "]),
+        (lambda text: text[: 1568 * 4], ["4 lines, not 5"]),
+        (lambda text: text + text, ["10 lines, not 5"]),
+        (lambda text: "", ["0 lines, not 5"]),
+        (lambda text: "<html>not found</html>", ["line 1 "]),
+    ],
+    ids=["no final newline", "other newlines", "short", "two", "joined", "few", "many", "empty", "HTML"],
+)
+def test_files_of_static_mnist_are_checked(spoil, words, static_mnist):
+    path = static_mnist / "binarized_mnist_test.amat"
+    path.write_text(spoil(path.read_text()))
+    dataset = StaticMNIST(static_mnist.parent)
+    if not words:
+        assert dataset.load().test.tolist() == bits(5).tolist()
+        return
+    with pytest.raises(DataError) as caught:
+        dataset.load()
+    assert_refused(str(caught.value), path, "is damaged", "delete it to fetch it again", *words)
+
+
+def test_a_file_of_static_mnist_that_cannot_be_read_is_named(static_mnist):
+    path = static_mnist / "binarized_mnist_valid.amat"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError) as caught:
+        StaticMNIST(static_mnist.parent).load()
+    assert_refused(str(caught.value), path, "Is a directory")
+
+
+# Omniglot
+
+
+@pytest.fixture
+def chardata(monkeypatch, tmp_path):
+    """A small chardata.mat, as Burda et al. stored theirs: pixels in the order of columns, one image per column."""
+    generator = np.random.default_rng(3)
+    train, test = generator.random((9, 28, 28)), generator.random((3, 28, 28))
+    alphabets, characters = np.array([2, 0, 2, 1, 0, 0, 1, 2, 0]), np.array([1, 1, 2, 1, 2, 1, 1, 2, 1])
+    content = {
+        "data": np.stack([image.ravel(order="F") for image in train], axis=1),
+        "target": np.eye(3)[alphabets].T,
+        "targetchar": characters[None],
+        "testdata": np.stack([image.ravel(order="F") for image in test], axis=1),
+        "testtarget": np.eye(3)[[1, 2, 0]].T,
+        "testtargetchar": np.array([[1, 1, 3]]),
+    }
+    monkeypatch.setattr(Omniglot, "sizes", {"": 9, "test": 3})
+    path = tmp_path / "Omniglot" / "chardata.mat"
+    path.parent.mkdir()
+    savemat(path, content)
+    return path, content, train, test
+
+
+def test_omniglot_of_the_literature(chardata):
+    path, _, train, test = chardata
+    data = Omniglot(path.parents[1], binarization="none", num_validation=2).load()
+    assert data.image_shape == (1, 28, 28)
+    torch.testing.assert_close(data.test, torch.from_numpy(test).flatten(1).float())
+    # (alphabet, character) in order: (0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2)
+    assert data.test_labels.tolist() == [3, 4, 2]
+    expected = dict(zip(train[:, 0, 1].astype(np.float32).tolist(), [4, 0, 5, 3, 1, 0, 3, 5, 0], strict=True))
+    assert [expected[value] for value in data.train_pixels[:, 1].tolist()] == data.train_labels.tolist()
+    found = torch.cat([data.train_pixels, data.validation]).numpy()
+    flat = train.reshape(9, 784).astype(np.float32)
+    assert np.array_equal(found[found[:, 0].argsort()], flat[flat[:, 0].argsort()])
+    assert not np.array_equal(found, flat)  # shuffled
+
+
+def test_omniglot_of_the_literature_without_labels(chardata):
+    path, content, _, test = chardata
+    savemat(path, {name: content[name] for name in ("data", "testdata", "target")})
+    data = Omniglot(path.parents[1], binarization="none", num_validation=2).load()
+    assert (data.train_labels, data.test_labels) == (None, None)
+    torch.testing.assert_close(data.test, torch.from_numpy(test).flatten(1).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"testdata": None}, "it lacks 'testdata'"),
+        ({"data": np.zeros((784, 8))}, "'data' has shape (784, 8), not (784, 9)"),
+        ({"targetchar": np.ones((1, 8))}, "cannot reshape"),
+        (b"", ""),
+        (b"<html>not found</html>" * 20, ""),
+        (slice(None, -2000), ""),
+    ],
+    ids=["array missing", "few images", "few labels", "empty", "HTML", "cut"],
+)
+def test_a_damaged_file_of_the_literature(change, words, chardata):
+    path, content, _, _ = chardata
+    if isinstance(change, dict):
+        savemat(path, {name: array for name, array in (content | change).items() if array is not None})
+    else:
+        path.write_bytes(path.read_bytes()[change] if isinstance(change, slice) else change)
+    with pytest.raises(DataError) as caught:
+        Omniglot(path.parents[1], num_validation=2).load()
+    assert_refused(str(caught.value), path, "is damaged", "delete it to fetch it again", words)
+    assert "()" not in str(caught.value)
+
+
+def drawing(character, drawer):
+    """105x105, black on white: a bar of ink whose place tells the character and the drawer, in blocks of 15 pixels."""
+    paper = np.full((105, 105), 255, dtype=np.uint8)
+    paper[15 * character : 15 * (character + 1), 15 * drawer : 15 * (drawer + 2)] = 0
+    return paper
+
+
+@pytest.fixture
+def archives(monkeypatch):
+    """The two archives of the original images: of two characters in an alphabet, three in another."""
+    made, md5 = {}, {}
+    for part, alphabets in {
+        "images_background": [("Latin", 2), ("Greek", 1)],
+        "images_evaluation": [("Tifinagh", 2)],
+    }.items():
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for alphabet, count in alphabets:
+                for character in reversed(range(count)):  # in no order
+                    for drawer in (2, 0, 1):
+                        file = io.BytesIO()
+                        Image.fromarray(drawing(character, drawer)).convert("1").save(file, "PNG")
+                        name = f"{part}/{alphabet}/character{character + 1:02}/0001_{drawer + 1:02}.png"
+                        archive.writestr(name, file.getvalue())
+            archive.writestr(f"__MACOSX/{part}/._0001_01.png", "rubbish")
+        made[f"{part}.zip"], md5[part] = content.getvalue(), hashlib.md5(content.getvalue()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", md5)
+    return made
+
+
+def test_original_omniglot(archives, tmp_path):
+    (tmp_path / "Omniglot").mkdir()
+    for name, content in archives.items():
+        (tmp_path / "Omniglot" / name).write_bytes(content)
+    data = Omniglot(tmp_path, "torchvision", binarization="integers", num_validation=1).load()
+    assert (data.image_shape, data.levels) == ((1, 28, 28), 256)
+    test = data.test.reshape(6, 28, 28)
+    assert data.test_labels.tolist() == [3, 3, 3, 4, 4, 4]  # after Greek 1, Latin 1, Latin 2
+    for index, image in enumerate(test):
+        ink = 255 - torch.from_numpy(drawing(*divmod(index, 3))).float()
+        expected = torch.nn.functional.interpolate(ink[None, None], (28, 28), mode="bilinear", antialias=True)[0, 0]
+        assert (image - expected).abs().max() <= 1
+    first_rows = data.train_pixels.reshape(8, 28, 28).amax(2).gt(0).int().argmax(1)
+    found = set(zip(data.train_labels.tolist(), first_rows.tolist(), strict=True))
+    assert found == {(0, 0), (1, 0), (2, 3)}  # Greek 1, Latin 1, and Latin 2, 15 pixels lower
+    assert data.train_labels.tolist() != sorted(data.train_labels.tolist())  # shuffled
+
+
+@pytest.mark.parametrize("name", ["images_background.zip", "images_evaluation.zip"])
+def test_a_damaged_archive_of_omniglot(name, archives, tmp_path):
+    (tmp_path / "Omniglot").mkdir()
+    for each, content in archives.items():
+        (tmp_path / "Omniglot" / each).write_bytes(flip(content) if each == name else content)
+    with pytest.raises(DataError) as caught:
+        Omniglot(tmp_path, "torchvision", num_validation=2).load()
+    assert_refused(str(caught.value), tmp_path / "Omniglot" / name, "wrong checksum", "delete it to fetch it again")
+
+
+# Downloads of files as they are
+
+
+FILES = [
+    (StaticMNIST, {}, "larocheh/public", [f"binarized_mnist_{part}.amat" for part in SPLIT]),
+    (Omniglot, {}, "https://github.com/yburda/iwae", ["chardata.mat"]),
+    (
+        Omniglot,
+        {"source": "torchvision"},
+        "https://raw.githubusercontent.com/brendenlake/omniglot",
+        ["images_background.zip", "images_evaluation.zip"],
+    ),
+]
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), IncompleteRead(b"half"), TimeoutError()], ids=repr)
+@pytest.mark.parametrize(("source", "settings", "address", "names"), FILES, ids=lambda value: str(value)[:40])
+def test_files_that_are_unreachable(source, settings, address, names, error, monkeypatch, tmp_path):
+    def fail(url, timeout):
+        raise error
+
+    monkeypatch.setattr(datasets, "urlopen", fail)
+    with pytest.raises(DataError) as caught:
+        source(tmp_path, **settings).load()
+    reason = str(error) or "TimeoutError"
+    assert_refused(str(caught.value), source.__name__, reason, *names, address, tmp_path / source.__name__, "Digits")
+    assert files(tmp_path) == []
+
+
+def test_missing_files_are_fetched(static_mnist, monkeypatch, capsys):
+    there = {path.name: path.read_bytes() for path in static_mnist.iterdir()}
+    kept = static_mnist / "binarized_mnist_train.amat"
+    for name in set(there) - {kept.name}:
+        (static_mnist / name).unlink()
+    asked = []
+
+    def urlopen(url, timeout):
+        assert timeout == 30
+        asked.append(url)
+        return io.BytesIO(there[url.rsplit("/", 1)[1]])
+
+    monkeypatch.setattr(datasets, "urlopen", urlopen)
+    assert StaticMNIST(static_mnist.parent).load().test.tolist() == bits(5).tolist()
+    base = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
+    assert asked == [f"{base}/binarized_mnist_valid.amat", f"{base}/binarized_mnist_test.amat"]
+    assert files(static_mnist) == sorted(there)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert asked[0] in output.err
+    StaticMNIST(static_mnist.parent).load()
+    assert len(asked) == 2
+
+
+# A class of your own
+
+
 def test_a_data_set_of_ones_own(tmp_path):
     class Stripes(datasets.Dataset):
         usual_validation = 2
@@ -606,3 +1158,13 @@ def test_a_data_set_of_ones_own(tmp_path):
     data = Stripes(tmp_path).load()
     assert torch.equal(data.test, torch.tensor([0.0, 1.0]).repeat(3, 8))
     assert torch.equal(data.observe(torch.arange(8)), torch.tensor([0.0, 1.0]).repeat(8, 8))
+
+
+def test_real_pixels_with_many_zeros_are_no_dequantized_ones(tmp_path):
+    images = np.random.default_rng(0).uniform(0.1, 0.9, (50, 4, 4))
+    np.save(tmp_path / "noisy.npy", images)
+    assert Npy(tmp_path, tmp_path / "noisy.npy", binarization="dequantized").load().test.shape == (5, 16)
+    images[:, 0] = 0
+    np.save(tmp_path / "zeros.npy", images)
+    with pytest.raises(DataError, match=r"Npy: 25% of the real-valued pixels are exactly 0 or 1"):
+        Npy(tmp_path, tmp_path / "zeros.npy", binarization="dequantized").load()

@@ -196,6 +196,7 @@ def test_help_of_a_part_teaches(capsys):
         (["--epochs="], ["--epochs: the value is empty"]),
         (["--run_dir", ""], ["--run_dir: the value is empty"]),
         (["--data_dir="], ["--data_dir: the value is empty"]),
+        (["--dataset.path", ""], ["--dataset.path: the value is empty"]),
         (["--epochs"], ["--epochs", "expected one argument"]),
         (["--config"], ["--config", "expected one argument"]),
         (["--resume"], ["--resume needs --run_dir"]),
