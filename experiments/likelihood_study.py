@@ -47,9 +47,9 @@ class Config(study.Settings):
     """Settings of the study.
 
     Args:
-        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first of each unit is the
-            reference. A likelihood of your own: --contenders.Cauchy '--likelihood my_package.CauchyPixels
-            --dataset.binarization dequantized' adds one to the usual ones.
+        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first of each unit and
+            kind of data is the reference. A likelihood of your own: --contenders.Cauchy '--likelihood
+            my_package.CauchyPixels --dataset.binarization dequantized' adds one to the usual ones.
         common: arguments of experiments.svi_mnist for all runs; --help there lists them.
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
@@ -121,12 +121,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if head.is_density is None:
             scores[name] = score(first, settings.evidence, data)
     sections = []
-    for unit in dict.fromkeys(s.unit for s in summaries):
-        group = [s for s in summaries if s.unit == unit]
+    for reference in dict.fromkeys(s.reference for s in summaries):
+        group = [s for s in summaries if s.reference == reference]
+        unit = group[0].unit
         columns = {"no latent": [f"{free[s.name]:.2f}" for s in group]}
         sections.append(f"## {unit[0].upper()}{unit[1:]}\n\n{study.table(group, columns)}")
         if len(group) > 1:
-            study.forest(group, run_dir / f"differences-{study.slug(unit.split(',')[-1])}.png", unit)
+            study.forest(group, run_dir / f"differences-to-{study.slug(reference)}.png", unit)
     sections += [_explain(name, each) for name, each in scores.items()]
     samples(directories, run_dir / "samples.png")
     title = (

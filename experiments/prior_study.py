@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run_dir = study.open_study(config, text, "prior_study")
     directories = study.run_all(config, run_dir)
     summaries = study.summarize(directories)
+    if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
+        raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:
         study.forest(summaries, run_dir / "differences.png", "Which prior is best?")
     lines = [

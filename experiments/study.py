@@ -117,14 +117,14 @@ def slug(name: str) -> str:
 
 
 def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
-    """A summary of each contender, compared with the first one of its unit: a mass is never set against a density."""
-    references: dict[str, tuple[str, list[compare.Run]]] = {}
+    """A summary of each contender, compared with the first one that it can be compared with at all."""
+    references: dict[tuple, tuple[str, list[compare.Run]]] = {}
     summaries = []
     for name, paths in directories.items():
         finished = [compare.read(path) for path in paths]
         results = [run.result for run in finished]
-        unit = results[0]["unit"]
-        reference, others = references.setdefault(unit, (name, finished))
+        meaning = tuple(results[0].get(each) for each in compare.MUST_AGREE)
+        reference, others = references.setdefault(meaning, (name, finished))
         pairs = [compare.compare(run, other) for run, other in zip(finished, others, strict=True)]
         differences = [pair.mean for pair in pairs]
         per_image = np.mean([run.log_px - other.log_px for run, other in zip(finished, others, strict=True)], axis=0)
@@ -132,7 +132,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
             Summary(
                 name=name,
                 reference=reference,
-                unit=unit,
+                unit=results[0]["unit"],
                 elbo=_mean(results, "test_elbo"),
                 log_likelihood=_mean(results, "test_log_likelihood"),
                 seed_error=standard_error([r["test_log_likelihood"] for r in results]),
@@ -151,7 +151,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
 
 
 def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
-    """Summaries of one unit as a Markdown table, with ``more`` columns by their headers."""
+    """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference
     header = ["", "ELBO", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
     header += ["k > 0.7", "active units", "train s"]
