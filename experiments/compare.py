@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[Difference]:
         raise runs.RunError("name at least two run directories to compare")
     first, *others = (read(directory) for directory in directories)
     differences = [compare(run, first) for run in others]
-    rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "k > 0.7")]
+    rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "bad k")]
     rows.append((str(first.path), f"{first.log_px.mean():.3f}", "", "", "", _share(first)))
     for run, d in zip(others, differences, strict=True):
         errors = f"{d.se:.3f}", f"{d.mc_se:.3f}"
@@ -104,7 +104,7 @@ def compare(run: Run, reference: Run) -> Difference:
 
 
 def _share(run: Run) -> str:
-    return f"{(run.khat > 0.7).mean():.0%}"
+    return f"{(run.khat > run.result['khat_threshold']).mean():.0%}"
 
 
 def _refuse(message: str) -> None:

@@ -78,7 +78,8 @@ class Dataset(ABC):
         num_validation: images held out from the end of the training set, at least 1; null: the usual split.
     """
 
-    usual_validation: int
+    usual_validation: int | None = None
+    """Images held out if nobody says how many; None: a tenth."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Dataset(ABC):
         self.binarization: Binarization = binarization
         self.binarization_seed = binarization_seed
         self.num_validation = self.usual_validation if num_validation is None else num_validation
-        if self.num_validation < 1:
+        if self.num_validation is not None and self.num_validation < 1:
             raise ValueError(f"num_validation must be at least 1, got {num_validation}")
         if not 0 <= binarization_seed < 2**63:
             raise ValueError(f"binarization_seed must be at least 0 and below 2^63, got {binarization_seed}")
@@ -110,7 +111,10 @@ class Dataset(ABC):
         Raises:
             DataError: if they cannot be had, are damaged, or do not hold pixels in their range.
         """
-        return Data(self, self.read(), device)
+        images = self.read()
+        if not isinstance(images, Images):
+            raise DataError(f"{type(self).__name__}.read must return Images(...), it made {type(images).__name__}")
+        return Data(self, images, device)
 
 
 class Data:
@@ -144,7 +148,7 @@ class Data:
                 f"{name}: {extremes:.0%} of the real-valued pixels are exactly 0 or 1, where a density grows without "
                 "bound: save whole numbers in 0..255, to which noise is added, or add noise yourself"
             )
-        held_out = dataset.num_validation
+        held_out = max(1, len(train) // 10) if dataset.num_validation is None else dataset.num_validation
         if held_out >= len(train):
             raise DataError(f"{name}: num_validation is {held_out}, of only {len(train)} training images")
         self.image_shape: tuple[int, ...] = train.shape[1:]
@@ -226,6 +230,8 @@ def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
     if images.ndim not in (3, 4) or 0 in images.shape:
         hint = "; flat images need --dataset.image_shape '[C, H, W]'" if images.ndim == 2 else ""
         raise DataError(f"{what}: expected an array (N, H, W) or (N, C, H, W), got shape {images.shape}{hint}")
+    if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
+        raise DataError(f"{what}: channels come first, as in (N, C, H, W), got shape {images.shape}: transpose it")
     if images.ndim == 3:
         images = images[:, None]
     if not np.issubdtype(images.dtype, np.number) or np.issubdtype(images.dtype, np.complexfloating):
@@ -268,8 +274,6 @@ class OwnImages(Dataset):
         image_shape: [C, H, W] of flat images (N, C * H * W), each at least 1; null: arrays already have such a shape.
     """
 
-    usual_validation = 1  # until the number of images is known
-
     def __init__(
         self,
         data_dir: Path,
@@ -281,7 +285,6 @@ class OwnImages(Dataset):
     ):
         super().__init__(data_dir, binarization, binarization_seed, num_validation)
         self.path = Path(path)
-        self._validation = num_validation
         self.image_shape = None if image_shape is None else tuple(image_shape)
         if self.image_shape is not None and (len(self.image_shape) != 3 or min(self.image_shape) < 1):
             raise ValueError(f"image_shape must be [C, H, W], each at least 1, got {list(self.image_shape)}")
@@ -297,8 +300,6 @@ class OwnImages(Dataset):
         whole = all(np.issubdtype(array.dtype, np.integer) for array in (train, test))
         if whole and all(array.size and array.max() <= 1 for array in (train, test)):
             raise DataError(f"{self.path}: whole numbers are read as 0..255, and none is above 1; save real numbers")
-        if self._validation is None:
-            self.num_validation = max(1, len(np.atleast_1d(train)) // 10)
         train, test = self._shaped(train, "training"), self._shaped(test, "test")
         return Images(train, test, 255 if whole else 1, train_labels, test_labels)
 
@@ -461,6 +462,7 @@ class ImageFolder(OwnImages):
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
             test_labels, train_labels = np.split(labels, [num_test])
+        print(f"{self.path}: {len(train) + len(test):,} images of {len(np.unique(train_labels))} classes")
         return self._images(train, test, train_labels, test_labels)
 
     def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     samples(directories, run_dir / "samples.png")
     title = (
         f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
-        "In images with k > 0.7, log p(x) is too low by more than its errors say. 'No latent' is the same\n"
-        "likelihood with free parameters for each pixel. A density's bits per dimension bound those of the mass\n"
+        "In images with a bad Pareto k, log p(x) is too low by more than its errors say. 'No latent' is the\n"
+        "same likelihood with free parameters for each pixel. A density's bits per dimension bound those of the mass\n"
         "that it makes, from above."
     )
     extra = {"without_latent": free, "scores": {name: each._asdict() for name, each in scores.items()}}

@@ -52,7 +52,8 @@ class Summary(NamedTuple):
         difference: their mean.
         difference_seed_error: of ``difference``, over seeds: other seeds would differ by this.
         difference_image_error: of ``difference``, over images: another test set would differ by this.
-        share_khat: of images whose Pareto k is above 0.7; there the log-likelihood is too low by an unknown amount.
+        share_khat: of images whose Pareto k is above its threshold for so many samples; there the log-likelihood is
+            too low by an unknown amount.
         active_units: mean over seeds.
         seconds: of training, mean over seeds.
         bits_per_dim: mean over seeds; None where it makes no sense.
@@ -141,7 +142,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
                 difference=statistics.fmean(differences),
                 difference_seed_error=standard_error(differences),
                 difference_image_error=float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
-                share_khat=_mean(results, "share_khat_above_0_7"),
+                share_khat=_mean(results, "share_khat_above_threshold"),
                 active_units=_mean(results, "active_units"),
                 seconds=_mean(results, "train_seconds"),
                 bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
@@ -154,7 +155,7 @@ def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = 
     """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference
     header = ["", "ELBO", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
-    header += ["k > 0.7", "active units", "train s"]
+    header += ["bad k", "active units", "train s"]
     bits = any(s.bits_per_dim is not None for s in summaries)
     rows = [header + ["bits/dim"] * bits]
     for s in summaries:

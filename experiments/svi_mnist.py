@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     vae = make("model", build, config, data.image_shape).to(device)
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
     check_pairing(vae.likelihood.head, data, dataset)
-    make("model", vae.initialize, x)
+    make("prior", vae.initialize, x)
     check_observations(vae, [data.test, data.validation, x], dataset.binarization)
     runs.open_run(run_dir, text, config.resume)
     num_parameters = sum(p.numel() for p in vae.parameters())
@@ -235,14 +235,30 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return run_dir
 
 
+OTHERS_ERRORS = (ValueError, TypeError, AssertionError, AttributeError, LookupError, RuntimeError)
+"""What the classes of a user, and of libraries, raise at what they cannot do; Pyro's losses assert."""
+
+
 def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """What ``factory`` makes; what it refuses is a user's mistake in ``option``."""
     try:
         return factory(*args, **kwargs)
-    except ContractError as error:  # names the class itself
-        raise runs.RunError(str(error)) from error
-    except (ValueError, TypeError, AssertionError) as error:  # Pyro's losses assert
-        raise runs.RunError(f"--{option}: {' '.join(str(error).split())}") from error
+    except OTHERS_ERRORS as error:
+        raise runs.RunError(_refusal(error, f"--{option}: ")) from error
+
+
+def _refusal(error: Exception, prefix: str = "") -> str:
+    """An error in one line; one that was not raised on purpose says where it was, outside of the libraries."""
+    message = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+        raise error
+    if isinstance(error, ContractError):  # names the class itself
+        return message
+    if isinstance(error, ValueError | AssertionError):
+        return prefix + message
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
+    return f"{prefix}{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
@@ -289,7 +305,7 @@ def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
         mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
         raise runs.RunError(
             f"--likelihood {name} scores {wanted} pixels, but --dataset.binarization {dataset.binarization} makes "
-            f"{data.encoding} ones: choose --dataset.binarization {mend}, or another likelihood"
+            f"{data.encoding} pixels: choose --dataset.binarization {mend}, or another likelihood"
         )
     if wanted == "integers" and levels is not None and levels != data.levels:
         raise runs.RunError(
@@ -308,8 +324,8 @@ def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], b
         for x in observations:
             for part in x[:size].split(1000):
                 check_program(vae.model, vae.guide, part)
-    except ContractError as error:
-        problem = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
+    except OTHERS_ERRORS as error:
+        problem = _refusal(error)
         parts = {"prior": vae.prior, "likelihood": vae.likelihood.head, "posterior": vae.posterior.head}
         chosen = " ".join(f"--{option} {type(part).__name__}" for option, part in parts.items())
         raise runs.RunError(f"{problem} ({chosen} --dataset.binarization {binarization})") from error

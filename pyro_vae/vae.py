@@ -26,7 +26,8 @@ class Conditional(nn.Module):
         TypeError: if the network is no ``Network``.
         ValueError: if the network's width is not the sum of the head's sizes.
         ContractError: if the head does not say its sizes; by ``forward``, if the network's output has another shape
-            than it promises, or the head returns no Pyro distribution, or one of another batch or event shape.
+            than it promises, or the head returns no Pyro distribution, or one of another batch or event shape,
+            or a mass where it says density.
     """
 
     def __init__(self, network: Network, head: Likelihood | Posterior):
@@ -56,7 +57,15 @@ class Conditional(nn.Module):
                 f"it made {tuple(outputs.shape)}"
             )
         size = self.head.event_size if isinstance(self.head, Likelihood) else self.head.latent_dim
-        return _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
+        made = _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
+        if isinstance(self.head, Likelihood) and self.head.is_density is not None:
+            is_density = not _innermost(made.support).is_discrete
+            if is_density != self.head.is_density:
+                raise ContractError(
+                    f"{type(self.head).__name__} says is_density = {self.head.is_density}, but its log p(x) is a "
+                    f"{'density' if is_density else 'mass'}, on {made.support}: set is_density = {is_density}"
+                )
+        return made
 
     def initialize(self, x: Tensor) -> None:
         """Start the network at the outputs that suit ``x``, shape ``(N, X)``, where the head knows them."""
@@ -225,7 +234,7 @@ class _IntoSupport:
         self._whole_space = _is_whole_space(support)
         if self._whole_space:
             return posterior
-        if support.is_discrete:
+        if _innermost(support).is_discrete:
             raise ContractError(
                 f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
                 f"support {support}: choose a posterior with that support"
@@ -234,10 +243,14 @@ class _IntoSupport:
         return dist.TransformedDistribution(posterior, [biject_to(support).with_cache(1)])
 
 
-def _is_whole_space(support: constraints.Constraint) -> bool:
+def _innermost(support: constraints.Constraint) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    return support is constraints.real
+    return support
+
+
+def _is_whole_space(support: constraints.Constraint) -> bool:
+    return _innermost(support) is constraints.real
 
 
 def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:

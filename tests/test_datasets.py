@@ -1168,3 +1168,9 @@ def test_real_pixels_with_many_zeros_are_no_dequantized_ones(tmp_path):
     np.save(tmp_path / "zeros.npy", images)
     with pytest.raises(DataError, match=r"Npy: 25% of the real-valued pixels are exactly 0 or 1"):
         Npy(tmp_path, tmp_path / "zeros.npy", binarization="dequantized").load()
+
+
+def test_channels_that_come_last_are_refused(tmp_path):
+    np.save(tmp_path / "rgb.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)))
+    with pytest.raises(DataError, match=r"channels come first, as in \(N, C, H, W\), got shape \(18, 8, 8, 3\)"):
+        Npy(tmp_path, tmp_path / "rgb.npy").load()

@@ -220,6 +220,47 @@ class WrongSupport(Likelihood):
         return dist.LogNormal(raw, 1.0).to_event(1)
 
 
+class NoUnit(Likelihood):
+    def forward(self, raw):
+        return dist.Normal(raw, 1.0).to_event(1)
+
+
+class Ones(Likelihood):
+    """A density of positive pixels; the data have zeros."""
+
+    is_density = True
+
+    def forward(self, raw):
+        return dist.LogNormal(raw, 1.0).to_event(1)
+
+
+class NoArgument(Prior):
+    def forward(self):
+        return dist.Normal(torch.zeros(self.latent_dim), 1.0).to_event(1)
+
+
+class NoSuper(Prior):
+    def __init__(self, latent_dim: int):
+        torch.nn.Module.__init__(self)
+
+    def forward(self, posterior=None):
+        return dist.Normal(torch.zeros(3), 1.0).to_event(1)
+
+
+class WrongInside(Network):
+    def __init__(self, in_features: int, out_features: int, image_shape=None):
+        super().__init__(in_features, out_features)
+        self.layer = torch.nn.Linear(in_features + 1, out_features)
+
+    def forward(self, features):
+        return self.layer(features)
+
+
+class Tuple(Digits):
+    def read(self):
+        return tuple(super().read()[:3])
+
+
 class Flattens(Network):
     def forward(self, features):
         return features.flatten().new_zeros(self.out_features)
@@ -239,7 +280,13 @@ BROKEN = {
     ("posterior", "Positive"): "at site 'z' the model draws from Independent",
     ("posterior", "NoSizes"): "NoSizes must set self.sizes",
     ("likelihood", "MixesImages"): "MixesImages must return batch shape (2, ",
-    ("likelihood", "WrongSupport"): "observations of site 'x' lie outside the support of Independent",
+    ("likelihood", "WrongSupport"): "WrongSupport says is_density = False, but its log p(x) is a density, on ",
+    ("likelihood", "NoUnit"): "NoUnit says is_density = False, but its log p(x) is a density",
+    ("likelihood", "Ones"): "observations of site 'x' lie outside the support of Independent",
+    ("prior", "NoArgument"): "TypeError: NoArgument.forward() takes 1 positional argument but 2 were given (",
+    ("prior", "NoSuper"): "AttributeError: 'NoSuper' object has no attribute",
+    ("decoder", "WrongInside"): "mat1 and mat2 shapes cannot be multiplied",
+    ("dataset", "Tuple"): "Tuple.read must return Images(...), it made tuple",
     ("encoder", "Flattens"): "Flattens must map (",
 }
 
