@@ -254,7 +254,7 @@ def _refusal(error: Exception, prefix: str = "") -> str:
         raise error
     if isinstance(error, ContractError):  # names the class itself
         return message
-    if isinstance(error, ValueError | AssertionError):
+    if prefix and isinstance(error, ValueError | AssertionError):
         return prefix + message
     frames = traceback.extract_tb(error.__traceback__)
     last = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]

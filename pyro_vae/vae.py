@@ -56,7 +56,7 @@ class Conditional(nn.Module):
                 f"{type(self.network).__name__} must map {tuple(condition.shape)} to {expected}, "
                 f"it made {tuple(outputs.shape)}"
             )
-        size = self.head.event_size if isinstance(self.head, Likelihood) else self.head.latent_dim
+        size = self.head.event_size if hasattr(self.head, "event_size") else self.head.latent_dim
         made = _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
         if isinstance(self.head, Likelihood) and self.head.is_density is not None:
             is_density = not _innermost(made.support).is_discrete

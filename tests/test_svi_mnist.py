@@ -728,7 +728,9 @@ class Faulty(MLP):
         raise ValueError("a bug of the user's")
 
 
-def test_a_bug_in_a_users_class_is_not_reported_as_another_mistake(tmp_path):
-    with pytest.raises(ValueError, match="a bug of the user's") as caught:
+def test_a_bug_in_a_users_class_is_told_in_one_line_with_its_place(tmp_path):
+    with pytest.raises(
+        runs.RunError, match=r"^ValueError: a bug of the user's \(test_svi_mnist.py, line \d+\)"
+    ) as caught:
         run(tmp_path / "run", "--encoder", f"{__name__}.Faulty")
-    assert not isinstance(caught.value, runs.RunError)
+    assert "\n" not in str(caught.value)
