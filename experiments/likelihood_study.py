@@ -109,17 +109,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, text = runs.parse(Config, argv)
-    run_dir = study.open_study(config, text, "likelihood_study")
-    directories = study.run_all(config, run_dir)
-    summaries = study.summarize(directories)
-    free, scores = {}, {}
+    config, run_dir, directories, summaries = study.run_study(Config, argv, "likelihood_study")
+    free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
         settings, data = _settings_and_data(first)
         head = settings.likelihood(data.test.shape[1])
         free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
         if head.is_density is None:
             scores[name] = score(first, settings.evidence, data)
+        if not pictures:
+            pictures["test images"] = side_by_side(data, *data.test[:16].split(8))
+        pictures[name] = samples(first, data)
     sections = []
     for reference in dict.fromkeys(s.reference for s in summaries):
         group = [s for s in summaries if s.reference == reference]
@@ -129,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if len(group) > 1:
             study.forest(group, run_dir / f"differences-to-{study.slug(reference)}.png", unit)
     sections += [_explain(name, each) for name, each in scores.items()]
-    samples(directories, run_dir / "samples.png")
+    title = "Prior samples: means of p(x | z) (left) and draws from it (right)"
+    rows = torch.stack(list(pictures.values()))
+    plots.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
     title = (
         f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
         "In images with a bad Pareto k, log p(x) is too low by more than its errors say. 'No latent' is the\n"
@@ -203,21 +205,16 @@ def _explain(name: str, each: Score) -> str:
     )
 
 
-def samples(directories: dict[str, list[Path]], path: Path, columns: int = 8) -> None:
-    """Data, and for each contender means of p(x | z) and draws from it, z from the prior."""
-    rows, labels = [], []
-    for name, paths in directories.items():
-        vae, (_, data) = svi_mnist.load_run(paths[0]), _settings_and_data(paths[0])
-        if not rows:
-            images = data.picture(data.test[: 2 * columns + 1].clone())
-            images[columns] = 0
-            rows, labels, shape = [images], ["test images"], data.image_shape
-        torch.manual_seed(0)
-        means, draws = (plots.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True))
-        rows.append(data.picture(torch.cat([means, torch.zeros_like(means[:1]), draws])))
-        labels.append(name)
-    title = "Prior samples: means of p(x | z) (left) and draws from it (right)"
-    plots.image_grid(torch.stack(rows), shape, path, title, labels)
+def samples(run: Path, data: Data, columns: int = 8) -> Tensor:
+    """Means of p(x | z) and draws from it, z from the prior, as one row of pictures."""
+    vae = svi_mnist.load_run(run)
+    torch.manual_seed(0)
+    return side_by_side(data, *(plots.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True)))
+
+
+def side_by_side(data: Data, left: Tensor, right: Tensor) -> Tensor:
+    """Two groups of observations as one row of pictures, with a gap."""
+    return data.picture(torch.cat([left, torch.zeros_like(left[:1]), right]))
 
 
 if __name__ == "__main__":

@@ -47,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, text = runs.parse(Config, argv)
-    run_dir = study.open_study(config, text, "prior_study")
-    directories = study.run_all(config, run_dir)
-    summaries = study.summarize(directories)
+    config, run_dir, directories, summaries = study.run_study(Config, argv, "prior_study")
     if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
         raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import compare, plots, runs, svi_mnist
+from experiments.svi_mnist import number
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,26 @@ class Summary(NamedTuple):
     bits_per_dim: float | None
 
 
-def open_study(settings: Settings, text: str, name: str) -> Path:
-    """The study's directory, made, or with ``--resume`` found.
+class Study(NamedTuple):
+    """A finished study: its settings, its directory, the run directories of each contender, and what they say."""
+
+    config: Settings
+    run_dir: Path
+    directories: dict[str, list[Path]]
+    summaries: list[Summary]
+
+
+def run_study(settings: type[Settings], argv: Sequence[str] | None, name: str) -> Study:
+    """Run the study that ``argv`` asks for, in its directory, made, or with ``--resume`` found.
 
     Raises:
-        RunError: if it holds anything else.
+        RunError: for a mistake in ``argv``, or if the directory holds anything else.
     """
-    run_dir = settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    runs.open_run(run_dir, text, settings.resume)
-    return run_dir
+    config, text = runs.parse(settings, argv)
+    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    runs.open_run(run_dir, text, config.resume)
+    directories = run_all(config, run_dir)
+    return Study(config, run_dir, directories, summarize(directories))
 
 
 def run_all(settings: Settings, run_dir: Path) -> dict[str, list[Path]]:
@@ -159,13 +171,13 @@ def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = 
     bits = any(s.bits_per_dim is not None for s in summaries)
     rows = [header + ["bits/dim"] * bits]
     for s in summaries:
-        row = [s.name, f"{s.elbo:.2f}", f"{s.log_likelihood:.2f}", _text(s.seed_error)]
+        row = [s.name, f"{s.elbo:.2f}", f"{s.log_likelihood:.2f}", number(s.seed_error, 2)]
         if s.name == reference:
             row += ["", "", ""]
         else:
-            row += [f"{s.difference:+.2f}", _text(s.difference_seed_error), _text(s.difference_image_error)]
+            row += [f"{s.difference:+.2f}", number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
         row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
-        rows.append(row + [_text(s.bits_per_dim, 3)] * bits)
+        rows.append(row + [number(s.bits_per_dim)] * bits)
     for name, cells in (more or {}).items():
         rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
     return runs.table(rows)
@@ -202,7 +214,3 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def _mean(results: Sequence[dict[str, Any]], name: str) -> float:
     return statistics.fmean(math.nan if r[name] is None else r[name] for r in results)
-
-
-def _text(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

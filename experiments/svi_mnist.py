@@ -54,6 +54,7 @@ from pyro_vae import (
     importance_sampling,
     pareto_k_threshold,
 )
+from pyro_vae.networks import check_widths
 from pyro_vae.vae import num_outputs
 
 ENGINES = {"pyro": PyroSVI}
@@ -95,8 +96,7 @@ class TopSettings:
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from the command line
         if self.latent_dim < 1:
             raise ValueError(f"--top.latent_dim must be at least 1, got {self.latent_dim}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"--top.hidden: every width must be at least 1, got {list(self.hidden)}")
+        check_widths("--top.hidden", self.hidden)
 
 
 @dataclass(frozen=True)
@@ -299,8 +299,7 @@ def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
     Raises:
         RunError: with the option that mends it.
     """
-    name, levels = type(head).__name__, getattr(head, "levels", None)
-    wanted = getattr(head, "encoding", None)
+    name, levels, wanted = type(head).__name__, head.levels, head.encoding
     if wanted is not None and data.encoding != wanted:
         mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
         raise runs.RunError(

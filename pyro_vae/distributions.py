@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_vae.networks import check_widths
+
 # zuko switches the validation of every distribution of torch off as it is imported; put it back as it was.
 _validate_args = Distribution._validate_args
 import zuko  # noqa: E402
@@ -234,7 +236,7 @@ class FlowDistribution(TorchDistribution):
             return self._last[1]
         if self.log_scale is not None:
             z = (z - self.loc) * torch.exp(-self.log_scale)
-        log_q = self.flow(None if self.context is None else self.context).log_prob(z)
+        log_q = self.flow(self.context).log_prob(z)
         return log_q if self.log_scale is None else log_q - self.log_scale.sum(-1)
 
 
@@ -255,8 +257,7 @@ def make_flow(
         raise ValueError(f"a flow needs at least 2 latent dimensions, got {features}")
     if transforms < 1:
         raise ValueError(f"transforms must be at least 1, got {transforms}")
-    if any(width < 1 for width in hidden):
-        raise ValueError(f"hidden: every width must be at least 1, got {list(hidden)}")
+    check_widths("hidden", hidden)
     bins = 8
     spline = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(bins,), (bins,), (bins - 1,)]}
     options = {"hidden_features": tuple(hidden)} | (spline if transform == "spline" else {})

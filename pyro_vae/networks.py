@@ -74,7 +74,7 @@ class MLP(Network):
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("hidden", hidden)
+        check_widths("hidden", hidden)
         self.activate = _Activation(activation)
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise([in_features, *hidden, out_features]))
         for layer in self.layers:
@@ -112,7 +112,7 @@ class GatedMLP(Network):
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("hidden", hidden)
+        check_widths("hidden", hidden)
         self.layers = nn.ModuleList(nn.Linear(m, 2 * n) for m, n in pairwise([in_features, *hidden]))
         self.output = nn.Linear([in_features, *hidden][-1], out_features)
         for layer in self.layers:
@@ -162,6 +162,12 @@ class _Residual(nn.Module):
         return images + self.second(self.activate(self.first(self.activate(images))))
 
 
+def _residuals(blocks: int, channels: int, activation: Activation) -> list[_Residual]:
+    if blocks < 0:
+        raise ValueError(f"blocks must be at least 0, got {blocks}")
+    return [_Residual(channels, activation) for _ in range(blocks)]
+
+
 class ConvEncoder(Network):
     """Strided convolutions, each halving height and width, then one affine layer.
 
@@ -187,14 +193,12 @@ class ConvEncoder(Network):
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("channels", channels)
-        if blocks < 0:
-            raise ValueError(f"blocks must be at least 0, got {blocks}")
+        check_widths("channels", channels)
         self.image_shape = _check_image(image_shape, in_features)
         *_, height, width = self.image_shape
         self.convolutions = nn.Sequential()
         for m, n in pairwise([self.image_shape[0], *channels]):
-            residual = (_Residual(n, activation) for _ in range(blocks))
+            residual = _residuals(blocks, n, activation)
             convolution = nn.Conv2d(m, n, 3, stride=2, padding=1)
             self.convolutions.append(nn.Sequential(convolution, *residual, _Activation(activation)))
             height, width = -(-height // 2), -(-width // 2)
@@ -231,9 +235,7 @@ class ConvDecoder(Network):
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("channels", channels)
-        if blocks < 0:
-            raise ValueError(f"blocks must be at least 0, got {blocks}")
+        check_widths("channels", channels)
         *_, height, width = _check_image(image_shape, out_features, multiple=True)
         sizes = [(height, width)]
         for _ in channels:
@@ -244,7 +246,7 @@ class ConvDecoder(Network):
         self.input = nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1])
         self.convolutions = nn.Sequential()
         for (m, n), (h, w) in zip(pairwise([*channels, planes]), sizes[1:], strict=True):
-            residual = (_Residual(m, activation) for _ in range(blocks))
+            residual = _residuals(blocks, m, activation)
             # from n to 2 n - 1, or to 2 n with a padding of 1
             convolution = nn.ConvTranspose2d(m, n, 3, stride=2, padding=1, output_padding=(1 - h % 2, 1 - w % 2))
             self.convolutions.append(nn.Sequential(*residual, _Activation(activation), convolution))
@@ -276,7 +278,7 @@ class RecurrentEncoder(Network):
         self, in_features: int, out_features: int, hidden: int = 200, image_shape: Sequence[int] | None = None
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("hidden", [hidden])
+        check_widths("hidden", [hidden])
         self.image_shape = channels, _, width = _check_image(image_shape, in_features)
         self.rows = nn.GRU(channels * width, hidden, batch_first=True)
         self.output = nn.Linear(hidden, out_features)
@@ -304,7 +306,7 @@ class RecurrentDecoder(Network):
         self, in_features: int, out_features: int, hidden: int = 200, image_shape: Sequence[int] | None = None
     ):
         super().__init__(in_features, out_features, image_shape)
-        _check_widths("hidden", [hidden])
+        check_widths("hidden", [hidden])
         _, self.height, self.width = _check_image(image_shape, out_features, multiple=True)
         self.planes = out_features // (self.height * self.width)
         self.rows = nn.GRU(in_features, hidden, batch_first=True)
@@ -322,7 +324,12 @@ class RecurrentDecoder(Network):
             self.bias.copy_(output)
 
 
-def _check_widths(name: str, widths: Sequence[int]) -> None:
+def check_widths(name: str, widths: Sequence[int]) -> None:
+    """Refuse layers without units.
+
+    Raises:
+        ValueError: naming the argument, if a width is below 1.
+    """
     if any(width < 1 for width in widths):
         raise ValueError(f"{name}: every width must be at least 1, got {list(widths)}")
 
