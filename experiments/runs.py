@@ -70,8 +70,7 @@ def parse(config: type[T], argv: Sequence[str] | None = None) -> tuple[T, str]:
             if not saved.exists():
                 raise RunError(f"--resume: {run_dir} holds no run (there is no config.yaml)")
             argv, files = [f"--config={saved}", *argv], [str(saved), *files]
-        for file in files:
-            _check_config_file(file, options)
+        _forget_replaced_defaults(argv, files, options)
         settings = options.parse_args(argv)
         text = options.dump(settings.clone(), skip_unset=False)
         instance = options.instantiate(settings)
@@ -81,6 +80,24 @@ def parse(config: type[T], argv: Sequence[str] | None = None) -> tuple[T, str]:
         raise RunError(_one_line(str(error), config, options)) from error
     kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
     return result, yaml.safe_dump(kept, sort_keys=False)
+
+
+def _forget_replaced_defaults(argv: Sequence[str], files: Sequence[str], options: ArgumentParser) -> None:
+    """Drop the default class of each part for which one is chosen.
+
+    Its options would otherwise stand in for the defaults of the class that is chosen.
+    """
+    first: dict[str, str] = {}
+    for file in files:
+        for name, value in _read_settings(file, options).items():
+            chosen = isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)
+            first.setdefault(name, name if chosen else "")
+    for argument in argv:
+        name = argument.split("=")[0].removeprefix("--")
+        first.setdefault(name.split(".")[0], name)
+    defaults = {action.dest: action.default for action in options._actions}
+    replaced = (name for name, seen in first.items() if seen == name)
+    options.set_defaults({name: None for name in replaced if isinstance(defaults.get(name), dict)})
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:
@@ -101,7 +118,7 @@ def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
     return known.run_dir, known.resume.lower() == "true", known.config
 
 
-def _check_config_file(file: str, options: ArgumentParser) -> None:
+def _read_settings(file: str, options: ArgumentParser) -> dict[str, Any]:
     """Refuse a file of settings that cannot be read; the parser's own complaints do not name it."""
     try:
         content = yaml.safe_load(Path(file).read_text())
@@ -115,6 +132,7 @@ def _check_config_file(file: str, options: ArgumentParser) -> None:
     for name in content:
         if not any(option.split(".")[0] == str(name).split(".")[0] for option in known):
             raise RunError(f"--config {file}: unknown setting {name}{_near(str(name), known)}")
+    return content
 
 
 VALUES = {
@@ -130,7 +148,7 @@ VALUES = {
 
 def _one_line(message: str, config: type, options: ArgumentParser) -> str:
     """The parser's complaint, which runs over several lines, as one that names the option and what would be right."""
-    message = " ".join(message.split())
+    message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", " ".join(message.split()))
     try:
         return _explain(message, config, options)
     except Exception:  # the parser's wording varies between versions: what is not understood stays as it is

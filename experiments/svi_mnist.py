@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyro
 import torch
+import yaml
 from pyro.infer import Trace_ELBO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -172,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv`` or in what it points to.
     """
     config, text = runs.parse(Config, argv)
+    for part in ("encoder", "decoder"):
+        if yaml.safe_load(text)[part].get("init_args", {}).get("image_shape") is not None:
+            raise runs.RunError(f"--{part}.image_shape cannot be given: it is that of the data set's images")
     dataset = make("dataset", config.dataset, config.data_dir or cache_folder())
     objective = make("objective", config.objective)
     name = type(dataset).__name__

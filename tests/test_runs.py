@@ -93,6 +93,18 @@ def test_saved_settings_give_the_same_settings_again(in_folder):
     assert changed.lr == 0.2
 
 
+def test_a_chosen_class_has_its_own_defaults(in_folder):
+    """Not those of the class that it replaces, in a file or on the command line."""
+    (in_folder / "gated.yaml").write_text("encoder: GatedMLP\n")
+    for argv in (["--encoder", "GatedMLP"], ["--encoder=GatedMLP"], ["--config", "gated.yaml"]):
+        _, text = runs.parse(Config, argv)
+        assert yaml.safe_load(text)["encoder"]["init_args"] == {"hidden": [300, 300], "image_shape": None}
+    (in_folder / "narrow.yaml").write_text("encoder: {hidden: [7]}\n")
+    for argv in (["--encoder.hidden", "[7]", "--encoder", "GatedMLP"], ["--config", "narrow.yaml"]):
+        _, text = runs.parse(Config, argv)
+        assert yaml.safe_load(text)["encoder"]["init_args"]["hidden"] == [7]
+
+
 def test_print_config_can_be_given_back(in_folder, capsys):
     with pytest.raises(SystemExit) as caught:
         runs.parse(Config, ["--dataset", "Digits", "--epochs", "3", "--print_config"])

@@ -543,7 +543,10 @@ def test_resuming_with_a_wrong_checkpoint(tmp_path, spoil, words):
         (["--encoder.hidden", "[0]"], ["--encoder", "hidden: every width must be at least 1, got [0]"]),
         (["--decoder.hidden", "[8, -1]"], ["--decoder", "hidden: every width must be at least 1"]),
         (["--objective", "ELBO", "--objective.num_particles", "0"], ["--objective", "num_particles", "at least 1"]),
-        (["--objective", "ReweightedWakeSleep"], ["--objective", "more than one particle"]),
+        (
+            ["--objective", "ReweightedWakeSleep", "--objective.num_particles", "1"],
+            ["--objective", "more than one particle"],
+        ),
     ],
     ids=lambda value: " ".join(value)[:50],
 )
@@ -553,6 +556,11 @@ def test_a_mistake_is_found_before_anything_is_written(tmp_path, argv, words, mo
     for word in words:
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shape_of_images_cannot_be_given(tmp_path):
+    message = complaint("--run_dir", str(tmp_path / "run"), "--encoder.image_shape", "[1, 4, 16]")
+    assert "--encoder.image_shape cannot be given" in message
 
 
 def test_grey_training_images_under_a_bernoulli(tmp_path):
