@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyro_vae.networks import check_widths
 
@@ -18,6 +19,27 @@ _validate_args = Distribution._validate_args
 import zuko  # noqa: E402
 
 Distribution.set_default_validate_args(_validate_args)
+
+
+def innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """The constraint of one number, inside those that put numbers together."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def is_whole_space(support: constraints.Constraint) -> bool:
+    """Whether a support is all of R^D."""
+    return innermost(support) is constraints.real
+
+
+def into_support(support: constraints.Constraint) -> Transform:
+    """torch's bijection from R^D to a support, also for mixtures, which it does not know.
+
+    Raises:
+        NotImplementedError: if there is none, as for a discrete support.
+    """
+    return biject_to(support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support)
 
 
 class ContinuousBernoulli(TorchDistribution):

@@ -42,8 +42,8 @@ def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Trace
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
-    guide_trace = _trace(guide, x, num_samples)
-    result = Traces(_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
+    guide_trace = particle_trace(guide, x, num_samples)
+    result = Traces(particle_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
     for each in result:
         each.compute_log_prob()
     _check(result, (num_samples, x.shape[0]))
@@ -58,11 +58,13 @@ def posterior_samples(guide: Program, x: Tensor, num_samples: int) -> dict[str, 
         x: observations, shape ``(B, X)``.
         num_samples: K, at least 1.
     """
-    trace = _trace(guide, x, num_samples)
-    return {name: trace.nodes[name]["value"] for name in _sample_sites(trace)}
+    trace = particle_trace(guide, x, num_samples)
+    return {name: trace.nodes[name]["value"] for name in sample_sites(trace)}
 
 
-def _trace(program: Program, x: Tensor, num_samples: int) -> poutine.Trace:
+def particle_trace(program: Program, x: Tensor, num_samples: int) -> poutine.Trace:
+    """The trace of one run of a program inside a plate of K particles at dimension -2."""
+
     def with_particles(x: Tensor) -> None:
         with pyro.plate("particles", num_samples, dim=-2, device=x.device):
             program(x)
@@ -89,7 +91,7 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_samples: int) -> 
 
 def log_weights_of(traces: Traces) -> Tensor:
     """The log-weights ``(K, B)`` of given traces."""
-    return _sum_log_prob(traces.model) - _sum_log_prob(traces.guide)
+    return sum_log_prob(traces.model) - sum_log_prob(traces.guide)
 
 
 def check_pathwise(guide_trace: poutine.Trace) -> None:
@@ -98,7 +100,7 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
     Raises:
         ContractError: naming the site and its distribution.
     """
-    for name in _sample_sites(guide_trace):
+    for name in sample_sites(guide_trace):
         if not (made := guide_trace.nodes[name]["fn"]).has_rsample:
             raise ContractError(
                 f"guide site '{name}' draws from {type(made).__name__}, whose draws have no gradient (has_rsample is "
@@ -106,26 +108,28 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
             )
 
 
-def _sum_log_prob(trace: poutine.Trace) -> Tensor:
-    return sum(trace.nodes[name]["log_prob"] for name in _sample_sites(trace))
+def sum_log_prob(trace: poutine.Trace) -> Tensor:
+    """The sum over all sites of a trace whose log-probabilities are computed, ``(K, B)``."""
+    return sum(trace.nodes[name]["log_prob"] for name in sample_sites(trace))
 
 
-def _sample_sites(trace: poutine.Trace) -> list[str]:
+def sample_sites(trace: poutine.Trace) -> list[str]:
+    """The names of all sample sites, observed ones too, in the order of the program."""
     return [name for name, site in trace.nodes.items() if site["type"] == "sample"]
 
 
 def _check(traces: Traces, shape: tuple[int, int]) -> None:
     """Refuse programs for which a sum of log-probabilities over sites is not a log-weight per observation."""
-    latents = {name for name in _sample_sites(traces.model) if not traces.model.nodes[name]["is_observed"]}
-    observed = [name for name in _sample_sites(traces.model) if name not in latents]
+    latents = {name for name in sample_sites(traces.model) if not traces.model.nodes[name]["is_observed"]}
+    observed = [name for name in sample_sites(traces.model) if name not in latents]
     if len(observed) != 1:
         raise ContractError(f"the model must have exactly one observed site, it has {observed or 'none'}")
-    if latents != (in_guide := set(_sample_sites(traces.guide))):
+    if latents != (in_guide := set(sample_sites(traces.guide))):
         raise ContractError(
             f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}"
         )
     for program, trace in zip(("model", "guide"), traces, strict=True):
-        for name in _sample_sites(trace):
+        for name in sample_sites(trace):
             site = trace.nodes[name]
             if isinstance(site["scale"], Tensor) or site["scale"] != 1:
                 raise ContractError(
@@ -160,7 +164,7 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
         raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
     with torch.no_grad(), pyro.validation_enabled(False):
         model_trace, guide_trace = traces(model, guide, x, num_samples=2)
-        for name in _sample_sites(guide_trace):
+        for name in sample_sites(guide_trace):
             guided, modelled = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]
             for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
                 if not other.support.check(drawn.sample()).all():
@@ -169,7 +173,7 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
                         f"the support of {type(other).__name__}, {other.support}: prior and posterior must have the "
                         "same support, or the posterior be over all reals"
                     )
-    for name in _sample_sites(model_trace):
+    for name in sample_sites(model_trace):
         site = model_trace.nodes[name]
         if site["is_observed"] and not (valid := site["fn"].support.check(x)).all():
             head = type(site["fn"]).__name__
@@ -185,7 +189,7 @@ def find_non_finite(model: Program, guide: Program, x: Tensor, num_samples: int 
     with torch.no_grad(), pyro.validation_enabled(False):
         model_trace, guide_trace = traces(model, guide, x, num_samples)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
-        for name in _sample_sites(trace):
+        for name in sample_sites(trace):
             for what in ("value", "log_prob"):
                 if not trace.nodes[name][what].isfinite().all():
                     return f"{what.replace('_prob', '-probability')} of {program} site '{name}'"

@@ -6,9 +6,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyro_vae.distributions import innermost, into_support, is_whole_space
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import ContractError, Network
 from pyro_vae.posteriors import Posterior
@@ -59,7 +58,7 @@ class Conditional(nn.Module):
         size = self.head.event_size if hasattr(self.head, "event_size") else self.head.latent_dim
         made = _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
         if isinstance(self.head, Likelihood) and self.head.is_density is not None:
-            is_density = not _innermost(made.support).is_discrete
+            is_density = not innermost(made.support).is_discrete
             if is_density != self.head.is_density:
                 raise ContractError(
                     f"{type(self.head).__name__} says is_density = {self.head.is_density}, but its log p(x) is a "
@@ -226,31 +225,19 @@ class _IntoSupport:
 
     def __call__(self, posterior: dist.TorchDistribution, prior: Callable[[], dist.TorchDistribution]):
         # remembered: making a VampPrior costs as much as encoding all its pseudo-inputs
-        if self._whole_space or not _is_whole_space(posterior.support):
+        if self._whole_space or not is_whole_space(posterior.support):
             return posterior
         support = prior().support
-        if isinstance(support, MixtureSameFamilyConstraint):  # biject_to does not know it
-            support = support.base_constraint
-        self._whole_space = _is_whole_space(support)
+        self._whole_space = is_whole_space(support)
         if self._whole_space:
             return posterior
-        if _innermost(support).is_discrete:
+        if innermost(support).is_discrete:
             raise ContractError(
                 f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
                 f"support {support}: choose a posterior with that support"
             )
         # the transform remembers its last point: its inverse is inexact near the support's boundary
-        return dist.TransformedDistribution(posterior, [biject_to(support).with_cache(1)])
-
-
-def _innermost(support: constraints.Constraint) -> constraints.Constraint:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
-
-
-def _is_whole_space(support: constraints.Constraint) -> bool:
-    return _innermost(support) is constraints.real
+        return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
 
 
 def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
