@@ -31,7 +31,7 @@ DENSITY = "--dataset.binarization dequantized --likelihood"
 MASS = "--dataset.binarization integers --likelihood"
 LIKELIHOODS = {
     "Gaussian": f"{DENSITY} Gaussian",
-    "Gaussian, scale per pixel": f"{DENSITY} Gaussian --likelihood.scale per_pixel",
+    "Gaussian, scale per pixel": f"{DENSITY} Gaussian --likelihood.scale per_pixel --lr 1e-3",  # diverges at 5e-3
     "LaplaceLikelihood": f"{DENSITY} LaplaceLikelihood",
     "Beta": f"{DENSITY} Beta",
     "ContinuousBernoulli": f"{DENSITY} ContinuousBernoulli",
