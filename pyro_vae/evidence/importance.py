@@ -1,15 +1,20 @@
-"""log p(x) by importance sampling from the guide."""
+"""log p(x) by importance sampling, from the guide or from a Laplace approximation."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Literal
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from pyro_vae.diagnostics import pareto_k, pareto_tail_length
+from pyro_vae.evidence.laplace import Coordinates, laplace_approximation
+from pyro_vae.evidence.latents import Latents
 from pyro_vae.evidence.result import Evidence
 from pyro_vae.log_weights import Program, check_program, log_weights
 
@@ -22,10 +27,13 @@ def importance_sampling(
     guide: Program,
     x: Tensor,
     num_samples: int,
-    memory: int = 2**27,
+    proposal: Literal["guide", "laplace"] = "guide",
+    widening: float = 1.0,
+    df: float | None = None,
+    memory: int | None = None,
     progress: bool = False,
 ) -> Evidence:
-    """Estimate log p(x) of each observation from K importance samples of the guide.
+    """Estimate log p(x) of each observation from K importance samples of a proposal.
 
     log p_hat(x) = log 1/K sum_k w_k, with w_k = p(x, z_k) / q(z_k | x) and z_k ~ q(z | x): p_hat is unbiased, and its
     logarithm is low in expectation, the less the larger K (Burda, Grosse & Salakhutdinov 2016, theorem 1).
@@ -36,41 +44,84 @@ def importance_sampling(
         model, guide: see :func:`pyro_vae.traces`.
         x: observations, shape ``(N, X)``, on the programs' device.
         num_samples: K, at least 1.
-        memory: bytes that the intermediate results of one chunk may take, about.
+        proposal: guide, or laplace: :func:`pyro_vae.laplace_approximation`, for any number of continuous sites.
+        widening: factor of the Laplace proposal's standard deviations, positive.
+        df: degrees of freedom, positive, of a Student t in place of the Laplace proposal's normal; None: normal.
+        memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
+            128 MiB on a CPU.
         progress: show a progress bar.
 
     Returns:
         Evidence of the N observations, in nats per datum. ``acceptance`` is NaN.
 
     Raises:
-        ValueError: if K or ``memory`` is below 1, or as :func:`pyro_vae.traces` and :func:`pyro_vae.check_program`.
+        ValueError: if an argument is out of range.
+        ContractError: as :func:`pyro_vae.traces` and :func:`pyro_vae.check_program`, and for the Laplace proposal if a
+            site is discrete.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if memory < 1:
+    if memory is not None and memory < 1:
         raise ValueError(f"memory must be at least 1 byte, got {memory}")
+    if proposal not in ("guide", "laplace"):
+        raise ValueError(f"proposal must be guide or laplace, got {proposal}")
+    if not widening > 0 or (df is not None and not df > 0):
+        raise ValueError(f"widening and df must be positive, got {widening} and {df}")
+    if proposal == "guide" and (widening != 1 or df is not None):
+        raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
     with torch.no_grad(), pyro.validation_enabled(False):
         check_program(model, guide, x[:1])
-        rows = max(1, memory // _bytes_per_sample(model, guide, x[:1]))
+        rows = max(1, (memory or default_memory(x.device)) // bytes_per_sample(model, guide, x[:1]))
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
-        parts = x.split(max(1, rows // samples))
-        with tqdm(
-            total=num_samples * x.shape[0],
-            disable=not progress,
-            unit="sample",
-            unit_scale=True,
-            desc="log p(x)",
-        ) as bar:
+        size = max(1, rows // samples)
+        if proposal == "guide":
+            parts = _from_guide(model, guide, x, size)
+        else:
+            parts = _from_laplace(model, guide, x, rows, size, widening, df)
+        total = num_samples * x.shape[0]
+        with tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)") as bar:
 
-            def chunks(part: Tensor) -> Iterator[Tensor]:
-                check_program(model, guide, part)
+            def chunks(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
                 for start in range(0, num_samples, samples):
-                    log_w = log_weights(model, guide, part, min(samples, num_samples - start))
+                    log_w = draw(min(samples, num_samples - start))
                     bar.update(log_w.numel())
                     yield log_w
 
-            results = [reduce_log_weights(chunks(part), num_samples) for part in parts]
+            results = [reduce_log_weights(chunks(draw), num_samples) for draw in parts]
     return Evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
+
+
+def _from_guide(model: Program, guide: Program, x: Tensor, size: int) -> Iterator[Callable[[int], Tensor]]:
+    """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
+    for part in x.split(size):
+        check_program(model, guide, part)
+        yield partial(log_weights, model, guide, part)
+
+
+def _from_laplace(
+    model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None
+) -> Iterator[Callable[[int], Tensor]]:
+    """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
+    for part in x.split(max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
+        check_program(model, guide, part)
+        latents = Latents(model, guide, part)
+        approximation = laplace_approximation(latents)
+        zero = torch.zeros(latents.dim, dtype=x.dtype, device=x.device)
+        if df is None:
+            base = dist.Normal(zero, widening).to_event(1)
+        else:
+            base = dist.MultivariateStudentT(torch.full_like(zero[0], df), zero, widening * torch.diag_embed(zero + 1))
+        for first in range(0, len(part), size):
+            part = (each.select(slice(first, first + size)) for each in (latents, approximation))
+            yield partial(_whitened_log_weights, *part, base)
+
+
+def _whitened_log_weights(
+    latents: Latents, coordinates: Coordinates, base: dist.TorchDistribution, num_samples: int
+) -> Tensor:
+    e = base.sample((num_samples, len(latents.x)))
+    log_joint = sum(latents.log_joint(coordinates.to_latents(e))) + coordinates.log_det
+    return log_joint - base.log_prob(e)
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int) -> Evidence:
@@ -121,6 +172,11 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int) -> Evidence:
     )
 
 
+def default_memory(device: torch.device) -> int:
+    """Bytes that one chunk may take: half of what a GPU has free; on a CPU, what its caches and allocator like."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**27
+
+
 class _CountBytes(TorchDispatchMode):
     """Adds up the sizes of all results of tensor operations."""
 
@@ -133,7 +189,7 @@ class _CountBytes(TorchDispatchMode):
         return result
 
 
-def _bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
+def bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
     """Bytes of intermediate results that one more sample of z brings, an upper bound of what it holds at a time."""
     sizes = []
     for num_samples in (64, 128):

@@ -87,10 +87,10 @@ class Latents:
             (x,) = (trace.nodes[name]["value"] for name in sample_sites(trace) if name not in self._places)
             return x[0], self._read(trace)[0]
 
-    def select(self, start: int, stop: int) -> "Latents":
+    def select(self, among: slice) -> "Latents":
         """The same for some of the observations."""
         part = object.__new__(Latents)
-        part.__dict__.update(self.__dict__, x=self.x[start:stop])
+        part.__dict__.update(self.__dict__, x=self.x[among])
         return part
 
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
