@@ -4,8 +4,9 @@ Usage: python -m experiments.compare RUN RUN [RUN ...]
 
 Each run is compared with the first one given: the mean difference of log p(x) per image, its standard error over images
 (images are easy or hard for all models alike, so that it is far smaller than the errors of the two means), and the
-Monte Carlo error of the difference. Runs whose numbers mean different things are refused: another unit, test set or
-estimator.
+Monte Carlo error of the difference. log p(x) is that of annealed importance sampling, on the images that were drawn for
+it, where every run has it, else that of importance sampling. Runs whose numbers mean different things are refused:
+another unit, another test set, another number of importance samples.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import xarray as xr
 
 from experiments import runs
@@ -25,13 +25,12 @@ MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_image
 
 
 class Run(NamedTuple):
-    """A finished run: its result, and per image log p(x), its Monte Carlo error and Pareto's k."""
+    """A finished run: its result, and its evidence per image, by importance sampling and, or None, annealed."""
 
     path: Path
     result: dict[str, Any]
-    log_px: np.ndarray
-    mc_se: np.ndarray
-    khat: np.ndarray
+    importance: xr.Dataset
+    annealed: xr.Dataset | None
 
 
 class Difference(NamedTuple):
@@ -54,16 +53,20 @@ def main(argv: Sequence[str] | None = None) -> list[Difference]:
     directories = parser.parse_args(sys.argv[1:] if argv is None else argv).runs
     if len(directories) < 2:
         raise runs.RunError("name at least two run directories to compare")
-    first, *others = (read(directory) for directory in directories)
-    differences = [compare(run, first) for run in others]
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise runs.RunError("a run is named twice: name each run directory once")
+    finished = [read(directory) for directory in directories]
+    first, *others = finished
+    estimator = "annealed" if annealed_alike(finished) else "importance"
+    differences = [compare(run, first, estimator) for run in others]
+    means = [f"{getattr(run, estimator)['log_px'].values.mean():.3f}" for run in finished]
     rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "bad k")]
-    rows.append((str(first.path), f"{first.log_px.mean():.3f}", "", "", "", _share(first)))
-    for run, d in zip(others, differences, strict=True):
-        errors = f"{d.se:.3f}", f"{d.mc_se:.3f}"
-        rows.append((str(run.path), f"{run.log_px.mean():.3f}", f"{d.mean:+.3f}", *errors, _share(run)))
+    rows.append((str(first.path), means[0], "", "", "", _share(first)))
+    for run, mean, d in zip(others, means[1:], differences, strict=True):
+        rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
     result = first.result
-    size = f"{result['num_images']:,} test images, {result['num_samples']:,} samples"
-    print(f"{result['unit']}; {result['dataset']}, {size}")
+    how = "annealed" if estimator == "annealed" else f"{result['num_samples']:,} importance samples"
+    print(f"{result['unit']}; {result['dataset']}, {getattr(first, estimator).sizes['image']:,} test images, {how}")
     print(runs.table(rows))
     return differences
 
@@ -77,15 +80,21 @@ def read(directory: Path) -> Run:
     try:
         result = json.loads((directory / "result.json").read_text())
         with xr.open_datatree(directory / "evidence.nc", engine="h5netcdf") as tree:
-            group = tree["importance"]
-            return Run(directory, result, *(group[name].values for name in ("log_px", "mc_se", "khat")))
+            groups = {name: tree[name].to_dataset().load() for name in tree.children}
+            return Run(directory, result, groups["importance"], groups.get("annealed"))
     except FileNotFoundError as error:
         raise runs.RunError(f"{directory} holds no finished run: there is no {Path(error.filename).name}") from error
     except (OSError, ValueError, KeyError) as error:
         raise runs.RunError(f"{directory} holds a damaged run: {' '.join(str(error).split())}") from error
 
 
-def compare(run: Run, reference: Run) -> Difference:
+def annealed_alike(finished: Sequence[Run]) -> bool:
+    """Whether all runs have annealed estimates of the same images."""
+    images = [None if run.annealed is None else tuple(run.annealed["image"].values) for run in finished]
+    return images[0] is not None and len(set(images)) == 1
+
+
+def compare(run: Run, reference: Run, estimator: str = "importance") -> Difference:
     """The difference of ``run`` to ``reference``, image by image; positive if ``run`` is better.
 
     Raises:
@@ -97,14 +106,15 @@ def compare(run: Run, reference: Run) -> Difference:
             raise runs.RunError(
                 f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}"
             )
-    difference = run.log_px - reference.log_px
+    ours, theirs = getattr(run, estimator), getattr(reference, estimator)
+    difference = (ours["log_px"] - theirs["log_px"]).values
     size = len(difference)
-    mc_se = math.sqrt((run.mc_se**2 + reference.mc_se**2).sum()) / size
+    mc_se = math.sqrt((ours["mc_se"].values ** 2 + theirs["mc_se"].values ** 2).sum()) / size
     return Difference(float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(size), mc_se)
 
 
 def _share(run: Run) -> str:
-    return f"{(run.khat > run.result['khat_threshold']).mean():.0%}"
+    return f"{(run.importance['khat'].values > run.result['khat_threshold']).mean():.0%}"
 
 
 def _refuse(message: str) -> None:

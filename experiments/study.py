@@ -46,15 +46,15 @@ class Summary(NamedTuple):
         reference: the contender that it is compared with.
         unit: of all log-likelihoods.
         elbo: mean over seeds.
-        log_likelihood: mean over seeds.
+        log_likelihood: mean over seeds; annealed, where the runs have that.
+        importance_sampled: the same by importance sampling from the guide.
         seed_error: of ``log_likelihood``, over seeds.
-        mc_error: of ``log_likelihood``, Monte Carlo.
         differences: log-likelihood minus that of the reference, for each seed.
         difference: their mean.
         difference_seed_error: of ``difference``, over seeds: other seeds would differ by this.
         difference_image_error: of ``difference``, over images: another test set would differ by this.
-        share_khat: of images whose Pareto k is above its threshold for so many samples; there the log-likelihood is
-            too low by an unknown amount.
+        share_khat: of images whose Pareto k is above its threshold for so many samples; there the importance-sampled
+            log-likelihood is too low by an unknown amount.
         active_units: mean over seeds.
         seconds: of training, mean over seeds.
         bits_per_dim: mean over seeds; None where it makes no sense.
@@ -65,8 +65,8 @@ class Summary(NamedTuple):
     unit: str
     elbo: float
     log_likelihood: float
+    importance_sampled: float
     seed_error: float | None
-    mc_error: float
     differences: list[float]
     difference: float
     difference_seed_error: float | None
@@ -138,18 +138,21 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
         results = [run.result for run in finished]
         meaning = tuple(results[0].get(each) for each in compare.MUST_AGREE)
         reference, others = references.setdefault(meaning, (name, finished))
-        pairs = [compare.compare(run, other) for run, other in zip(finished, others, strict=True)]
-        differences = [pair.mean for pair in pairs]
-        per_image = np.mean([run.log_px - other.log_px for run, other in zip(finished, others, strict=True)], axis=0)
+        estimator = "annealed" if compare.annealed_alike([*finished, *others]) else "importance"
+        pairs = list(zip(finished, others, strict=True))
+        differences = [compare.compare(run, other, estimator).mean for run, other in pairs]
+        log_px = (tuple(getattr(run, estimator)["log_px"].values for run in pair) for pair in pairs)
+        per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
+        likelihoods = [svi_mnist.best(r) for r in results]
         summaries.append(
             Summary(
                 name=name,
                 reference=reference,
                 unit=results[0]["unit"],
                 elbo=_mean(results, "test_elbo"),
-                log_likelihood=_mean(results, "test_log_likelihood"),
-                seed_error=standard_error([r["test_log_likelihood"] for r in results]),
-                mc_error=math.hypot(*(r["mc_se"] for r in results)) / len(results),
+                log_likelihood=statistics.fmean(likelihoods),
+                importance_sampled=_mean(results, "test_log_likelihood"),
+                seed_error=standard_error(likelihoods),
                 differences=differences,
                 difference=statistics.fmean(differences),
                 difference_seed_error=standard_error(differences),
@@ -166,12 +169,13 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
 def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
     """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference
-    header = ["", "ELBO", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
+    header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
     header += ["bad k", "active units", "train s"]
     bits = any(s.bits_per_dim is not None for s in summaries)
     rows = [header + ["bits/dim"] * bits]
     for s in summaries:
-        row = [s.name, f"{s.elbo:.2f}", f"{s.log_likelihood:.2f}", number(s.seed_error, 2)]
+        row = [s.name, *(f"{value:.2f}" for value in (s.elbo, s.importance_sampled, s.log_likelihood))]
+        row.append(number(s.seed_error, 2))
         if s.name == reference:
             row += ["", "", ""]
         else:

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyro
 import torch
+import xarray as xr
 import yaml
 from pyro.infer import Trace_ELBO
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ from experiments.datasets import ENCODINGS, MNIST, Data, DataError, Dataset, cac
 from pyro_vae import (
     MLP,
     VAE,
+    Annealing,
     Bernoulli,
     CheckpointError,
     Conditional,
@@ -49,7 +51,9 @@ from pyro_vae import (
     StandardNormal,
     TwoLayerVAE,
     active_units,
+    annealed_importance_sampling,
     check_program,
+    difference_estimate,
     estimate_elbo,
     fit,
     importance_sampling,
@@ -69,16 +73,23 @@ class EvidenceSettings:
     Args:
         num_samples: importance samples per image, at least 1; literature uses 5000.
         num_images: score only the first so many test images, at least 2; null: all of them.
+        annealed_images: how many of them, drawn at random, are scored by annealed importance sampling too, at least 2;
+            their differences correct the mean over all. 0: none; null: all.
+        annealing: settings of annealed importance sampling.
     """
 
     num_samples: int = 1000
     num_images: int | None = None
+    annealed_images: int | None = 1000
+    annealing: Annealing = field(default_factory=Annealing)
 
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"--evidence.num_samples must be at least 1, got {self.num_samples}")
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--evidence.num_images must be at least 2, got {self.num_images}")
+        if self.annealed_images is not None and self.annealed_images < 2 and self.annealed_images != 0:
+            raise ValueError(f"--evidence.annealed_images must be 0 or at least 2, got {self.annealed_images}")
 
 
 @dataclass(frozen=True)
@@ -213,9 +224,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             run_dir / "model.safetensors",
             metadata={"image_shape": json.dumps(data.image_shape)},
         )
-        result, evidence = evaluate(config, vae, data)
+        result, evidence, annealed = evaluate(config, vae, data)
         result |= {
-            "bits_per_dim": bits_per_dim(result["test_log_likelihood"], data, vae.likelihood.head),
+            "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
             "dataset": name,
             "binarization": dataset.binarization,
             "train_seconds": sum(e.seconds for e in history),
@@ -225,8 +236,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "binarization_seed": dataset.binarization_seed,
             **runs.provenance(device),
         }
-        tree = evidence.to_datatree(unit=result["unit"], num_samples=result["num_samples"])
-        tree.to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+        importance = evidence.to_dataset(unit=result["unit"], num_samples=result["num_samples"])
+        groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
+        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
         plots.training_curve(history, run_dir / "training.png")
         plots.evidence(evidence, result["khat_threshold"], run_dir)
         plots.pictures(vae.model, vae.guide, data, run_dir)
@@ -386,35 +398,81 @@ def _raised_by_a_library(error: BaseException) -> bool:
     return frame.f_globals["__name__"].split(".")[0] in ("pyro", "pyro_vae")
 
 
-def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[str, object], Evidence]:
-    """Score the test images; return the entries of result.json about them, and log p(x) per image."""
+def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
+    """Score the test images.
+
+    Returns:
+        The entries of result.json about them; log p(x) per image, by importance sampling; the same by annealed
+        importance sampling, of the images that were drawn for it.
+    """
     torch.manual_seed(config.seed + 1)  # the same draws whether or not training was resumed
     start = time.perf_counter()
-    test = data.test[: config.evidence.num_images]
+    settings = config.evidence
+    test = data.test[: settings.num_images]
     elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
-    evidence = importance_sampling(vae.model, vae.guide, test, config.evidence.num_samples, progress=True)
+    evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
     khat = evidence.khat[~evidence.khat.isnan()]  # fewer than 21 samples have no k
-    threshold = pareto_k_threshold(config.evidence.num_samples)
-    return {
-        "test_elbo": elbo.mean().item(),
-        "test_log_likelihood": log_likelihood,
-        "test_log_likelihood_se": over_images,
-        "mc_se": monte_carlo,
-        "num_samples": config.evidence.num_samples,
-        "num_images": len(test),
-        "test_set": hashlib.sha256(test.cpu().numpy().tobytes()).hexdigest()[:16],
-        "unit": vae.likelihood.head.unit,
-        "median_ess": evidence.ess.median().item(),
-        "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
-        "khat_threshold": threshold,
-        "share_khat_above_threshold": (khat > threshold).double().mean().item(),
-        "num_invalid": int(evidence.num_invalid.sum()),
-        "active_units": sum(int(site.sum()) for site in units.values()),
-        "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
-        "evaluate_seconds": time.perf_counter() - start,
-    }, evidence
+    threshold = pareto_k_threshold(settings.num_samples)
+    bad = (khat > threshold).double().mean().item()
+    annealed, corrected = anneal(settings, vae, test, evidence)
+    return (
+        {
+            "test_elbo": elbo.mean().item(),
+            "test_log_likelihood": log_likelihood,
+            "test_log_likelihood_se": over_images,
+            "mc_se": monte_carlo,
+            "num_samples": settings.num_samples,
+            "num_images": len(test),
+            "test_set": hashlib.sha256(test.cpu().numpy().tobytes()).hexdigest()[:16],
+            "unit": vae.likelihood.head.unit,
+            "median_ess": evidence.ess.median().item(),
+            "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
+            "khat_threshold": threshold,
+            "share_khat_above_threshold": bad,
+            "reliable": None if math.isnan(bad) else bad <= MANY,
+            "num_invalid": int(evidence.num_invalid.sum()),
+            **corrected,
+            "active_units": sum(int(site.sum()) for site in units.values()),
+            "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
+            "evaluate_seconds": time.perf_counter() - start,
+        },
+        evidence,
+        annealed,
+    )
+
+
+MANY = 0.1
+"""Share of images with a bad Pareto k above which an importance-sampled log-likelihood is called unreliable."""
+
+
+def anneal(
+    settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tensor, importance: Evidence
+) -> tuple[xr.Dataset | None, dict[str, Any]]:
+    """Annealed importance sampling of some of the test images, and what it says about all of them."""
+    size = len(test) if settings.annealed_images is None else min(settings.annealed_images, len(test))
+    names = ("annealed_log_likelihood", "annealed_mc_se", "annealed_acceptance", "annealed_seconds")
+    nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
+    if size == 0:
+        return nothing
+    # the same images whatever the seed of the run, so that runs can be compared on them
+    among = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:size].sort().values.to(test.device)
+    start = time.perf_counter()
+    try:
+        evidence = annealed_importance_sampling(vae.model, vae.guide, test[among], settings.annealing, progress=True)
+    except ContractError as error:
+        print(f"no annealed estimate: {error}")
+        return nothing
+    estimate, error = difference_estimate(importance.log_px, evidence, among)
+    values = estimate, error, evidence.acceptance.mean().item(), time.perf_counter() - start
+    return evidence.to_dataset(image=among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
+
+
+def best(result: dict[str, Any]) -> float:
+    """The log-likelihood to be believed: the annealed one, where there is one."""
+    annealed = result.get("annealed_log_likelihood")
+    return result["test_log_likelihood"] if annealed is None else annealed
 
 
 def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float | None:
@@ -433,18 +491,37 @@ def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float |
 def report(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
     result = json.loads((run_dir / "result.json").read_text())
-    samples = f"{result['num_samples']:,} importance samples, {result['num_images']:,} test images"
-    share = result["share_khat_above_threshold"]
-    unreliable = "Pareto k of the weights: there, neither the estimate nor its error is to be trusted"
+    images = f"{result['num_images']:,}"
+    samples = f"{result['num_samples']:,} samples from the guide, {images} test images: the customary number"
+    share, believe = result["share_khat_above_threshold"], "another run would differ by this"
+    if result.get("reliable") is False:
+        samples += ", too low here"
+        believe = "not to be believed here, see k"
     rows = [
         ("test", result["unit"], ""),
         ("ELBO", number(result["test_elbo"], 2), "the lower bound that is trained"),
-        ("log-likelihood", number(result["test_log_likelihood"], 2), samples),
-        ("  error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
-        ("  Monte Carlo error", number(result["mc_se"]), "another run of the estimator would, if k allows"),
+        ("log p(x), importance sampling", number(result["test_log_likelihood"], 2), samples),
+        ("  Monte Carlo error", number(result["mc_se"]), believe),
         ("  images with bad k", "-", "too few samples to tell")
         if share is None
-        else (f"  images with k > {result['khat_threshold']:.2f}", f"{share:.0%}", unreliable),
+        else (
+            f"  images with k > {result['khat_threshold']:.2f}",
+            f"{share:.0%}",
+            "Pareto k of the weights: there, neither the estimate nor its error is to be trusted",
+        ),
+    ]
+    if result.get("annealed_log_likelihood") is not None:
+        how = f"of {result['annealed_images']:,} images; their mean difference corrects the number above"
+        rows += [
+            ("log p(x), annealed", number(result["annealed_log_likelihood"], 2), how),
+            (
+                "  error",
+                number(result["annealed_mc_se"]),
+                "another draw of these images, and another run, would",
+            ),
+        ]
+    rows += [
+        ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
         ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]

@@ -1,12 +1,23 @@
 """Diagnostics of log-weights (K, B) and of the latent space of a model and guide."""
 
 import math
+from typing import NamedTuple
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
+from torch.distributions import Independent
 
-from pyro_vae.log_weights import Program, log_weights, posterior_samples
+from pyro_vae.log_weights import (
+    Program,
+    log_weights,
+    particle_trace,
+    posterior_samples,
+    sample_sites,
+    sum_log_prob,
+    traces,
+)
 
 
 def effective_sample_size(log_w: Tensor) -> Tensor:
@@ -106,6 +117,9 @@ def active_units(
     The variance of the posterior means is estimated without bias for any posterior, as the covariance over x of the
     means of two independent halves of the samples.
 
+    The paper takes the variance over the data; its code took the first 500 training images only, so pass these to get
+    the paper's numbers.
+
     Args:
         guide: see :func:`pyro_vae.traces`.
         x: observations, shape ``(N, X)``, at least 2.
@@ -132,3 +146,140 @@ def active_units(
         covariance = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / (len(x) - 1)
         result[name] = covariance > threshold
     return result
+
+
+def kl_divergence(
+    model: Program, guide: Program, x: Tensor, num_samples: int = 10, batch_size: int = 1000
+) -> dict[str, Tensor]:
+    """What each latent site s adds to the KL divergence of q(z | x) from p(z), averaged over the data: nats per datum.
+
+    KL_s = E[log q(z_s | x, ...) - log p(z_s | ...)], where the dots are the sites that s depends on in each program.
+    Their sum over sites is E[KL(q(z | x) || p(z))], the second term of the ELBO (Kingma & Welling 2014, equation 3).
+    The expectation is estimated by draws from q; of several sites, one may have a negative share.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`.
+        x: observations, shape ``(N, X)``.
+        num_samples: draws of z per observation, at least 1.
+        batch_size: observations at a time.
+
+    Returns:
+        For each latent site, in the model's order, a float64 tensor: of its event shape, so one number per dimension,
+        if its densities factorize over the dimensions in model and guide; else a scalar.
+
+    Raises:
+        ValueError: as :func:`pyro_vae.traces`.
+    """
+    totals: dict[str, Tensor] = {}
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for part in x.split(batch_size):
+            both = traces(model, guide, part, num_samples)
+            for name in _latent_sites(both.model):
+                p, q = both.model.nodes[name], both.guide.nodes[name]
+                if _factorizes(p) and _factorizes(q):
+                    log_ratio = _log_prob_per_dimension(q) - _log_prob_per_dimension(p)
+                else:
+                    log_ratio = q["log_prob"] - p["log_prob"]
+                totals[name] = totals.get(name, 0) + log_ratio.double().sum((0, 1))
+    return {name: total / (num_samples * len(x)) for name, total in totals.items()}
+
+
+def _latent_sites(model_trace: poutine.Trace) -> list[str]:
+    return [name for name in sample_sites(model_trace) if not model_trace.nodes[name]["is_observed"]]
+
+
+def _factorizes(site: dict) -> bool:
+    """Whether a site's density is a product over the dimensions of its event."""
+    return isinstance(site["fn"], Independent) and not _base(site["fn"]).event_shape and site["mask"] is None
+
+
+def _base(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _log_prob_per_dimension(site: dict) -> Tensor:
+    """``(K, B, *event_shape)``, or a shape that broadcasts to it."""
+    return _base(site["fn"]).log_prob(site["value"])
+
+
+class AggregatedPosterior(NamedTuple):
+    """The parts of E[KL(q(z | x) || p(z))] = I_q(x; z) + KL(q(z) || p(z)), nats per datum, and their standard errors.
+
+    Attributes:
+        mutual_information: I_q(x; z), how much z tells about which observation it encodes.
+        kl_aggregated: KL(q(z) || p(z)) of the aggregated posterior: what a better prior could gain.
+        kl: their sum, E[KL(q(z | x) || p(z))].
+        mutual_information_se, kl_aggregated_se, kl_se: standard errors over observations: how far other data as many
+            as these, and other draws, would differ.
+    """
+
+    mutual_information: float
+    kl_aggregated: float
+    kl: float
+    mutual_information_se: float
+    kl_aggregated_se: float
+    kl_se: float
+
+
+def mutual_information(model: Program, guide: Program, x: Tensor, num_samples: int = 1) -> AggregatedPosterior:
+    """The mutual information of x and z under the guide, and how far its aggregated posterior is from the prior.
+
+    With q(z) = 1/N sum_n q(z | x_n), the KL term of the ELBO is (Hoffman & Johnson 2016, "ELBO surgery")
+
+        E_n[KL(q(z | x_n) || p(z))] = I_q(x; z) + KL(q(z) || p(z)),    I_q(x; z) = E[log q(z | x_n) - log q(z)]
+
+    Draws of z from each q(z | x_n) are scored under all N conditionals, all latent sites together: a matrix of
+    N num_samples times N densities, in chunks of bounded memory.
+
+    For the N observations given, the estimates are unbiased. For the distribution that they are drawn from they are
+    not: q(z) has the term q(z | x_n) / N of the observation that z was drawn from, so that I_q is at most log N and low
+    in expectation, and KL(q(z) || p(z)) high by as much. Where I_q comes near log N, both are about N, not about the
+    model.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`.
+        x: observations, shape ``(N, X)``, at least 2.
+        num_samples: draws of z per observation, at least 1.
+
+    Raises:
+        ValueError: if there are fewer than 2 observations, or as :func:`pyro_vae.traces`.
+    """
+    if len(x) < 2:
+        raise ValueError(f"an aggregated posterior needs at least 2 observations, got {len(x)}")
+    log_q, log_p = [], []
+    draws: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for part in x.split(max(1, 1000 // max(1, num_samples))):
+            both = traces(model, guide, part, num_samples)
+            latent = _latent_sites(both.model)
+            log_q.append(sum_log_prob(both.guide).double())
+            log_p.append(sum(both.model.nodes[name]["log_prob"] for name in latent).double())
+            for name in latent:
+                draws.setdefault(name, []).append(both.guide.nodes[name]["value"])
+        z = {name: torch.cat(values, 1).flatten(0, 1) for name, values in draws.items()}
+        log_qz = _log_aggregated(guide, x, z).unflatten(0, (num_samples, len(x)))
+    log_q, log_p = torch.cat(log_q, 1), torch.cat(log_p, 1)
+    terms = [term.mean(0) for term in (log_q - log_qz, log_qz - log_p, log_q - log_p)]  # (N,) each
+    errors = [term.std().item() / math.sqrt(len(x)) for term in terms]
+    return AggregatedPosterior(*(term.mean().item() for term in terms), *errors)
+
+
+def _log_aggregated(guide: Program, x: Tensor, z: dict[str, Tensor]) -> Tensor:
+    """log 1/N sum_n q(z_m | x_n) of draws ``(M, *event_shape)`` of each site: ``(M,)``, in float64.
+
+    Few observations at a time meet many draws: the encoder runs once for each chunk of draws.
+    """
+    observations, draws = 64, 2048
+    result = []
+    for start in range(0, len(next(iter(z.values()))), draws):
+        chunk = {name: values[start : start + draws].unsqueeze(1) for name, values in z.items()}
+        log_q = []
+        for part in x.split(observations):
+            placed = {name: v.expand(-1, len(part), *v.shape[2:]) for name, v in chunk.items()}
+            trace = particle_trace(poutine.condition(guide, data=placed), part, len(next(iter(placed.values()))))
+            trace.compute_log_prob()
+            log_q.append(sum_log_prob(trace).double().logsumexp(1))
+        result.append(torch.stack(log_q).logsumexp(0))
+    return torch.cat(result) - math.log(len(x))

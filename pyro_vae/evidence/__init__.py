@@ -1,7 +1,35 @@
 """Estimators of log p(x), each with its error and diagnostics."""
 
-from pyro_vae.evidence.exact import LinearGaussianVAE
+from pyro_vae.evidence.annealed import (
+    CREMER_2018,
+    WU_2017,
+    Annealing,
+    Sandwich,
+    annealed_importance_sampling,
+    bidirectional_monte_carlo,
+)
+from pyro_vae.evidence.exact import ExactGaps, LinearGaussianVAE, enumeration, quadrature
 from pyro_vae.evidence.importance import importance_sampling, reduce_log_weights
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.laplace import Coordinates, laplace_approximation
+from pyro_vae.evidence.latents import Latents
+from pyro_vae.evidence.result import Evidence, difference_estimate
 
-__all__ = ["Evidence", "LinearGaussianVAE", "importance_sampling", "reduce_log_weights"]
+__all__ = [
+    "CREMER_2018",
+    "WU_2017",
+    "Annealing",
+    "Coordinates",
+    "Evidence",
+    "ExactGaps",
+    "Latents",
+    "LinearGaussianVAE",
+    "Sandwich",
+    "annealed_importance_sampling",
+    "bidirectional_monte_carlo",
+    "difference_estimate",
+    "enumeration",
+    "importance_sampling",
+    "laplace_approximation",
+    "quadrature",
+    "reduce_log_weights",
+]

@@ -27,8 +27,8 @@ class Annealing:
     Args:
         num_chains: C, at least 2.
         num_temperatures: T, steps from beta = 0 to 1; a transition stands between any two. At least 1, which leaves
-            plain importance sampling from the start. None: as many as give each log p(x) about ``error``.
-        start: laplace: :func:`pyro_vae.laplace_approximation`; guide: q(z | x); prior: p(z).
+            plain importance sampling from the start. None: as many as give each log p(x) about the error below.
+        start: laplace: a Gaussian with the posterior's mode and curvature; guide: q(z | x); prior: p(z).
         num_leapfrogs: gradient steps of a transition, at least 1.
         schedule: linear, or sigmoid, which is denser at both ends (Grosse, Ghahramani & Adams 2015).
         error: standard error of one log p(x), in nats, that a pilot run on a few observations aims at, positive.

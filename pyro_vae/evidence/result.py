@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import xarray as xr
 from torch import Tensor
 
@@ -37,7 +38,31 @@ class Evidence(NamedTuple):
         over_data = self.log_px.std(correction=1).item() / size**0.5 if size > 1 else float("nan")
         return self.log_px.mean().item(), over_data, self.mc_se.square().sum().sqrt().item() / size
 
-    def to_datatree(self, group: str = "importance", **attributes) -> xr.DataTree:
-        """One variable per field along the dimension ``image``, in ``group``; ``attributes`` describe the estimate."""
+    def to_dataset(self, image: Tensor | None = None, **attributes) -> xr.Dataset:
+        """One variable per field along the dimension ``image``, numbered by ``image``, ``(B,)``, or from 0."""
         data = {name: ("image", value.detach().cpu().numpy()) for name, value in self._asdict().items()}
-        return xr.DataTree.from_dict({group: xr.Dataset(data, attrs=attributes)})
+        number = np.arange(self.log_px.numel()) if image is None else image.cpu().numpy()
+        return xr.Dataset(data, coords={"image": number}, attrs=attributes)
+
+
+def difference_estimate(rough: Tensor, fine: Evidence, among: Tensor) -> tuple[float, float]:
+    """The mean of ``fine`` over N observations, n of which were tried, from ``rough`` estimates of all of them.
+
+    mean(rough) + mean over the n of (fine - rough), the difference estimator of survey sampling: its error is that of
+    the differences, which vary far less from one observation to another than log p(x) does.
+
+    Args:
+        rough: log p(x) of all observations, shape ``(N,)``.
+        fine: evidence of the n observations.
+        among: their places, drawn at random without replacement, shape ``(n,)``, n at least 2.
+
+    Returns:
+        The estimate, and its standard error: sqrt((1 - n / N) Var(fine - rough) / n + n / N mc^2), with ``mc`` the
+        Monte Carlo error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3 with slope 1, and 13.9). How far
+        another draw of ``among`` and another run of the fine estimator would differ.
+    """
+    difference = fine.log_px - rough[among].double()
+    size = difference.numel()
+    share = size / rough.numel()
+    variance = (1 - share) * difference.var().item() / size + share * fine.mean()[2] ** 2
+    return rough.double().mean().item() + difference.mean().item(), variance**0.5
