@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments import plots, runs, study, svi_mnist
-from experiments.datasets import Data, cache_folder
+from experiments.datasets import Data
 from pyro_vae import ContinuousBernoulli, Likelihood, distributions, importance_sampling
 from pyro_vae.vae import num_outputs
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config, run_dir, directories, summaries = study.run_study(Config, argv, "likelihood_study")
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
-        settings, data = _settings_and_data(first)
+        settings, data = svi_mnist.load_config(first), svi_mnist.load_data(first)
         head = settings.likelihood(data.test.shape[1])
         free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
         if head.is_density is None:
@@ -134,19 +134,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     plots.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
     title = (
         f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
-        "In images with a bad Pareto k, log p(x) is too low by more than its errors say. 'No latent' is the\n"
+        "log p(x) is annealed; importance sampling is too low in images with a bad Pareto k. 'No latent' is the\n"
         "same likelihood with free parameters for each pixel. A density's bits per dimension bound those of the mass\n"
         "that it makes, from above."
     )
     extra = {"without_latent": free, "scores": {name: each._asdict() for name, each in scores.items()}}
     study.write(run_dir, "\n\n".join([title, *sections]), summaries, directories, **extra)
     return run_dir
-
-
-def _settings_and_data(run: Path) -> tuple[svi_mnist.Config, Data]:
-    """The settings of a run, and its data on the CPU."""
-    config, _ = runs.parse(svi_mnist.Config, [f"--config={run / 'config.yaml'}"])
-    return config, config.dataset(config.data_dir or cache_folder()).load()
 
 
 def without_latent(

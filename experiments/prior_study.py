@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         study.forest(summaries, run_dir / "differences.png", "Which prior is best?")
     lines = [
         f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
-        "and over images. In images with a bad Pareto k, log p(x) is too low by more than its errors say.",
+        "and over images. log p(x) is annealed; importance sampling is too low in images with a bad Pareto k.",
         "",
         study.table(summaries),
     ]

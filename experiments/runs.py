@@ -49,16 +49,19 @@ def parser(config: type) -> ArgumentParser:
     return result
 
 
-def parse(config: type[T], argv: Sequence[str] | None = None) -> tuple[T, str]:
+def parse(config: type[T], argv: Sequence[str] | None = None, first: str | None = None) -> tuple[T, str]:
     """Read the command line into an instance of ``config``; return it with its YAML text, ready for ``--config``.
 
-    With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``.
+    With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``. A value
+    that stands first, before any option, is that of the setting ``first``, if there is one.
 
     Raises:
         RunError: for every mistake, in one line that names the option.
         SystemExit: after ``--help`` and the like.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if first and argv and not argv[0].startswith("-"):
+        argv[0] = f"--{first}={argv[0]}"
     options = parser(config)
     try:
         _refuse_empty(argv)

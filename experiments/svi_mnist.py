@@ -199,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     device = runs.device(config.device)
     torch.manual_seed(config.seed)
-    try:
-        data = dataset.load(device)
-    except DataError as error:
-        raise runs.RunError(" ".join(str(error).split())) from error
+    data = load(dataset, device)
     vae = make("model", build, config, data.image_shape).to(device)
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
     check_pairing(vae.likelihood.head, data, dataset)
@@ -275,6 +272,14 @@ def _refusal(error: Exception, prefix: str = "") -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
     return f"{prefix}{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
+
+
+def load(dataset: Dataset, device: torch.device | str) -> Data:
+    """The data, or a RunError that says why they cannot be had."""
+    try:
+        return dataset.load(device)
+    except DataError as error:
+        raise runs.RunError(" ".join(str(error).split())) from error
 
 
 def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
@@ -456,8 +461,7 @@ def anneal(
     nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
     if size == 0:
         return nothing
-    # the same images whatever the seed of the run, so that runs can be compared on them
-    among = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:size].sort().values.to(test.device)
+    among = some(len(test), size).to(test.device)
     start = time.perf_counter()
     try:
         evidence = annealed_importance_sampling(vae.model, vae.guide, test[among], settings.annealing, progress=True)
@@ -467,6 +471,11 @@ def anneal(
     estimate, error = difference_estimate(importance.log_px, evidence, among)
     values = estimate, error, evidence.acceptance.mean().item(), time.perf_counter() - start
     return evidence.to_dataset(image=among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
+
+
+def some(number: int, size: int) -> Tensor:
+    """``size`` of ``number`` places, drawn at random, the same in every run, so that runs can be compared on them."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:size].sort().values
 
 
 def best(result: dict[str, Any]) -> float:
@@ -544,6 +553,16 @@ def resume_hint(run_dir: Path) -> str:
     return f"no epoch was finished; {run_dir} can be deleted"
 
 
+def load_config(directory: Path | str) -> Config:
+    """The settings of a run.
+
+    Raises:
+        RunError: if there are none.
+    """
+    config, _ = runs.parse(Config, [f"--config={Path(directory) / 'config.yaml'}"])
+    return config
+
+
 def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
     """The trained model of a finished run, on the CPU, ready for use; its data set is not needed.
 
@@ -554,7 +573,7 @@ def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
     weights = directory / "model.safetensors"
     if not weights.exists():
         raise runs.RunError(f"{directory} holds no trained model (there is no model.safetensors)")
-    config, _ = runs.parse(Config, [f"--config={directory / 'config.yaml'}"])
+    config = load_config(directory)
     try:
         with safe_open(weights, "pt") as file:
             vae = build(config, json.loads((file.metadata() or {})["image_shape"]))
@@ -562,6 +581,16 @@ def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise runs.RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
     return vae.eval()
+
+
+def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
+    """The data set of a run.
+
+    Raises:
+        RunError: if it cannot be had.
+    """
+    config = load_config(directory)
+    return load(make("dataset", config.dataset, config.data_dir or cache_folder()), device)
 
 
 if __name__ == "__main__":
