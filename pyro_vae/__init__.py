@@ -9,6 +9,7 @@ from pyro_vae.diagnostics import (
     mutual_information,
     pareto_k,
     pareto_k_threshold,
+    pareto_smooth,
 )
 from pyro_vae.evidence import (
     CREMER_2018,
@@ -150,6 +151,7 @@ __all__ = [
     "mutual_information",
     "pareto_k",
     "pareto_k_threshold",
+    "pareto_smooth",
     "posterior_samples",
     "quadrature",
     "reduce_log_weights",

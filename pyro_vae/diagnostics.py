@@ -62,28 +62,50 @@ def pareto_k(log_w: Tensor, num_samples: int | None = None) -> Tensor:
         k per column. NaN where K < 21 leaves no five draws for the fit or a weight is NaN; ``-inf`` where the largest
         weights are all equal, so bounded; ``inf`` where fewer than five weights of the tail differ from zero.
     """
+    return pareto_smooth(log_w, num_samples)[0]
+
+
+def pareto_smooth(log_w: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Pareto's k, and the largest log-weights replaced by quantiles of the distribution fitted to them.
+
+    The r-th smallest of M becomes the quantile at (r - 1/2) / M, at most the largest weight (Vehtari et al. 2024,
+    section 3.1). Where k is not finite nothing is replaced.
+
+    Args:
+        log_w, num_samples: see :func:`pareto_k`.
+
+    Returns:
+        k, shape ``(B,)``; the M = ``pareto_tail_length(num_samples)`` largest log-weights, ascending, and what replaces
+        them, shape ``(M, B)`` both; empty where K is too small for a fit.
+    """
     num_samples = num_samples or log_w.shape[0]
     length = pareto_tail_length(num_samples)
     k = log_w.new_full(log_w.shape[1:], math.nan, dtype=torch.float64)
     if length < 5:
-        return k
+        nothing = log_w.new_empty(0, *log_w.shape[1:], dtype=torch.float64)
+        return k, nothing, nothing
     top = log_w.double().topk(length + 1, dim=0).values.flip(0)  # ascending; its first row is the cut-off
-    top = top - top[-1]
+    largest = top[-1]
+    top = top - largest
     cutoff = top[0].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     in_tail = top[1:] > cutoff
     counts = in_tail.sum(0)
     excess = top[1:].exp() - cutoff.exp()
+    smoothed = top[1:].clone()
     for count in counts.unique().tolist():
         columns = (counts == count) & ~top.isnan().any(0)
         if count >= 5:
-            k[columns] = _fit_generalized_pareto(excess[length - count :, columns])
+            k[columns], scale = _fit_generalized_pareto(excess[length - count :, columns])
+            at = (torch.arange(count, dtype=torch.float64, device=k.device) + 0.5).unsqueeze(-1) / count
+            quantile = scale * torch.expm1(-k[columns] * torch.log1p(-at)) / k[columns]
+            smoothed[length - count :, columns] = (cutoff[columns].exp() + quantile).log().clamp(max=0)
         else:
             k[columns] = torch.where(cutoff[columns] == 0, k.new_tensor(-math.inf), math.inf)
-    return k
+    return k, top[1:] + largest, smoothed + largest
 
 
-def _fit_generalized_pareto(x: Tensor) -> Tensor:
-    """Zhang & Stephens (2009), shape only: ``x`` is ``(n, B)``, positive and ascending; returns k, shape ``(B,)``."""
+def _fit_generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Zhang & Stephens (2009): ``x`` is ``(n, B)``, positive and ascending; returns shape k and scale, ``(B,)``."""
     n = x.shape[0]
     grid_size = 30 + math.isqrt(n)
     grid = 1 - torch.sqrt(grid_size / (torch.arange(1, grid_size + 1, dtype=x.dtype, device=x.device) - 0.5))
@@ -93,7 +115,7 @@ def _fit_generalized_pareto(x: Tensor) -> Tensor:
     log_likelihood = n * (torch.log(-b / k) - k - 1)
     b = (b * log_likelihood.softmax(0)).sum(0)
     k = torch.log1p(-b * x).mean(0)
-    return (n * k + 5) / (n + 10)  # prior of 10 observations at k = 1/2
+    return (n * k + 5) / (n + 10), -k / b  # prior of 10 observations at k = 1/2
 
 
 def estimate_elbo(model: Program, guide: Program, x: Tensor, num_samples: int = 1, batch_size: int = 1000) -> Tensor:

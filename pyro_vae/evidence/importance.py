@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from pyro_vae.diagnostics import pareto_k, pareto_tail_length
+from pyro_vae.diagnostics import pareto_smooth, pareto_tail_length
 from pyro_vae.evidence.laplace import Coordinates, laplace_approximation
 from pyro_vae.evidence.latents import Latents
 from pyro_vae.evidence.result import Evidence
@@ -30,6 +30,7 @@ def importance_sampling(
     proposal: Literal["guide", "laplace"] = "guide",
     widening: float = 1.0,
     df: float | None = None,
+    smooth: bool = False,
     memory: int | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -47,6 +48,8 @@ def importance_sampling(
         proposal: guide, or laplace: :func:`pyro_vae.laplace_approximation`, for any number of continuous sites.
         widening: factor of the Laplace proposal's standard deviations, positive.
         df: degrees of freedom, positive, of a Student t in place of the Laplace proposal's normal; None: normal.
+        smooth: replace the largest weights by quantiles of the Pareto distribution fitted to them: less noise for some
+            bias; where k is above its threshold, still not to be trusted.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
         progress: show a progress bar.
@@ -87,7 +90,7 @@ def importance_sampling(
                     bar.update(log_w.numel())
                     yield log_w
 
-            results = [reduce_log_weights(chunks(draw), num_samples) for draw in parts]
+            results = [reduce_log_weights(chunks(draw), num_samples, smooth) for draw in parts]
     return Evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
 
 
@@ -124,13 +127,14 @@ def _whitened_log_weights(
     return log_joint - base.log_prob(e)
 
 
-def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int) -> Evidence:
+def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:
     """Reduce log-weights that arrive in chunks ``(k_i, B)``, with sum_i k_i = K, to evidence of B observations.
 
     However they are chunked, the result is the same up to rounding in float64. Memory does not grow with K but for
     the square root of K largest weights, which the Pareto fit needs.
 
     The Monte Carlo error is that of the delta method, se^2 = Var(w) / (K mean(w)^2), with the sample variance of w.
+    With ``smooth``, the weights are those smoothed by :func:`pyro_vae.pareto_smooth`.
 
     Raises:
         ValueError: if the chunks do not hold K log-weights.
@@ -156,6 +160,10 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int) -> Evidence:
             largest = [torch.cat(largest).topk(length, dim=0).values]
     if seen != num_samples:
         raise ValueError(f"expected {num_samples} log-weights per observation, got {seen}")
+    khat, raw, smoothed = pareto_smooth(torch.cat(largest), num_samples)
+    if smooth and len(raw):
+        total = _replace(total, raw, smoothed)
+        total_square = _replace(total_square, 2 * raw, 2 * smoothed)
     ess = torch.exp(2 * total - total_square)
     variance = (
         (1 / ess - 1 / num_samples).clamp(min=0) * num_samples / (num_samples - 1)
@@ -166,10 +174,16 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int) -> Evidence:
         log_px=total - math.log(num_samples),
         mc_se=variance.sqrt(),
         ess=ess,
-        khat=pareto_k(torch.cat(largest), num_samples),
+        khat=khat,
         num_invalid=invalid,
         acceptance=torch.full_like(total, math.nan),
     )
+
+
+def _replace(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The logarithm of a sum in which the terms exp(old) are replaced by exp(new), given that of the sum."""
+    rest = -torch.expm1((old.logsumexp(0) - total).clamp(max=0))  # of the sum, the part that stays
+    return torch.logaddexp(total + rest.log(), new.logsumexp(0))
 
 
 def default_memory(device: torch.device) -> int:

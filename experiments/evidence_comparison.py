@@ -1,0 +1,263 @@
+"""Which estimator of log p(x) is right sooner, per evaluation of the decoder, and which says that it is not?
+
+Usage: python -m experiments.evidence_comparison RUN_DIR [options]
+
+The ELBO, importance sampling from the guide and from a Laplace approximation with growing numbers of samples, annealed
+importance sampling from the same two with growing numbers of temperatures, on the same test and training images, and
+bidirectional Monte Carlo on images that the model draws. All but the last are low in expectation: of two that disagree
+by more than their errors, the higher is nearer the truth. The most careful chains from the guide are the reference,
+since nothing but the guide and the model enters them. Evaluations are counted as they happen, adaptation included: one
+for each z that is decoded, two if its gradient is taken, two for each row of a Hessian.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from experiments import plots, runs, svi_mnist
+from experiments.evaluate import images
+from experiments.svi_mnist import number
+from pyro_vae import (
+    VAE,
+    Annealing,
+    ContractError,
+    Evidence,
+    Latents,
+    TwoLayerVAE,
+    annealed_importance_sampling,
+    bidirectional_monte_carlo,
+    estimate_elbo,
+    importance_sampling,
+    pareto_k_threshold,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the comparison.
+
+    Args:
+        run: directory of a finished run; may stand first, without --run.
+        num_images: of the test set, of the training set, and simulated; at least 2.
+        guide_samples: numbers of importance samples from the guide.
+        laplace_samples: numbers of importance samples from the Laplace approximation, whose standard deviations are
+            widened by a tenth.
+        guide_temperatures: numbers of temperatures from the guide, with 10 leapfrogs; the largest is the reference.
+        laplace_temperatures: numbers of temperatures from the Laplace approximation.
+        seed: of all estimates, at least 0.
+        device: auto takes a GPU if there is one.
+        out: directory to write, new or empty; null: evidence_comparison inside the run.
+    """
+
+    run: Path
+    num_images: int = 100
+    guide_samples: Sequence[int] = (1, 10, 100, 1000, 5000)
+    laplace_samples: Sequence[int] = (1, 10, 100, 1000, 5000)
+    guide_temperatures: Sequence[int] = (20, 50, 100, 300)
+    laplace_temperatures: Sequence[int] = (2, 5, 10, 20, 50)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path | None = None
+
+    def __post_init__(self):
+        if self.num_images < 2:
+            raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        for name in ("guide_samples", "laplace_samples", "guide_temperatures", "laplace_temperatures"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"--{name} must all be at least 1, got {list(getattr(self, name))}")
+        if not self.guide_temperatures:
+            raise ValueError("--guide_temperatures: there must be one, the reference")
+
+
+@dataclass
+class Row:
+    """One estimate of one split: means over images, in nats, and what they cost."""
+
+    split: str
+    estimator: str
+    setting: int
+    evaluations: float
+    seconds: float
+    log_px: float
+    mc_se: float
+    difference: float
+    difference_mc_se: float
+    share_bad_k: float | None
+    acceptance: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Compare as told by ``argv``; return the directory written.
+
+    Raises:
+        RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
+    """
+    config, text = runs.parse(Config, argv, first="run")
+    device = runs.device(config.device)
+    vae = svi_mnist.load_run(config.run).to(device).requires_grad_(False)
+    out = config.out or config.run / "evidence_comparison"
+    runs.check_run_dir(out, text, resume=False)
+    data = svi_mnist.load_data(config.run, device)
+    torch.manual_seed(config.seed)
+    try:
+        Latents(vae.model, vae.guide, data.test)
+        runs.open_run(out, text, resume=False)
+        rows = [
+            row
+            for split in ("test", "train")
+            for row in compare(config, vae, images(data, split, config.num_images)[0], split)
+        ]
+        sandwiches = bidirectional(config, vae, data.test[: config.num_images])
+    except ContractError as error:
+        raise runs.RunError(str(error)) from error
+    unit = vae.likelihood.head.unit
+    content = {"unit": unit, "num_images": config.num_images, "rows": [asdict(row) for row in rows]}
+    runs.write_json(out / "result.json", content | {"sandwiches": sandwiches, **runs.provenance(device)})
+    figure(rows, unit, out / "evidence.png")
+    size = f"{config.num_images:,}"
+    sections = [
+        f"log p(x), {unit}, means over {size} images. Evaluations: of the decoder, per image. Differences are from\n"
+        "the reference, the last line, on the same images, with their Monte Carlo error."
+    ]
+    for split in ("test", "train"):
+        sections.append(f"## {split.capitalize()} images\n\n{table([row for row in rows if row.split == split])}")
+    sections.append(f"## Bidirectional Monte Carlo, {size} images drawn from the model\n\n{sandwich_table(sandwiches)}")
+    text = "\n\n".join(sections)
+    runs.write_text(out / "table.md", text + "\n")
+    print(f"\n{text}\n\n{out}")
+    return out
+
+
+def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> list[Row]:
+    """All estimates of one split; the reference comes last."""
+    model, guide = vae.model, vae.guide
+    hessian = 2 * Latents(model, guide, x).dim
+    plans: list[tuple[str, int, int, Callable[[], Evidence]]] = []
+
+    def sampled(num: int, **proposal: Any) -> Callable[[], Evidence]:
+        return lambda: importance_sampling(model, guide, x, num, progress=True, **proposal)
+
+    def annealed(**settings: Any) -> Callable[[], Evidence]:
+        return lambda: annealed_importance_sampling(model, guide, x, Annealing(**settings), progress=True)
+
+    def bound() -> Evidence:
+        draws = torch.stack([estimate_elbo(model, guide, x) for _ in range(100)]).double()
+        nothing = torch.full_like(draws[0], math.nan)
+        return Evidence(draws.mean(0), draws.std(0) / 10, nothing, nothing, nothing, nothing)
+
+    plans.append(("ELBO", 100, 0, bound))
+    for num in config.guide_samples:
+        plans.append(("importance, guide", num, 0, sampled(num)))
+    for num in config.laplace_samples:
+        plans.append(("importance, Laplace", num, hessian, sampled(num, proposal="laplace", widening=1.1)))
+    for num in config.laplace_temperatures:
+        plans.append(("annealed, Laplace", num, hessian, annealed(num_temperatures=num)))
+    for num in sorted(config.guide_temperatures):
+        plans.append(("annealed, guide", num, 0, annealed(start="guide", num_temperatures=num, num_leapfrogs=10)))
+    found = []
+    with CountedDecodes(vae) as counter:
+        for name, num, extra, run in plans:
+            print(f"{split}: {name}, {num}")
+            counter.rows, start = 0, time.perf_counter()
+            evidence = run()
+            found.append((name, num, counter.rows / len(x) + extra, time.perf_counter() - start, evidence))
+    reference, rows = found[-1][-1], []
+    for name, num, evaluations, seconds, evidence in found:
+        mean, _, monte_carlo = evidence.mean()
+        khat = evidence.khat[~evidence.khat.isnan()]
+        bad = (khat > pareto_k_threshold(num)).double().mean().item() if len(khat) else None
+        acceptance = evidence.acceptance.mean().item()
+        difference = mean - reference.mean()[0]
+        error = (evidence.mc_se.square() + reference.mc_se.square()).sum().sqrt().item() / len(x)
+        rows.append(Row(split, name, num, evaluations, seconds, mean, monte_carlo, difference, error, bad, acceptance))
+    return rows
+
+
+def bidirectional(config: Config, vae: VAE | TwoLayerVAE, like: Tensor) -> list[dict[str, float]]:
+    """Widths of the sandwich for each number of temperatures from the Laplace approximation."""
+    result = []
+    for num in config.laplace_temperatures:
+        print(f"simulated: bidirectional, {num}")
+        torch.manual_seed(config.seed)  # the same images for each
+        sandwich = bidirectional_monte_carlo(vae.model, vae.guide, like, Annealing(num_temperatures=num), progress=True)
+        width, error = sandwich.width()
+        lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
+        result.append({"temperatures": num, "lower": lower, "upper": upper, "width": width, "width_se": error})
+    return result
+
+
+class CountedDecodes:
+    """Context that counts how many z a VAE decodes, twice where a gradient is wanted, in ``rows``."""
+
+    def __init__(self, vae: VAE | TwoLayerVAE):
+        self.network, self.rows = vae.likelihood.network, 0
+
+    def __enter__(self) -> "CountedDecodes":
+        self._hook = self.network.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, network, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.rows += output[..., 0].numel() * (2 if output.requires_grad else 1)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows of one split as a Markdown table."""
+    header = ("", "K or T", "evaluations", "seconds", "log p(x)", "+-", "difference", "+-", "bad k", "acceptance")
+    lines = [header]
+    for row in rows:
+        last = row is rows[-1]
+        lines.append(
+            (
+                row.estimator,
+                f"{row.setting:,}",
+                f"{row.evaluations:,.0f}",
+                f"{row.seconds:.1f}",
+                number(row.log_px),
+                number(None if math.isnan(row.mc_se) else row.mc_se),
+                "" if last else f"{row.difference:+.3f}",
+                "" if last or math.isnan(row.difference_mc_se) else number(row.difference_mc_se),
+                "" if row.share_bad_k is None else f"{row.share_bad_k:.0%}",
+                "" if row.acceptance is None or math.isnan(row.acceptance) else f"{row.acceptance:.2f}",
+            )
+        )
+    return runs.table(lines)
+
+
+def sandwich_table(sandwiches: Sequence[dict[str, float]]) -> str:
+    """Sandwiches as a Markdown table."""
+    rows = [("temperatures", "lower", "upper", "width", "+-")]
+    for each in sandwiches:
+        numbers = (number(each[name]) for name in ("lower", "upper", "width", "width_se"))
+        rows.append((str(each["temperatures"]), *numbers))
+    return runs.table(rows)
+
+
+def figure(rows: Sequence[Row], unit: str, path: Path) -> None:
+    """Estimates against evaluations of the decoder, test and training images side by side."""
+    with plots.figure(path, 10, 4.2, columns=2) as both:
+        for axes, split in zip(both, ("test", "train"), strict=True):
+            here = [row for row in rows if row.split == split]
+            for estimator in dict.fromkeys(row.estimator for row in here if row.estimator != "ELBO"):
+                line = sorted((row for row in here if row.estimator == estimator), key=lambda row: row.evaluations)
+                at, value = [row.evaluations for row in line], [row.log_px for row in line]
+                axes.errorbar(at, value, yerr=[row.mc_se for row in line], marker="o", ms=4, capsize=2, label=estimator)
+            axes.axhline(here[-1].log_px, color="0.4", lw=1, ls="--", label="reference")
+            axes.axhline(here[0].log_px, color="0.7", lw=1, ls=":", label="ELBO")
+            axes.set(xscale="log", xlabel="evaluations of the decoder per image", title=f"{split} images")
+        both[0].set_ylabel(f"log p(x), {unit}")
+        both[1].legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    runs.cli(main)
