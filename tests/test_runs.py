@@ -3,6 +3,7 @@ import json
 import math
 import shlex
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from experiments import runs
 from experiments.datasets import Digits
 from experiments.runs import RunError
 from experiments.svi_mnist import Config
-from pyro_vae import MLP, NonFiniteError
+from pyro_vae import MLP, Annealing, NonFiniteError
 
 
 class NoSubclassOfAnything:
@@ -47,7 +48,9 @@ def test_defaults():
     assert saved["dataset"]["init_args"]["binarization_seed"] == 777
     assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "tanh", "image_shape": None}
     assert (saved["epochs"], saved["lr"], saved["data_dir"]) == (40, 0.005, None)
-    assert saved["evidence"] == {"num_samples": 1000, "num_images": None}
+    annealing = saved["evidence"].pop("annealing")
+    assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1000}
+    assert annealing == asdict(Annealing())
     assert saved.keys() == {name for name in vars(config) if name not in ("run_dir", "resume", "tensorboard")}
 
 

@@ -14,7 +14,7 @@ from pyro_vae import Bernoulli, Categorical, Gaussian
 
 COMMON = (
     "--common=--dataset Digits --epochs 1 --evidence.num_samples 30 --latent_dim 3 --encoder.hidden [8] "
-    "--decoder.hidden [8]"
+    "--decoder.hidden [8] --evidence.annealed_images 20 --evidence.annealing.num_temperatures 2"
 )
 TWO = json.dumps({"Normal": "--prior StandardNormal", "Mixture, of 3": "--prior GaussianMixture --prior.components 3"})
 
@@ -28,19 +28,23 @@ def finished(tmp_path_factory):
 
 
 def test_differences_are_paired_by_seed_and_image(finished):
-    log_px = {
-        name: np.stack([compare.read(finished / f"{name}-seed{seed}").log_px for seed in range(2)])
+    read = {
+        name: [compare.read(finished / f"{name}-seed{seed}") for seed in range(2)]
         for name in ("Normal", "Mixture-of-3")
     }
+    log_px = {name: np.stack([run.annealed["log_px"].values for run in each]) for name, each in read.items()}
     first, second = json.loads((finished / "summary.json").read_text())["summaries"]
     paired = log_px["Mixture-of-3"] - log_px["Normal"]
     assert (first["name"], second["name"], second["reference"]) == ("Normal", "Mixture, of 3", "Normal")
-    assert first["log_likelihood"] == pytest.approx(log_px["Normal"].mean(), abs=1e-5)
+    annealed = [run.result["annealed_log_likelihood"] for run in read["Normal"]]
+    assert first["log_likelihood"] == pytest.approx(np.mean(annealed), abs=1e-5)
+    sampled = [run.importance["log_px"].values.mean() for run in read["Normal"]]
+    assert first["importance_sampled"] == pytest.approx(np.mean(sampled), abs=1e-5)
     assert second["differences"] == pytest.approx(paired.mean(1), abs=1e-5)
     assert second["difference"] == pytest.approx(paired.mean(), abs=1e-5)
     # of two numbers, the standard error of the mean is half their distance
     assert second["difference_seed_error"] == pytest.approx(abs(np.diff(paired.mean(1))[0]) / 2, abs=1e-5)
-    assert second["difference_image_error"] == pytest.approx(paired.mean(0).std(ddof=1) / math.sqrt(397), abs=1e-5)
+    assert second["difference_image_error"] == pytest.approx(paired.mean(0).std(ddof=1) / math.sqrt(20), abs=1e-5)
     text = (finished / "table.md").read_text()
     assert f"{second['difference']:+.2f}" in text
     assert "minus Normal" in text
@@ -113,7 +117,7 @@ def test_masses_densities_and_scores_are_kept_apart(tmp_path):
     assert "Beta" not in sections[1] + sections[2]
     assert (run_dir / "samples.png").stat().st_size > 1000
     (each,) = content["scores"].values()
-    assert each["score"] == pytest.approx(content["summaries"][3]["log_likelihood"])
+    assert each["score"] == pytest.approx(content["summaries"][3]["importance_sampled"])
     assert each["log_integral"] < -10
     # dividing by the integral raises the score by about as much
     assert each["log_likelihood"] - each["score"] == pytest.approx(-each["log_integral"], rel=0.05)

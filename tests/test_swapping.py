@@ -15,6 +15,8 @@ QUICK = [
     "--dataset=Digits",
     "--epochs=1",
     "--evidence.num_samples=30",
+    "--evidence.annealed_images=9",
+    "--evidence.annealing.num_temperatures=2",
     "--encoder.hidden=[16]",
     "--decoder.hidden=[16]",
 ]
@@ -54,7 +56,7 @@ def test_integers_are_the_pixels():
 )
 def test_bits_per_dimension(tmp_path, argv, unit):
     result = run(tmp_path / "run", *argv)
-    bits = -result["test_log_likelihood"] / 64 / math.log(2) + (math.log2(17) if unit == "density" else 0)
+    bits = -svi_mnist.best(result) / 64 / math.log(2) + (math.log2(17) if unit == "density" else 0)
     assert result["bits_per_dim"] == pytest.approx(bits)
     assert result["unit"] == f"nats per image, {unit}"
     assert 0 < bits < 5
@@ -115,11 +117,17 @@ def test_compare_pairs_runs_image_by_image(tmp_path, capsys):
         run(tmp_path / name, *argv)
     a, b = (compare.read(tmp_path / name) for name in "ab")
     (difference,) = compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
-    per_image = b.log_px - a.log_px
+    per_image = b.annealed["log_px"].values - a.annealed["log_px"].values
     assert difference.mean == pytest.approx(per_image.mean())
-    assert difference.se == pytest.approx(np.std(per_image, ddof=1) / math.sqrt(397))
-    assert difference.mc_se == pytest.approx(math.hypot(np.linalg.norm(a.mc_se), np.linalg.norm(b.mc_se)) / 397)
+    assert difference.se == pytest.approx(np.std(per_image, ddof=1) / math.sqrt(9))
+    errors = (np.linalg.norm(run.annealed["mc_se"].values) for run in (a, b))
+    assert difference.mc_se == pytest.approx(math.hypot(*errors) / 9)
     assert f"{difference.mean:+.3f}" in capsys.readouterr().out
+    run(tmp_path / "c", "--evidence.annealed_images=0")  # then importance sampling is what both have
+    (difference,) = compare.main([str(tmp_path / "c"), str(tmp_path / "b")])
+    c = compare.read(tmp_path / "c")
+    assert difference.mean == pytest.approx((b.importance["log_px"] - c.importance["log_px"]).values.mean())
+    assert "397 test images, 30 importance samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -140,7 +148,9 @@ def test_compare_refuses_numbers_that_mean_different_things(tmp_path, argv, word
 
 def test_compare_refuses_what_is_no_run(tmp_path):
     with pytest.raises(runs.RunError, match="holds no finished run"):
-        compare.main([str(tmp_path), str(tmp_path)])
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(runs.RunError, match="named twice"):
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
     with pytest.raises(runs.RunError, match="at least two"):
         compare.main([str(tmp_path)])
     with pytest.raises(runs.RunError, match="usage: python"):

@@ -26,7 +26,13 @@ from pyro_vae import (
     log_weights,
 )
 
-QUICK = ["--dataset=Digits", "--epochs=1", "--evidence.num_samples=25", "--latent_dim=3"]
+QUICK = [
+    "--dataset=Digits",
+    "--epochs=1",
+    "--evidence.num_samples=25",
+    "--latent_dim=3",
+    "--evidence.annealed_images=4",
+]
 
 
 class Horseshoe(Prior):
