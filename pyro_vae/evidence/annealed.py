@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import pyro
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -215,14 +216,17 @@ class _Path:
     def evaluate(self, e: Tensor) -> _State:
         start, e = self.settings.start, e.detach().requires_grad_()
         u = self.coordinates.to_latents(e)
-        log_prior, log_likelihood = self.latents.log_joint(u)
+        if start == "guide":
+            log_prior, log_likelihood, log_guide = self.latents.log_joint_and_guide(u)
+        else:
+            log_prior, log_likelihood = self.latents.log_joint(u)
         target = log_prior + log_likelihood + self.coordinates.log_det
         (target_gradient,) = torch.autograd.grad(target.sum(), e, retain_graph=start != "laplace")
         if start == "laplace":
             log_start = -0.5 * (e.square().sum(-1) + e.shape[-1] * math.log(2 * math.pi))
             start_gradient = -e
         else:
-            log_start = (log_prior if start == "prior" else self.latents.log_guide(u)) + self.coordinates.log_det
+            log_start = (log_prior if start == "prior" else log_guide) + self.coordinates.log_det
             (start_gradient,) = torch.autograd.grad(log_start.sum(), e)
         return _State(*(each.detach() for each in (e, log_start, target, start_gradient, target_gradient)))
 
@@ -259,7 +263,7 @@ def _paths(
     model: Program, guide: Program, x: Tensor, settings: Annealing, memory: int | None, progress: bool
 ) -> Iterator[tuple[_Path, Tensor, Tensor, tqdm]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, frozen step sizes ``(T - 1, B)``, the bar."""
-    with torch.no_grad():
+    with torch.no_grad(), pyro.validation_enabled(False):
         check_program(model, guide, x[:1])
         # a gradient keeps what a forward pass would drop
         rows = max(1, (memory or default_memory(x.device)) // (3 * bytes_per_sample(model, guide, x[:1])))

@@ -53,18 +53,16 @@ class Latents:
 
     def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, B, D) -> (K, B)`` each, in nats."""
-        trace, place = self._run_model(u)
-        log_p = {name: trace.nodes[name]["log_prob"] for name in sample_sites(trace)}
-        log_prior = sum(log_p.pop(name) for name in self._places) + place.log_det
-        return log_prior, sum(log_p.values())
+        return self._split(*self._run_model(u))
 
     def log_guide(self, u: Tensor) -> Tensor:
         """log q(u | x): ``(K, B, D) -> (K, B)``, in nats."""
-        trace, place = self._run_model(u)
-        values = {name: trace.nodes[name]["value"] for name in self._places}
-        trace = particle_trace(poutine.condition(self.guide, data=values), self.x, u.shape[0])
-        trace.compute_log_prob()
-        return sum_log_prob(trace) + place.log_det
+        return self._score_guide(*self._run_model(u))
+
+    def log_joint_and_guide(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(u), log p(x | u) and log q(u | x), for which z is decoded but once."""
+        run = self._run_model(u)
+        return *self._split(*run), self._score_guide(*run)
 
     def sample_guide(self, num_samples: int) -> Tensor:
         """Draws of u ~ q(u | x), shape ``(K, B, D)``, without gradients."""
@@ -96,8 +94,20 @@ class Latents:
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
         with pyro.validation_enabled(False), _Place(self._places, u) as place:
             trace = particle_trace(self.model, self.x, u.shape[0])
-        trace.compute_log_prob()
+            trace.compute_log_prob()
         return trace, place
+
+    def _split(self, trace: poutine.Trace, place: "_Place") -> tuple[Tensor, Tensor]:
+        log_p = {name: trace.nodes[name]["log_prob"] for name in sample_sites(trace)}
+        log_prior = sum(log_p.pop(name) for name in self._places) + place.log_det
+        return log_prior, sum(log_p.values())
+
+    def _score_guide(self, trace: poutine.Trace, place: "_Place") -> Tensor:
+        values = {name: trace.nodes[name]["value"] for name in self._places}
+        with pyro.validation_enabled(False):
+            trace = particle_trace(poutine.condition(self.guide, data=values), self.x, place.u.shape[0])
+            trace.compute_log_prob()
+        return sum_log_prob(trace) + place.log_det
 
     def _read(self, trace: poutine.Trace) -> Tensor:
         parts = []
