@@ -1,10 +1,12 @@
 """Models whose evidence is known by other means than this library's."""
 
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy import integrate, special, stats
 from torch import Tensor
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, LinearGaussianVAE, MeanField, StandardNormal
@@ -57,3 +59,50 @@ class BinaryLatents:
             log_likelihood = torch.where(x == 1, p, 1 - p).log().sum(-1)
             terms.append(torch.where(z == 1, self.prior, 1 - self.prior).log().sum() + log_likelihood)
         return torch.logsumexp(torch.stack(terms), 0)
+
+
+class SeparableBernoulli:
+    """z ~ N(0, I_20), x_d | z ~ Bernoulli(logit = 6 z_d - 1): p(x) is a product of one-dimensional integrals."""
+
+    dim = 20
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.dim), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=6 * z - 1).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Near the posterior's mean, and too narrow."""
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(1.5 * x - 0.5, 0.5).to_event(1))
+
+    def log_px(self, x: Tensor) -> Tensor:
+        one = integrate.quad(lambda z: stats.norm.pdf(z) * special.expit(6 * z - 1), -12, 12, epsabs=1e-13)[0]
+        return torch.where(x == 1, math.log(one), math.log1p(-one)).sum(-1)
+
+
+class GaussianChain:
+    """z2 ~ N(0, I), z1 | z2 ~ N(A z2, s1^2 I), x | z1 ~ N(W z1, s^2 I): p(x) is normal."""
+
+    def __init__(self, top_dim: int = 2, latent_dim: int = 3, pixels: int = 5):
+        self.top = torch.randn(latent_dim, top_dim, dtype=torch.float64)
+        self.weight = torch.randn(pixels, latent_dim, dtype=torch.float64)
+        self.latent_scale, self.scale = 0.6, 0.8
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", dist.Normal(x.new_zeros(self.top.shape[1]), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(z2 @ self.top.mT, self.latent_scale).to_event(1))
+            pyro.sample("x", dist.Normal(z1 @ self.weight.mT, self.scale).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Draws z1 first, and z2 given it, as encoders do."""
+        with pyro.plate("data", len(x), dim=-1):
+            z1 = pyro.sample("z1", dist.Normal(0.2 * (x @ self.weight), 0.7).to_event(1))
+            pyro.sample("z2", dist.Normal(0.3 * (z1 @ self.top), 0.8).to_event(1))
+
+    def log_px(self, x: Tensor) -> Tensor:
+        latent = self.top @ self.top.mT + self.latent_scale**2 * torch.eye(len(self.top)).to(x)
+        noise = self.scale**2 * torch.eye(len(self.weight)).to(x)
+        covariance = self.weight @ latent @ self.weight.mT + noise
+        return torch.as_tensor(stats.multivariate_normal(cov=covariance.numpy()).logpdf(x.numpy()))
