@@ -422,6 +422,7 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
     threshold = pareto_k_threshold(settings.num_samples)
     bad = (khat > threshold).double().mean().item()
     annealed, corrected = anneal(settings, vae, test, evidence)
+    first = data.observe(torch.arange(min(500, len(data.train_pixels)), device=test.device))
     return (
         {
             "test_elbo": elbo.mean().item(),
@@ -441,6 +442,7 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
             **corrected,
             "active_units": sum(int(site.sum()) for site in units.values()),
             "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
+            "active_units_first_500": sum(int(site.sum()) for site in active_units(vae.guide, first).values()),
             "evaluate_seconds": time.perf_counter() - start,
         },
         evidence,

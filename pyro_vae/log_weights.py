@@ -157,8 +157,8 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
 
     Raises:
         ContractError: as :func:`traces`, and if there is no observation or an observation lies outside the support
-            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or model
-            and guide disagree about the support of a latent site.
+            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or the
+            observed site holds something else than x, or model and guide disagree about the support of a latent site.
     """
     if x.dim() != 2 or x.shape[0] == 0:
         raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
@@ -175,7 +175,15 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
                     )
     for name in sample_sites(model_trace):
         site = model_trace.nodes[name]
-        if site["is_observed"] and not (valid := site["fn"].support.check(x)).all():
+        if not site["is_observed"]:
+            continue
+        value = site["value"]
+        if value.numel() != x.numel() or not torch.equal(value.reshape(x.shape).to(x).nan_to_num(), x.nan_to_num()):
+            raise ContractError(
+                f"the observed site '{name}' holds something else than the observations x that the model was given, so "
+                "that its density is not p(x): observe x itself"
+            )
+        if not (valid := site["fn"].support.check(value)).all():
             head = type(site["fn"]).__name__
             raise ContractError(
                 f"{(~valid).sum().item()} observations of site '{name}' lie outside the support of {head}, "

@@ -8,7 +8,16 @@ from oracles import BinaryLatents, binary, linear_gaussian, small_vae
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from scipy.stats import multivariate_normal
 
-from pyro_vae import ELBO, check_program, handrolled, log_weights, posterior_samples, traces
+from pyro_vae import (
+    ELBO,
+    ContractError,
+    check_program,
+    handrolled,
+    importance_sampling,
+    log_weights,
+    posterior_samples,
+    traces,
+)
 from pyro_vae.log_weights import find_non_finite
 
 
@@ -221,3 +230,11 @@ def test_find_non_finite_names_the_first_site():
     with torch.no_grad():
         vae.posterior.network.layers[-1].bias[0] = math.nan
     assert find_non_finite(vae.model, vae.guide, x) == "value of guide site 'z'"
+
+
+def test_an_observed_site_that_is_not_x_is_refused():
+    vae, x = small_vae(), binary(4)
+    with pytest.raises(ContractError, match="site 'x' holds something else than the observations"):
+        check_program(lambda x: vae.model(1 - x), vae.guide, x)
+    with pytest.raises(ContractError, match="site 'x' holds something else"):
+        importance_sampling(lambda x: vae.model(torch.ones_like(x)), vae.guide, x, 5)

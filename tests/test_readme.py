@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pyro
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of ArviZ
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 2
@@ -20,4 +22,8 @@ def test_python_blocks_run_in_order(capsys):
     assert -30 < log_px < -20
     assert 0 < monte_carlo < over_images < 0.5
     assert namespace["history"][-1].train_elbo > namespace["history"][0].train_elbo
+    width, error = namespace["width"], namespace["error"]
+    assert abs(width) < 5 * error
+    assert len(plt.get_fignums()) == 2  # ArviZ's figures
+    plt.close("all")
     assert namespace["loss"] / len(namespace["batch"]) == pytest.approx(-log_px, abs=10)
