@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.evidence.importance import bytes_per_sample, default_memory, reduce_log_weights
+from pyro_vae.evidence.importance import reduce_log_weights, rows_per_chunk
 from pyro_vae.evidence.laplace import Coordinates, diagonal, laplace_approximation, prior_location_and_width
 from pyro_vae.evidence.latents import Latents
 from pyro_vae.evidence.result import Evidence
@@ -265,8 +265,7 @@ def _paths(
     """For each chunk of observations its path, temperatures ``(T + 1,)``, frozen step sizes ``(T - 1, B)``, the bar."""
     with torch.no_grad(), pyro.validation_enabled(False):
         check_program(model, guide, x[:1])
-        # a gradient keeps what a forward pass would drop
-        rows = max(1, (memory or default_memory(x.device)) // (3 * bytes_per_sample(model, guide, x[:1])))
+        rows = max(1, rows_per_chunk(model, guide, x, memory) // 3)  # a gradient keeps what a forward pass would drop
     size, betas = max(1, rows // settings.num_chains), None
     with tqdm(total=len(x), disable=not progress, unit="image", desc="annealing") as bar:
         for part in x.split(rows):

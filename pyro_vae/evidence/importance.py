@@ -64,8 +64,6 @@ def importance_sampling(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if memory is not None and memory < 1:
-        raise ValueError(f"memory must be at least 1 byte, got {memory}")
     if proposal not in ("guide", "laplace"):
         raise ValueError(f"proposal must be guide or laplace, got {proposal}")
     if not widening > 0 or (df is not None and not df > 0):
@@ -74,7 +72,7 @@ def importance_sampling(
         raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
     with torch.no_grad(), pyro.validation_enabled(False):
         check_program(model, guide, x[:1])
-        rows = max(1, (memory or default_memory(x.device)) // bytes_per_sample(model, guide, x[:1]))
+        rows = rows_per_chunk(model, guide, x, memory)
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
         size = max(1, rows // samples)
         if proposal == "guide":
@@ -186,9 +184,17 @@ def _replace(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return torch.logaddexp(total + rest.log(), new.logsumexp(0))
 
 
-def default_memory(device: torch.device) -> int:
-    """Bytes that one chunk may take: half of what a GPU has free; on a CPU, what its caches and allocator like."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**27
+def rows_per_chunk(model: Program, guide: Program, x: Tensor, memory: int | None) -> int:
+    """How many z may be scored at once in ``memory`` bytes; None: half of what a GPU has free, 128 MiB on a CPU.
+
+    Raises:
+        ValueError: if ``memory`` is below 1.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(x.device)[0] // 2 if x.device.type == "cuda" else 2**27
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1 byte, got {memory}")
+    return max(1, memory // _bytes_per_sample(model, guide, x[:1]))
 
 
 class _CountBytes(TorchDispatchMode):
@@ -203,7 +209,7 @@ class _CountBytes(TorchDispatchMode):
         return result
 
 
-def bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
+def _bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
     """Bytes of intermediate results that one more sample of z brings, an upper bound of what it holds at a time."""
     sizes = []
     for num_samples in (64, 128):

@@ -43,10 +43,11 @@ class Latents:
                 continue
             if innermost(site["fn"].support).is_discrete:
                 raise ContractError(
-                    f"site '{name}' is discrete ({type(site['fn']).__name__}), so that its log-density has no gradient "
+                    f"site '{name}' is discrete, on {site['fn'].support}, so that its log-density has no gradient "
                     "to follow: use importance_sampling from the guide, or enumeration if it has few values"
                 )
-            shape = into_support(site["fn"].support).inverse_shape(site["fn"].event_shape)
+            # of the whole value: bounds may depend on x or on another site
+            shape = into_support(site["fn"].support).inverse_shape(site["value"].shape)[2:]
             end = self.dim + math.prod(shape)
             self._places[name] = (slice(self.dim, end), shape)
             self.dim = end
