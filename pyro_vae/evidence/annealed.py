@@ -45,7 +45,7 @@ class Annealing:
     start: Literal["laplace", "guide", "prior"] = "laplace"
     num_leapfrogs: int = 3
     schedule: Literal["linear", "sigmoid"] = "linear"
-    error: float = 0.15
+    error: float = 0.1
     target_acceptance: float = 0.8
     num_warmup_chains: int = 4
 
