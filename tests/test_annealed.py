@@ -260,7 +260,9 @@ def test_simulate_and_sample_prior_read_u_from_bounded_draws():
 )
 def test_a_discrete_site_is_refused_by_name(estimate):
     program = BinaryLatents()
-    with pytest.raises(ContractError, match=r"site 'z' is discrete, on .*use importance_sampling .*enumeration") as error:
+    with pytest.raises(
+        ContractError, match=r"site 'z' is discrete, on .*use importance_sampling .*enumeration"
+    ) as error:
         estimate(program.model, program.guide, binary(2, pixels=6))
     assert "\n" not in str(error.value)
 
