@@ -8,7 +8,7 @@ overwritten.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,16 @@ class Config:
             raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        importance = self.estimator == "importance"
+        if not importance and (self.proposal != "guide" or self.num_samples != Config.num_samples):
+            raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")
+        if importance and (self.annealing != Annealing() or self.published):
+            raise ValueError("--annealing and --published are for --estimator annealed or bdmc, not importance")
+        if self.published and replace(self.annealing, num_temperatures=None) != Annealing():
+            raise ValueError("--published leaves only --annealing.num_temperatures to choose")
+        if self.estimator == "bdmc" and self.split == "train":
+            raise ValueError("--split train: --estimator bdmc scores images that the model draws, of neither split")
+        if self.name is not None and (not self.name.strip(".") or Path(self.name).name != self.name):
             raise ValueError(f"--name must be a plain file name, got {self.name}")
 
 
@@ -90,10 +99,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config, _ = runs.parse(Config, argv, first="run")
     device = runs.device(config.device)
-    name = config.name or f"{config.estimator}-{config.split}"
+    if not (config.run / "result.json").exists():
+        raise runs.RunError(f"{config.run} holds no finished run (there is no result.json)")
+    name = config.name or ("bdmc" if config.estimator == "bdmc" else f"{config.estimator}-{config.split}")
     path = config.run / "evaluations" / f"{name}.json"
-    if path.exists():
-        raise runs.RunError(f"{path} exists and is never overwritten: choose another --name")
+    for each in (path, path.with_suffix(".nc")):
+        if each.exists():
+            raise runs.RunError(f"{each} exists and is never overwritten: choose another --name")
     vae = svi_mnist.load_run(config.run).to(device)
     data = svi_mnist.load_data(config.run, device)
     x, among = images(data, config.split, config.num_images)
@@ -105,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise runs.RunError(f"--estimator {config.estimator}: {error}") from error
     result |= {
         "estimator": config.estimator,
-        "split": config.split,
+        "split": "simulated" if config.estimator == "bdmc" else config.split,
         "num_images": len(x),
         "unit": vae.likelihood.head.unit,
         "seconds": time.perf_counter() - start,
@@ -139,7 +151,7 @@ def estimate(config: Config, model, guide, x: Tensor) -> tuple[dict[str, Any], d
     """Entries of the JSON file, and evidence by group of the netCDF file."""
     annealing = PUBLISHED.get(config.published, config.annealing)
     if config.published and config.annealing.num_temperatures:
-        annealing = type(annealing)(**asdict(annealing) | {"num_temperatures": config.annealing.num_temperatures})
+        annealing = replace(annealing, num_temperatures=config.annealing.num_temperatures)
     if config.estimator == "bdmc":
         sandwich = bidirectional_monte_carlo(model, guide, x, annealing, progress=True)
         width, error = sandwich.width()
@@ -153,12 +165,13 @@ def estimate(config: Config, model, guide, x: Tensor) -> tuple[dict[str, Any], d
         evidence = importance_sampling(
             model, guide, x, config.num_samples, config.proposal, config.widening, progress=True
         )
-        threshold = pareto_k_threshold(config.num_samples)
-        bad = (evidence.khat > threshold).double().mean().item()
+        bad = evidence.share_bad_k(config.num_samples)
         settings = {"num_samples": config.num_samples, "proposal": config.proposal, "widening": config.widening}
-        settings |= {"khat_threshold": threshold, "share_khat_above_threshold": bad, "reliable": bad <= svi_mnist.MANY}
+        settings |= {"khat_threshold": pareto_k_threshold(config.num_samples), "share_khat_above_threshold": bad}
+        settings |= {"reliable": svi_mnist.reliable(bad)}
     log_likelihood, over_images, monte_carlo = evidence.mean()
     result = {"log_likelihood": log_likelihood, "log_likelihood_se": over_images, "mc_se": monte_carlo}
+    result |= {"shortfall": evidence.shortfall()}
     return result | {"num_invalid": int(evidence.num_invalid.sum())} | settings, {config.estimator: evidence}
 
 
@@ -174,12 +187,15 @@ def report(result: dict[str, Any]) -> None:
         ]
     else:
         believe = "another run would differ by this"
+        if "reliable" in result and result["reliable"] is None:
+            believe = "too few samples to tell whether it may be believed"
         if result.get("reliable") is False:
             share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
             believe = f"not to be believed: {share:.0%} of the images have a Pareto k above {threshold:.2f}"
         rows += [
             (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),
             ("  Monte Carlo error", number(result["mc_se"]), believe),
+            ("  low by about", number(result["shortfall"]), "in expectation, if that error may be believed"),
             ("  error over images", number(result["log_likelihood_se"]), "other images would differ by this"),
         ]
     rows.append(("seconds", f"{result['seconds']:.0f}", ""))

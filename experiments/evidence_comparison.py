@@ -34,7 +34,6 @@ from pyro_vae import (
     bidirectional_monte_carlo,
     estimate_elbo,
     importance_sampling,
-    pareto_k_threshold,
 )
 
 
@@ -82,6 +81,7 @@ class Row:
     """One estimate of one split: means over images, in nats, and what they cost."""
 
     split: str
+    num_images: int
     estimator: str
     setting: int
     evaluations: float
@@ -100,16 +100,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
-    config, text = runs.parse(Config, argv, first="run")
+    config, settings = runs.parse(Config, argv, first="run")
     device = runs.device(config.device)
     vae = svi_mnist.load_run(config.run).to(device).requires_grad_(False)
     out = config.out or config.run / "evidence_comparison"
-    runs.check_run_dir(out, text, resume=False)
+    runs.check_empty(out)
     data = svi_mnist.load_data(config.run, device)
     torch.manual_seed(config.seed)
     try:
-        Latents(vae.model, vae.guide, data.test)
-        runs.open_run(out, text, resume=False)
         rows = [
             row
             for split in ("test", "train")
@@ -119,19 +117,26 @@ def main(argv: Sequence[str] | None = None) -> Path:
     except ContractError as error:
         raise runs.RunError(str(error)) from error
     unit = vae.likelihood.head.unit
-    content = {"unit": unit, "num_images": config.num_images, "rows": [asdict(row) for row in rows]}
-    runs.write_json(out / "result.json", content | {"sandwiches": sandwiches, **runs.provenance(device)})
-    figure(rows, unit, out / "evidence.png")
-    size = f"{config.num_images:,}"
+    content = {"unit": unit, "rows": [asdict(row) for row in rows], "sandwiches": sandwiches}
     sections = [
-        f"log p(x), {unit}, means over {size} images. Evaluations: of the decoder, per image. Differences are from\n"
-        "the reference, the last line, on the same images, with their Monte Carlo error."
+        f"log p(x), {unit}, means over images. Evaluations: of the decoder, per image. Differences are from the\n"
+        "reference, the last line, on the same images, with their Monte Carlo error."
     ]
     for split in ("test", "train"):
-        sections.append(f"## {split.capitalize()} images\n\n{table([row for row in rows if row.split == split])}")
-    sections.append(f"## Bidirectional Monte Carlo, {size} images drawn from the model\n\n{sandwich_table(sandwiches)}")
+        here = [row for row in rows if row.split == split]
+        sections.append(f"## {here[0].num_images:,} {split} images\n\n{table(here)}")
+    simulated = min(config.num_images, len(data.test))
+    title = f"## Bidirectional Monte Carlo, {simulated:,} images drawn from the model"
+    sections.append(f"{title}\n\n{sandwich_table(sandwiches)}")
     text = "\n\n".join(sections)
-    runs.write_text(out / "table.md", text + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        figure(rows, unit, out / "evidence.png")
+        runs.write_text(out / "config.yaml", settings)
+        runs.write_text(out / "table.md", text + "\n")
+        runs.write_json(out / "result.json", content | runs.provenance(device))
+    except OSError as error:
+        raise runs.RunError(f"{out}: {error.strerror or error}") from error
     print(f"\n{text}\n\n{out}")
     return out
 
@@ -172,12 +177,13 @@ def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> li
     reference, rows = found[-1][-1], []
     for name, num, evaluations, seconds, evidence in found:
         mean, _, monte_carlo = evidence.mean()
-        khat = evidence.khat[~evidence.khat.isnan()]
-        bad = (khat > pareto_k_threshold(num)).double().mean().item() if len(khat) else None
+        bad = evidence.share_bad_k(num)
         acceptance = evidence.acceptance.mean().item()
         difference = mean - reference.mean()[0]
         error = (evidence.mc_se.square() + reference.mc_se.square()).sum().sqrt().item() / len(x)
-        rows.append(Row(split, name, num, evaluations, seconds, mean, monte_carlo, difference, error, bad, acceptance))
+        rows.append(
+            Row(split, len(x), name, num, evaluations, seconds, mean, monte_carlo, difference, error, bad, acceptance)
+        )
     return rows
 
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config, _ = runs.parse(Config, argv, first="run")
     device = runs.device(config.device)
     out = config.out or config.run / "inference_gaps"
-    check_empty(out)
+    runs.check_empty(out)
     vae = svi_mnist.load_run(config.run).to(device)
     data = svi_mnist.load_data(config.run, device)
     torch.manual_seed(config.seed)
@@ -127,19 +127,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise runs.RunError(f"{out}: {error.strerror or error}") from error
     print(f"\n{report(result)}\n{out}")
     return out
-
-
-def check_empty(out: Path) -> None:
-    """Refuse to write where anything is already.
-
-    Raises:
-        RunError: if ``out`` is no directory, or not empty.
-    """
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise runs.RunError(f"{out} exists and is never overwritten: choose another directory by --out")
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror}") from error
 
 
 def study(config: Config, model: Program, guide: Program, x: Tensor, among: Tensor) -> Split:
@@ -178,7 +165,7 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
         estimates = {key: _estimate(*each.mean()) for key, each in split.evidence.items()}
         for key, each in split.evidence.items():
             estimates[key]["num_invalid"] = int(each.num_invalid.sum())
-        bad = (split.evidence["importance"].khat > threshold).double().mean().item()
+        bad = split.evidence["importance"].share_bad_k(config.num_samples)
         estimates["importance"] |= {"khat_threshold": threshold, "share_khat_above_threshold": bad}
         estimates["annealed"]["acceptance"] = split.evidence["annealed"].acceptance.mean().item()
         result["splits"][name] = {
@@ -260,7 +247,8 @@ def _source(name: str, split: dict[str, Any]) -> str:
     """Which estimate of log p(x) was taken, and what the other one says."""
     estimates, chosen = split["log_px"], split["log_px_from"]
     bad, threshold = (estimates["importance"][key] for key in ("share_khat_above_threshold", "khat_threshold"))
-    notes = {"annealed": "", "importance": f" (Pareto k above {threshold:.2f}: {bad:.0%} of the images)"}
+    known = "unknown share" if bad is None else f"{bad:.0%}"
+    notes = {"annealed": "", "importance": f" (Pareto k above {threshold:.2f}: {known} of the images)"}
     means = {key: f"{label}, {number(estimates[key]['mean'])}{notes[key]}" for key, label in ESTIMATORS.items()}
     return f"log p(x), {name}: the higher, of {means.pop(chosen)}, and {means.popitem()[1]}"
 

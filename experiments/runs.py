@@ -303,6 +303,19 @@ def check_run_dir(directory: Path, config: str, resume: bool) -> None:
         raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
 
 
+def check_empty(out: Path) -> None:
+    """Refuse to write where anything is already.
+
+    Raises:
+        RunError: if ``out`` is no directory, or not empty.
+    """
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is never overwritten: choose another directory by --out")
+    except OSError as error:
+        raise RunError(f"{out}: {error.strerror}") from error
+
+
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
     """The first setting in which two configurations differ, as ``--option (old, now new)``."""
     if isinstance(old, dict) and isinstance(new, dict):

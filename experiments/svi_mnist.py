@@ -418,9 +418,8 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
     evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
-    khat = evidence.khat[~evidence.khat.isnan()]  # fewer than 21 samples have no k
-    threshold = pareto_k_threshold(settings.num_samples)
-    bad = (khat > threshold).double().mean().item()
+    khat = evidence.khat[~evidence.khat.isnan()]
+    bad = evidence.share_bad_k(settings.num_samples)
     annealed, corrected = anneal(settings, vae, test, evidence)
     first = data.observe(torch.arange(min(500, len(data.train_pixels)), device=test.device))
     return (
@@ -435,9 +434,9 @@ def evaluate(config: Config, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[s
             "unit": vae.likelihood.head.unit,
             "median_ess": evidence.ess.median().item(),
             "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
-            "khat_threshold": threshold,
+            "khat_threshold": pareto_k_threshold(settings.num_samples),
             "share_khat_above_threshold": bad,
-            "reliable": None if math.isnan(bad) else bad <= MANY,
+            "reliable": reliable(bad),
             "num_invalid": int(evidence.num_invalid.sum()),
             **corrected,
             "active_units": sum(int(site.sum()) for site in units.values()),
@@ -454,12 +453,18 @@ MANY = 0.1
 """Share of images with a bad Pareto k above which an importance-sampled log-likelihood is called unreliable."""
 
 
+def reliable(share_bad_k: float | None) -> bool | None:
+    """Whether an importance-sampled log-likelihood and its error may be believed; None if there is no telling."""
+    return None if share_bad_k is None else share_bad_k <= MANY
+
+
 def anneal(
     settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tensor, importance: Evidence
 ) -> tuple[xr.Dataset | None, dict[str, Any]]:
     """Annealed importance sampling of some of the test images, and what it says about all of them."""
     size = len(test) if settings.annealed_images is None else min(settings.annealed_images, len(test))
-    names = ("annealed_log_likelihood", "annealed_mc_se", "annealed_acceptance", "annealed_seconds")
+    names = ("log_likelihood", "mc_se", "shortfall", "acceptance", "seconds")
+    names = tuple(f"annealed_{name}" for name in names)
     nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
     if size == 0:
         return nothing
@@ -471,7 +476,8 @@ def anneal(
         print(f"no annealed estimate: {error}")
         return nothing
     estimate, error = difference_estimate(importance.log_px, evidence, among)
-    values = estimate, error, evidence.acceptance.mean().item(), time.perf_counter() - start
+    acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
+    values = estimate, error, evidence.shortfall(), acceptance, seconds
     return evidence.to_dataset(image=among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
 
 
@@ -530,6 +536,7 @@ def report(run_dir: Path) -> None:
                 number(result["annealed_mc_se"]),
                 "another draw of these images, and another run, would",
             ),
+            ("  low by about", number(result.get("annealed_shortfall")), "in expectation; more temperatures help"),
         ]
     rows += [
         ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),

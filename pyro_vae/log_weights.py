@@ -41,6 +41,8 @@ def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Trace
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
 
     guide_trace = particle_trace(guide, x, num_samples)
     result = Traces(particle_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
@@ -160,8 +162,8 @@ def check_program(model: Program, guide: Program, x: Tensor) -> None:
             of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or the
             observed site holds something else than x, or model and guide disagree about the support of a latent site.
     """
-    if x.dim() != 2 or x.shape[0] == 0:
-        raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
+    if x.isnan().any():
+        raise ContractError(f"{x.isnan().flatten(1).any(1).sum().item()} of {len(x)} observations hold NaN")
     with torch.no_grad(), pyro.validation_enabled(False):
         model_trace, guide_trace = traces(model, guide, x, num_samples=2)
         for name in sample_sites(guide_trace):

@@ -758,7 +758,7 @@ def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
     for ratio in ((exact - sandwich.upper.log_px).exp(), (sandwich.lower.log_px - exact).exp()):
         error = ratio.std().item() / 100
         assert abs(ratio.mean().item() - 1) < 4 * error
-        assert error < 0.03
+        assert error < 0.06
     share = sandwich.x.mean().item()
     assert abs(share - log_px[1].exp().item()) < 4 * 0.5 / 100
 

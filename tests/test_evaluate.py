@@ -56,7 +56,7 @@ def test_every_estimator_agrees_with_quadrature(run, argv, capsys):
         among = torch.tensor(group["image"].values)
         truth = exact(run, "test", among).numpy()
         assert len(set(among.tolist())) == 40 == found["num_images"]
-        assert abs(group["log_px"].values.mean() - truth.mean()) < 4 * found["mc_se"] + 1e-3
+        assert abs(group["log_px"].values.mean() - truth.mean()) < 4 * found["mc_se"] + 0.03
         assert found["log_likelihood"] == pytest.approx(group["log_px"].values.mean())
     assert found["unit"] == "nats per image, mass"
     assert f"{found['log_likelihood']:.3f}" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_training_images_are_the_same_each_time_and_others_than_the_test_images(
 
 
 def test_unreliable_weights_are_called_so(run, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "pareto_k_threshold", lambda num: -9.0)
+    monkeypatch.setattr("pyro_vae.evidence.result.pareto_k_threshold", lambda num: -9.0)
     path = evaluate.main([str(run), "--estimator=importance", "--num_images=10", "--num_samples=100", "--name=bad"])
     assert written(path)["reliable"] is False
     assert "not to be believed: 100% of the images" in capsys.readouterr().out
@@ -110,6 +110,12 @@ def test_unreliable_weights_are_called_so(run, capsys, monkeypatch):
         (["--annealing.num_chains=1"], "num_chains must be at least 2, got 1"),
         (["--annealing.start=nowhere"], "--annealing.start"),
         (["--name=a/b"], "--name must be a plain file name"),
+        (["--name=.."], "--name must be a plain file name"),
+        (["--proposal=laplace"], "--num_samples and --proposal are for --estimator importance, not annealed"),
+        (["--estimator=bdmc", "--num_samples=7"], "--num_samples and --proposal are for --estimator importance"),
+        (["--estimator=importance", "--published=wu_2017"], "--published are for --estimator annealed or bdmc"),
+        (["--published=wu_2017", "--annealing.num_chains=3"], "--published leaves only --annealing.num_temperatures"),
+        (["--estimator=bdmc", "--split=train"], "--split train: --estimator bdmc scores images that the model draws"),
         (["--estimator=guess"], "--estimator: expected one of"),
     ],
 )
@@ -124,7 +130,11 @@ def test_nothing_is_overwritten_and_no_run_is_refused(run, tmp_path):
     with pytest.raises(runs.RunError, match="never overwritten: choose another --name"):
         evaluate.main(argv)
     assert (run / "evaluations" / "once.json").read_bytes() == before
-    with pytest.raises(runs.RunError, match="holds no trained model"):
+    (run / "evaluations" / "half.nc").write_text("precious")
+    with pytest.raises(runs.RunError, match=r"half\.nc exists and is never overwritten"):
+        evaluate.main([*argv[:-1], "--name=half"])
+    assert (run / "evaluations" / "half.nc").read_text() == "precious"
+    with pytest.raises(runs.RunError, match="holds no finished run"):
         evaluate.main([str(tmp_path)])
     with pytest.raises(runs.RunError, match="required: run"):
         evaluate.main([])
@@ -167,8 +177,8 @@ def test_comparison_of_estimators(run, compared):
 
 def test_evaluations_are_counted(compared):
     rows = {(row["estimator"], row["setting"]): row for row in written(compared / "result.json")["rows"][:7]}
-    # besides the samples asked for: a check of the programs, and how much memory a sample takes, over 12 images
-    overhead = (4 + 64 + 128) / 12
+    # besides the samples asked for: two checks of the programs, and how much memory a sample takes, over 12 images
+    overhead = 4 + (64 + 128) / 12
     assert rows["importance, guide", 200]["evaluations"] == pytest.approx(200 + overhead, abs=2)
     # 16 chains and 4 of the warm-up, at the start and for each of 10 leapfrogs of 29 transitions, gradients twice
     chains = 2 * (16 + 4) * (1 + 10 * 29)

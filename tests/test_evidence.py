@@ -157,7 +157,7 @@ def test_exactly_num_samples_are_drawn_whatever_the_memory():
         drawn.clear()
         importance_sampling(vae.model, guide, x, 333, memory=memory)
         checks_and_sizing = sum(drawn) - 333 * 5 * 3
-        assert checks_and_sizing == 3 * (2 + 64 + 128) + 3 * 2 * 5  # one image; then a check with two samples of each
+        assert checks_and_sizing == 3 * (64 + 128) + 2 * 3 * 2 * 5  # of one image; two checks with two samples of each
 
 
 def test_invalid_log_weights_are_counted_and_never_averaged_away():
@@ -261,6 +261,17 @@ def test_active_units_of_a_linear_gaussian():
     assert units["z"].tolist() == (variance > 0.01).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="at least 2"):
         active_units(vae.guide, x, num_samples=1)
+
+
+def test_shortfall_is_that_of_the_logarithm():
+    """log of the mean of 16 weights is low by half its squared error, to first order."""
+    log_w = 0.5 * torch.randn(16, 200_000, dtype=torch.float64)
+    evidence = reduce_log_weights([log_w], 16)
+    low = 0.125 - evidence.log_px.mean().item()  # E[w] = exp(0.5^2 / 2)
+    assert evidence.shortfall() == pytest.approx(low, rel=0.1)
+    assert evidence.share_bad_k(16) is None
+    assert reduce_log_weights([4 * torch.randn(1000, 50)], 1000).share_bad_k(1000) > 0.9
+    assert reduce_log_weights([torch.randn(1000, 50) / 9], 1000).share_bad_k(1000) == 0
 
 
 def test_evidence_mean_and_its_two_errors():

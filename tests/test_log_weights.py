@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 from pyro_vae import (
     ELBO,
     ContractError,
+    annealed_importance_sampling,
     check_program,
     handrolled,
     importance_sampling,
@@ -230,6 +231,18 @@ def test_find_non_finite_names_the_first_site():
     with torch.no_grad():
         vae.posterior.network.layers[-1].bias[0] = math.nan
     assert find_non_finite(vae.model, vae.guide, x) == "value of guide site 'z'"
+
+
+@pytest.mark.parametrize("estimate", [importance_sampling, log_weights, annealed_importance_sampling])
+def test_no_observations_and_nan_are_refused(estimate):
+    vae, settings = small_vae(), () if estimate is annealed_importance_sampling else (3,)
+    with pytest.raises(ContractError, match=r"shape \(B, X\) with B > 0, got \(0, 12\)"):
+        estimate(vae.model, vae.guide, torch.zeros(0, 12, dtype=torch.float64), *settings)
+    if estimate is not log_weights:
+        x = binary(4)
+        x[1:3, 5] = math.nan
+        with pytest.raises(ContractError, match="2 of 4 observations hold NaN"):
+            estimate(vae.model, vae.guide, x, *settings)
 
 
 def test_an_observed_site_that_is_not_x_is_refused():

@@ -135,7 +135,7 @@ def test_compare_pairs_runs_image_by_image(tmp_path, capsys):
     [
         (["--likelihood=Poisson", "--dataset.binarization=integers"], "binarization"),
         (["--dataset.binarization_seed=1"], "binarization_seed"),
-        (["--evidence.num_samples=40"], "num_samples"),
+        (["--evidence.num_samples=40", "--evidence.annealed_images=0"], "num_samples"),
         (["--likelihood=Gaussian", "--dataset.binarization=dequantized"], "unit"),
     ],
 )

@@ -71,7 +71,7 @@ def importance_sampling(
     if proposal == "guide" and (widening != 1 or df is not None):
         raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
     with torch.no_grad(), pyro.validation_enabled(False):
-        check_program(model, guide, x[:1])
+        check_program(model, guide, x[:1000])
         rows = rows_per_chunk(model, guide, x, memory)
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
         size = max(1, rows // samples)

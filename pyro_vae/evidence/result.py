@@ -6,6 +6,8 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from pyro_vae.diagnostics import pareto_k_threshold
+
 
 class Evidence(NamedTuple):
     """Estimates of log p(x) with errors and diagnostics, one entry per observation; NaN where an estimator has none.
@@ -37,6 +39,19 @@ class Evidence(NamedTuple):
         size = self.log_px.numel()
         over_data = self.log_px.std(correction=1).item() / size**0.5 if size > 1 else float("nan")
         return self.log_px.mean().item(), over_data, self.mc_se.square().sum().sqrt().item() / size
+
+    def shortfall(self) -> float:
+        """By how many nats the mean of ``log_px`` is low in expectation, about: that of half the squared errors.
+
+        The logarithm of an unbiased estimate with relative error s is low by s^2 / 2. Unlike the error of the mean it
+        does not shrink with more observations.
+        """
+        return self.mc_se.square().mean().item() / 2
+
+    def share_bad_k(self, num_samples: int) -> float | None:
+        """The share of observations whose k is above :func:`pyro_vae.pareto_k_threshold`; None if none has a k."""
+        khat = self.khat[~self.khat.isnan()]  # fewer than 21 samples have no k
+        return (khat > pareto_k_threshold(num_samples)).double().mean().item() if len(khat) else None
 
     def to_dataset(self, image: Tensor | None = None, **attributes) -> xr.Dataset:
         """One variable per field along the dimension ``image``, numbered by ``image``, ``(B,)``, or from 0."""
