@@ -12,7 +12,7 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -209,8 +209,9 @@ class _Graph:
             loss = _loss(svi, args, kwargs)
             if not train:
                 return (loss,)
-            gradients = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad and params else []
-            self.trained = [p for p, gradient in zip(params, gradients) if gradient is not None]
+            depends = bool(params) and loss.requires_grad
+            gradients = torch.autograd.grad(loss, params, allow_unused=True) if depends else [None] * len(params)
+            self.trained = [p for p, gradient in zip(params, gradients, strict=True) if gradient is not None]
             if not self.trained:
                 raise ValueError("the optimizer holds no tensor that the loss depends on: nothing would be trained")
             return loss, *(gradient for gradient in gradients if gradient is not None)
@@ -231,7 +232,11 @@ class _Graph:
                         "the programs look at the values of tensors, in an if, a float() or an .item(), which one "
                         "graph cannot hold: write torch.where, or train with PyroSVI"
                     ) from error
-        self._compiled = torch.compile(self._traced, fullgraph=True) if svi.compiler == "inductor" else self._traced
+        self._compiled = self._traced
+        if svi.compiler == "inductor":
+            validation = Distribution._validate_args
+            self._compiled = torch.compile(self._traced, fullgraph=True)
+            Distribution._validate_args = validation  # torch.compile switches it off for the whole process
 
     def _try(self, svi: CompiledSVI, run: Callable, tensors: list[Tensor]) -> None:
         """An ordinary run first: its errors are easier to read than those of a trace."""
