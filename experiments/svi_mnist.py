@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +38,7 @@ from pyro_vae import (
     Annealing,
     Bernoulli,
     CheckpointError,
+    CompiledSVI,
     Conditional,
     ContractError,
     Epoch,
@@ -62,7 +64,8 @@ from pyro_vae import (
 from pyro_vae.networks import check_widths
 from pyro_vae.vae import num_outputs
 
-ENGINES = {"pyro": PyroSVI}
+WORTH_COMPILING = 2000
+"""Gradient steps above which the seconds of compiling pay; below, the compiled engine runs the graph as it is."""
 T = TypeVar("T")
 
 
@@ -127,7 +130,8 @@ class Config:
         decoder: network from z to the likelihood's parameters.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
-        engine: pyro runs pyro.infer.SVI itself.
+        engine: pyro runs pyro.infer.SVI itself; compiled traces loss and gradients into one graph and, for long runs,
+            compiles it.
         epochs: passes over the training images, at least 1.
         batch_size: images per gradient step, at least 1.
         lr: learning rate of Adam, positive; the peak if the schedule has one.
@@ -153,7 +157,7 @@ class Config:
     decoder: Callable[[int, int], Network] = MLP
     latent_dim: int = 50
     objective: Callable[[], Objective | pyro.infer.ELBO] = Trace_ELBO
-    engine: Literal["pyro"] = "pyro"
+    engine: Literal["pyro", "compiled"] = "pyro"
     epochs: int = 40
     batch_size: int = 256
     lr: float = 5e-3
@@ -368,16 +372,19 @@ def train(
             writer.flush()
         logged = len(history)
 
+    batches = data.batches(config.batch_size)
+    compiler = "inductor" if config.epochs * len(batches) > WORTH_COMPILING else "none"
+    engine = PyroSVI if config.engine == "pyro" else partial(CompiledSVI, compiler=compiler)
     try:
         return fit(
             vae,
-            data.batches(config.batch_size),
+            batches,
             data.validation,
             epochs=config.epochs,
             lr=config.lr,
             schedule=config.schedule,
             loss=objective,
-            engine=ENGINES[config.engine],
+            engine=engine,
             patience=config.patience,
             weights=config.weights,
             checkpoint=run_dir / "checkpoint.pt",
@@ -386,7 +393,7 @@ def train(
         )
     except CheckpointError as error:
         raise runs.RunError(f"--resume: {error}; start a new run in another --run_dir") from error
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         if not _raised_by_a_library(error):
             raise  # an error in somebody's own class: its traceback says where
         raise runs.RunError(f"--objective {type(objective).__name__}: {' '.join(str(error).split())}") from error

@@ -71,7 +71,7 @@ from pyro_vae.priors import (
     UniformPrior,
     VampPrior,
 )
-from pyro_vae.svi import NonFiniteError, PyroSVI
+from pyro_vae.svi import CompiledSVI, NonFiniteError, PyroSVI
 from pyro_vae.training import CheckpointError, Epoch, fit
 from pyro_vae.vae import VAE, Conditional, TwoLayerVAE
 
@@ -89,6 +89,7 @@ __all__ = [
     "Beta",
     "Categorical",
     "CheckpointError",
+    "CompiledSVI",
     "Conditional",
     "ContinuousBernoulli",
     "ContractError",

@@ -128,6 +128,7 @@ def fit(
             if patience is not None and len(state.history) - state.best_epoch >= patience:
                 break
             start = time.perf_counter()
+            good = {name: value.clone() for name, value in vae.state_dict().items()}
             total, size = 0.0, 0
             for batch in train:
                 if epoch == 1 and size == 0:
@@ -140,8 +141,13 @@ def fit(
                 rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 bar.update()
-            if not math.isfinite(total):
-                raise _non_finite(vae, batch, f"the training loss is {float(total)}")
+            # a compiled step does not wait to see its loss, so that a NaN is found here
+            if not math.isfinite(total) or not all(p.isfinite().all() for p in vae.parameters()):
+                vae.load_state_dict(good)
+                raise NonFiniteError(
+                    f"training stopped: the training loss was NaN or infinite in epoch {epoch}; the weights are those "
+                    "of the epoch before. A smaller learning rate may help; the engine PyroSVI names the site"
+                )
             validation_elbo = math.nan
             if validation is not None:
                 validation_elbo = estimate_elbo(vae.model, vae.guide, validation).mean().item()

@@ -313,6 +313,24 @@ def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures
 # Choices
 
 
+def test_the_compiled_engine_gives_the_same_run(finished, tmp_path, no_figures):
+    """Uncompiled, as in a run so short: the noise is the same, and so are all numbers but for rounding."""
+    ours, theirs = result(run(tmp_path / "run", "--engine", "compiled")), result(finished[0])
+    for name in ("test_elbo", "test_log_likelihood", "annealed_log_likelihood"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    for row, reference in zip(metrics(tmp_path / "run"), metrics(finished[0]), strict=True):
+        assert float(row["train_elbo"]) == pytest.approx(float(reference["train_elbo"]), rel=1e-5)
+
+
+def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
+    made = []
+    monkeypatch.setattr(svi_mnist, "CompiledSVI", lambda *args, compiler: made.append(compiler) or PyroSVI(*args))
+    monkeypatch.setattr(svi_mnist, "WORTH_COMPILING", 5)
+    run(tmp_path / "long", "--engine", "compiled", "--epochs", "2")
+    run(tmp_path / "short", "--engine", "compiled", "--epochs", "1")
+    assert made == ["inductor", "none"]
+
+
 @pytest.mark.parametrize(
     ("argv", "changed"),
     [

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pytest
@@ -8,7 +9,18 @@ from oracles import binary, small_vae
 from pyro.infer import Trace_ELBO
 from torch import nn
 
-from pyro_vae import ELBO, MLP, VAE, Bernoulli, CheckpointError, Conditional, MeanField, NonFiniteError, StandardNormal
+from pyro_vae import (
+    ELBO,
+    MLP,
+    VAE,
+    Bernoulli,
+    CheckpointError,
+    CompiledSVI,
+    Conditional,
+    MeanField,
+    NonFiniteError,
+    StandardNormal,
+)
 from pyro_vae import fit as plain_fit
 
 
@@ -361,6 +373,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert_same(state(vae), before)
 
 
+def test_a_compiled_gradient_that_is_not_finite_is_undone():
+    encoder, decoder = MLP(12, 6, hidden=[4]), Corner(3, 12, hidden=[4])
+    vae = VAE(StandardNormal(3), Conditional(decoder, Bernoulli(12)), Conditional(encoder, MeanField(3)))
+    before = state(vae)
+    with pytest.raises(NonFiniteError, match="NaN or infinite in epoch 1; the weights are those of the epoch before"):
+        fit(vae, Fixed(binary(20, dtype=torch.float32)), epochs=1, engine=partial(CompiledSVI, compiler="none"))
+    assert_same(state(vae), before)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -423,3 +444,36 @@ def test_engine_is_made_of_model_guide_optimizer_and_loss():
     history = fit(small_vae(), Fixed(binary(50)), epochs=2, loss=ELBO(), engine=Engine)
     assert [row.train_elbo for row in history] == [-2, -2]
     assert next(steps) == 2 * 3
+
+
+def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_path):
+    """A compiled step does not wait for the device, so that nothing is known before; the epoch is undone."""
+    vae = small_vae(dtype=torch.float32)
+    x = binary(40, dtype=torch.float32)
+    poisoned = [x[:20], x[20:].clone()]
+    calls = []
+
+    class Batches:
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            calls.append(None)
+            if len(calls) == 3:
+                with torch.no_grad():
+                    vae.likelihood.network.layers[0].weight[0, 0] = math.nan
+            return iter(poisoned)
+
+    engine = partial(CompiledSVI, compiler="none")
+    states = []
+    with pytest.raises(NonFiniteError, match="NaN or infinite in epoch 3; the weights are those of the epoch before"):
+        fit(
+            vae,
+            Batches(),
+            epochs=5,
+            engine=engine,
+            on_epoch=lambda history: states.append({k: v.clone() for k, v in vae.state_dict().items()}),
+        )
+    assert len(states) == 2
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, states[-1][name])
