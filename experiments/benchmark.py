@@ -160,7 +160,7 @@ def training_steps(config: Config, batch_size: int, device: torch.device) -> dic
         def loss(x: Tensor) -> Tensor:
             return -handrolled.elbo(vae.posterior.network, vae.likelihood.network, x, sampled_kl=True).mean()
 
-        run = torch.compile(loss) if compiled else loss
+        run = torch.compile(loss, dynamic=False) if compiled else loss
         return differentiated(lambda: run(x), optim)
 
     def compiled_svi() -> Callable[[], object]:
