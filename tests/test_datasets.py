@@ -312,7 +312,7 @@ def test_fashion_mnist_is_verified_against_the_kept_archive(small_fashion, name,
     assert_refused(str(caught.value), path, "wrong checksum")
 
 
-@pytest.mark.parametrize("spoil", [None, truncate, erase], ids=str)
+@pytest.mark.parametrize("spoil", [None, truncate, erase], ids=["whole", "cut", "empty"])
 def test_fashion_mnist_that_a_user_unpacked(small_fashion, arrays, spoil):
     for archive in small_fashion.folder.glob("*.gz"):
         archive.unlink()
