@@ -76,8 +76,7 @@ class Config:
             raise ValueError(f"--widening must be positive, got {self.widening}")
         if self.widening != 1 and self.proposal == "guide":
             raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        runs.check_seed(self.seed)
         importance = self.estimator == "importance"
         if not importance and (self.proposal != "guide" or self.num_samples != Config.num_samples):
             raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")

@@ -67,8 +67,7 @@ class Config:
     def __post_init__(self):
         if self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        runs.check_seed(self.seed)
         for name in ("guide_samples", "laplace_samples", "guide_temperatures", "laplace_temperatures"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ValueError(f"--{name} must all be at least 1, got {list(getattr(self, name))}")

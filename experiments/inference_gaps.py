@@ -77,8 +77,7 @@ class Config:
         for name, bound in {"num_images": 2, "num_samples": 2, "num_steps": 1}.items():
             if (value := getattr(self, name)) < bound:
                 raise ValueError(f"--{name} must be at least {bound}, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        runs.check_seed(self.seed)
 
 
 class Split(NamedTuple):

@@ -303,6 +303,16 @@ def check_run_dir(directory: Path, config: str, resume: bool) -> None:
         raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch does not take.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, got {seed}")
+
+
 def check_empty(out: Path) -> None:
     """Refuse to write where anything is already.
 

@@ -177,8 +177,7 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        runs.check_seed(self.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -188,8 +187,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv`` or in what it points to.
     """
     config, text = runs.parse(Config, argv)
+    settings = yaml.safe_load(text)
     for part in ("encoder", "decoder"):
-        if yaml.safe_load(text)[part].get("init_args", {}).get("image_shape") is not None:
+        if settings[part].get("init_args", {}).get("image_shape") is not None:
             raise runs.RunError(f"--{part}.image_shape cannot be given: it is that of the data set's images")
     dataset = make("dataset", config.dataset, config.data_dir or cache_folder())
     objective = make("objective", config.objective)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pyro_vae.evidence.importance import reduce_log_weights, rows_per_chunk
 from pyro_vae.evidence.laplace import Coordinates, diagonal, laplace_approximation, prior_location_and_width
 from pyro_vae.evidence.latents import Latents
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.result import Evidence, concatenate
 from pyro_vae.log_weights import Program, check_program
 
 
@@ -109,8 +109,7 @@ def annealed_importance_sampling(
     log 1/C sum_c w_c is therefore low in expectation, as for :func:`pyro_vae.importance_sampling`, by about half of
     ``mc_se`` squared (:meth:`Evidence.shortfall`). An interval of 2 ``mc_se`` of so few chains covers less often than
     it says, the less the worse the start fits: the tails of a Gaussian are too light for a bounded prior, for example.
-    The first sampler of a trustworthy estimate: the variance of log w falls as T grows, however far
-    the guide is from the posterior.
+    The variance of log w falls as T grows, however far the guide is from the posterior.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; latent sites must be continuous, there may be several. The guide
@@ -133,7 +132,7 @@ def annealed_importance_sampling(
         log_w, acceptance, _ = _anneal(path, betas, path.draw(settings.num_chains), steps)
         results.append(reduce_log_weights([log_w], settings.num_chains)._replace(acceptance=acceptance))
         bar.update(log_w.shape[1])
-    return Evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
+    return concatenate(results)
 
 
 class Sandwich(NamedTuple):
@@ -188,8 +187,7 @@ def bidirectional_monte_carlo(
         upper.append(inverse._replace(log_px=-inverse.log_px, acceptance=acceptance))
         first += size
         bar.update(size)
-    both = (Evidence(*(torch.cat(field) for field in zip(*each, strict=True))) for each in (lower, upper))
-    return Sandwich(*both, x)
+    return Sandwich(concatenate(lower), concatenate(upper), x)
 
 
 class _State(NamedTuple):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pyro_vae.distributions import zuko  # from where its import's side effect is undone
 from pyro_vae.evidence.importance import SAMPLES_PER_CHUNK
 from pyro_vae.evidence.latents import Latents
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.result import Evidence, mean_and_errors
 from pyro_vae.log_weights import Program, check_program, log_weights
 from pyro_vae.networks import ContractError, check_widths
 
@@ -139,12 +139,7 @@ class InferenceGaps(NamedTuple):
         for family in ("mean_field", "flow"):
             values[f"approximation_gap_{family}"] = self.approximation_gap(family)
             values[f"amortization_gap_{family}"] = self.amortization_gap(family)
-        size = self.log_px.numel()
-        result = {}
-        for name, (value, error) in values.items():
-            over_data = value.std(correction=1).item() / size**0.5 if size > 1 else math.nan
-            result[name] = (value.mean().item(), over_data, error.square().sum().sqrt().item() / size)
-        return result
+        return {name: mean_and_errors(value, error) for name, (value, error) in values.items()}
 
     def _best(self, family: Family) -> tuple[Tensor, Tensor]:
         if family == "mean_field":

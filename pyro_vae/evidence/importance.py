@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from pyro_vae.diagnostics import pareto_smooth, pareto_tail_length
-from pyro_vae.evidence.laplace import Coordinates, laplace_approximation
+from pyro_vae.evidence.laplace import Coordinates, laplace_approximation, whitened_log_joint
 from pyro_vae.evidence.latents import Latents
-from pyro_vae.evidence.result import Evidence
+from pyro_vae.evidence.result import Evidence, concatenate
 from pyro_vae.log_weights import Program, check_program, log_weights
 
 SAMPLES_PER_CHUNK = 64
@@ -89,7 +89,7 @@ def importance_sampling(
                     yield log_w
 
             results = [reduce_log_weights(chunks(draw), num_samples, smooth) for draw in parts]
-    return Evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
+    return concatenate(results)
 
 
 def _from_guide(model: Program, guide: Program, x: Tensor, size: int) -> Iterator[Callable[[int], Tensor]]:
@@ -121,8 +121,7 @@ def _whitened_log_weights(
     latents: Latents, coordinates: Coordinates, base: dist.TorchDistribution, num_samples: int
 ) -> Tensor:
     e = base.sample((num_samples, len(latents.x)))
-    log_joint = sum(latents.log_joint(coordinates.to_latents(e))) + coordinates.log_det
-    return log_joint - base.log_prob(e)
+    return whitened_log_joint(latents, coordinates, e) - base.log_prob(e)
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:

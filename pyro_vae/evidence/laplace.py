@@ -1,6 +1,8 @@
 """The Laplace approximation of the posterior, and coordinates in which a density of about its shape is a unit ball."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,12 +87,17 @@ def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:
     return median, (high - low).clamp(min=1e-6) / 2
 
 
-def _gradient(latents: Latents, u: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x, u) and its gradient: ``(B, D) -> (B,), (B, D)``."""
-    u = u.detach().requires_grad_()
-    log_joint = sum(latents.log_joint(u.unsqueeze(0))).squeeze(0)
-    (gradient,) = torch.autograd.grad(log_joint.sum(), u)
-    return log_joint.detach(), gradient
+def _gradient(log_density: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """A log-density and its gradient: ``(*, D) -> (*), (*, D)``."""
+    at = at.detach().requires_grad_()
+    value = log_density(at)
+    (gradient,) = torch.autograd.grad(value.sum(), at)
+    return value.detach(), gradient
+
+
+def _log_joint(latents: Latents, u: Tensor) -> Tensor:
+    """log p(x, u): ``(B, D) -> (B,)``."""
+    return sum(latents.log_joint(u.unsqueeze(0))).squeeze(0)
 
 
 def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float = 0.15) -> Tensor:
@@ -98,7 +105,7 @@ def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float
     first, second = torch.zeros_like(u), torch.zeros_like(u)
     best, highest = u, u.new_full(u.shape[:1], -math.inf)
     for step in range(num_steps):
-        value, gradient = _gradient(latents, u)
+        value, gradient = _gradient(partial(_log_joint, latents), u)
         higher = value > highest
         best, highest = torch.where(higher[:, None], u, best), torch.where(higher, value, highest)
         gradient = torch.nan_to_num(gradient * width)
@@ -112,8 +119,7 @@ def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float
 def _hessian(latents: Latents, u: Tensor) -> Tensor:
     """Second derivatives of log p(x, u): ``(B, D) -> (B, D, D)``."""
     u = u.detach().requires_grad_()
-    log_joint = sum(latents.log_joint(u.unsqueeze(0)))
-    (gradient,) = torch.autograd.grad(log_joint.sum(), u, create_graph=True)
+    (gradient,) = torch.autograd.grad(_log_joint(latents, u).sum(), u, create_graph=True)
     rows = [torch.autograd.grad(gradient[:, d].sum(), u, retain_graph=True)[0] for d in range(latents.dim)]
     hessian = torch.stack(rows, 1).nan_to_num()
     return (hessian + hessian.mT) / 2
@@ -123,12 +129,13 @@ def _polish(latents: Latents, u: Tensor, factor: Tensor, num_steps: int) -> Tens
     """Newton's steps with a fixed covariance factor factor', each as long as the last one that climbed allows."""
     if num_steps == 0:
         return u
-    value, gradient = _gradient(latents, u)
+    log_density = partial(_log_joint, latents)
+    value, gradient = _gradient(log_density, u)
     length = torch.ones_like(value)
     for _ in range(num_steps):
         step = (factor @ (factor.mT @ gradient.unsqueeze(-1))).squeeze(-1)
         new = u + length[:, None] * step
-        new_value, new_gradient = _gradient(latents, new)
+        new_value, new_gradient = _gradient(log_density, new)
         higher = new_value > value
         u, gradient = torch.where(higher[:, None], new, u), torch.where(higher[:, None], new_gradient, gradient)
         value = torch.where(higher, new_value, value)
@@ -148,7 +155,7 @@ def _refine(latents: Latents, approximation: Coordinates, num_steps: int, num_sa
     for step in range(num_steps + 1):
         half = torch.randn(num_samples // 2, *now.loc.shape, dtype=now.loc.dtype, device=now.loc.device)
         e = torch.cat([half, -half])
-        log_joint, target_gradient = whitened_gradient(latents, now, e)
+        log_joint, target_gradient = _gradient(lambda e, at=now: whitened_log_joint(latents, at, e), e)
         elbo = (log_joint + 0.5 * e.square().sum(-1)).mean(0)
         if first is None:
             first = elbo
@@ -165,9 +172,6 @@ def _refine(latents: Latents, approximation: Coordinates, num_steps: int, num_sa
     return Coordinates(*(torch.where(higher.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 
 
-def whitened_gradient(latents: Latents, coordinates: Coordinates, e: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x, e), shape ``(K, B)``, and its gradient, for whitened e ``(K, B, D)``."""
-    e = e.detach().requires_grad_()
-    log_joint = sum(latents.log_joint(coordinates.to_latents(e))) + coordinates.log_det
-    (gradient,) = torch.autograd.grad(log_joint.sum(), e)
-    return log_joint.detach(), gradient
+def whitened_log_joint(latents: Latents, coordinates: Coordinates, e: Tensor) -> Tensor:
+    """log p(x, e) of whitened e: ``(K, B, D) -> (K, B)``."""
+    return sum(latents.log_joint(coordinates.to_latents(e))) + coordinates.log_det

@@ -1,8 +1,10 @@
 """What every estimator of log p(x) returns."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -36,9 +38,7 @@ class Evidence(NamedTuple):
         The first error is std(log_px) / sqrt(B): how far another test set of this size would differ. The second is
         sqrt(sum mc_se^2) / B: how far another run of the estimator on the same observations would.
         """
-        size = self.log_px.numel()
-        over_data = self.log_px.std(correction=1).item() / size**0.5 if size > 1 else float("nan")
-        return self.log_px.mean().item(), over_data, self.mc_se.square().sum().sqrt().item() / size
+        return mean_and_errors(self.log_px, self.mc_se)
 
     def shortfall(self) -> float:
         """By how many nats the mean of ``log_px`` is low in expectation, about: that of half the squared errors.
@@ -58,6 +58,18 @@ class Evidence(NamedTuple):
         data = {name: ("image", value.detach().cpu().numpy()) for name, value in self._asdict().items()}
         number = np.arange(self.log_px.numel()) if image is None else image.cpu().numpy()
         return xr.Dataset(data, coords={"image": number}, attrs=attributes)
+
+
+def concatenate(parts: Iterable[Evidence]) -> Evidence:
+    """Evidence of the observations of all parts, one after the other."""
+    return Evidence(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:
+    """Mean of values ``(B,)``, its standard error over observations, and its error from theirs; see Evidence.mean."""
+    size = values.numel()
+    over_data = values.std(correction=1).item() / size**0.5 if size > 1 else float("nan")
+    return values.mean().item(), over_data, mc_se.square().sum().sqrt().item() / size
 
 
 def difference_estimate(rough: Tensor, fine: Evidence, among: Tensor) -> tuple[float, float]:
