@@ -1,5 +1,6 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -13,8 +14,10 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_vae.log_weights import Program, check_pathwise
 from pyro_vae.networks import ContractError
@@ -104,6 +107,7 @@ class _OneOptimizer(PyroOptim):
         self.optim.step()
 
 
+_PLAIN = (bool, int, float, str)
 MOST_GRAPHS = 16
 """So many graphs of one engine: more shapes or settings than that mean that something changes at every step."""
 
@@ -114,12 +118,16 @@ class CompiledSVI:
     At the first step, and again for every new shape of the data, loss and gradients are traced together into one graph
     of tensor operations: Pyro's handlers, the programs' Python and the backward pass run then, and never again.
     torch's inductor compiles the graph; each step runs it, clips if asked, and lets the optimizer step. Nothing waits
-    for the device: ``step`` returns a tensor, which is read when you need it.
+    for the device: ``step`` returns a tensor, which is read when you need it. Random numbers are those that eager
+    torch would draw, so that a seed gives the trajectory of :class:`PyroSVI`, up to rounding.
+
+    On a GPU, the third step of a shape is recorded as a CUDA graph, and those after it replay the record. It holds the
+    optimizer's step too if the optimizer is ``capturable``; a learning rate that changes must then be a tensor.
 
     The programs must have static structure: the same sites and shapes at every step, no Python that depends on the
     values of tensors, and latent sites whose draws are reparametrized. Python numbers are frozen into the graph;
     those of the modules and of the loss are watched, and a change traces anew. What changes often, such as the weight
-    of a warm-up, must be a tensor.
+    of a warm-up, must be a tensor that is changed in place.
 
     Args:
         model, guide: Pyro programs with the same arguments; see above.
@@ -128,7 +136,11 @@ class CompiledSVI:
         loss: ``Trace_ELBO`` or ``TraceMeanField_ELBO``, whose value and gradient are sums over the batch, or an
             objective of this library, whose are means. Default: ``Trace_ELBO()``.
         max_norm: the norm of all gradients together is clipped to this, positive; None: not.
-        compiler: ``inductor``; ``none`` runs the traced graph as it is: slower, with the random numbers of eager torch.
+        precision: ``bfloat16`` rounds what matrix products and convolutions take and give to 8 significant bits, in
+            forward and backward pass; all else, such as log-probabilities, parameters and the optimizer, keeps its
+            type. ``float32`` leaves the programs as they are.
+        compiler: ``inductor``; ``none`` runs the traced graph as it is, which is slower.
+        cuda_graph: whether steps on a GPU are recorded and replayed.
 
     Raises:
         TypeError: if the loss is another of Pyro's.
@@ -143,7 +155,9 @@ class CompiledSVI:
         optim: torch.optim.Optimizer,
         loss: PyroELBO | Objective | None = None,
         max_norm: float | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
         compiler: Literal["inductor", "none"] = "inductor",
+        cuda_graph: bool = True,
     ):
         loss = loss or Trace_ELBO()
         if isinstance(loss, PyroELBO) and type(loss) not in _BOUNDS:
@@ -154,10 +168,14 @@ class CompiledSVI:
             )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
-        if compiler not in ("inductor", "none"):
-            raise ValueError(f"compiler must be inductor or none, got {compiler}")
+        for name, value, choices in (
+            ("precision", precision, ("float32", "bfloat16")),
+            ("compiler", compiler, ("inductor", "none")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        self.max_norm, self.compiler = max_norm, compiler
+        self.max_norm, self.precision, self.compiler, self.cuda_graph = max_norm, precision, compiler, cuda_graph
         self._store = pyro.get_param_store().get_state()
         self._params = _parameters(optim)
         self._graphs: dict[tuple, _Graph] = {}
@@ -168,23 +186,17 @@ class CompiledSVI:
         if [id(p) for p in _parameters(self.optim)] != [id(p) for p in self._params]:
             raise ValueError("the optimizer holds other tensors than when CompiledSVI was made: make another")
         graph, tensors = self._graph(args, kwargs, train=True)
-        loss, *gradients = graph(*tensors)
-        for p, gradient in zip(graph.trained, gradients, strict=True):
-            p.grad = gradient
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(graph.trained, self.max_norm)
-        self.optim.step()
-        return loss
+        return graph.step(*tensors)
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> Tensor:
         """The loss in its own scale, without a step; a tensor without a graph."""
         graph, tensors = self._graph(args, kwargs, train=False)
-        return graph(*tensors)[0]
+        return graph.run(*tensors)[0]
 
     def _graph(self, args: tuple, kwargs: dict, train: bool) -> tuple["_Graph", list[Tensor]]:
         leaves, spec = tree_flatten((args, kwargs))
         like = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
-        key = train, spec, like, tuple(holder.get(name) for holder, name in self._watched)
+        key = train, spec, like, tuple(holder.get(name) for holder, name in self._watched), self._recorded(train)
         graph = self._graphs.get(key)
         if graph is None:
             if len(self._graphs) >= MOST_GRAPHS:
@@ -195,11 +207,20 @@ class CompiledSVI:
             graph = self._graphs[key] = _Graph(self, leaves, spec, train)
         return graph, [x for x in leaves if isinstance(x, Tensor)]
 
+    def _recorded(self, train: bool) -> tuple:
+        """What a CUDA graph holds besides the programs: where tensors lie, and the optimizer's numbers."""
+        if not (train and self.cuda_graph and self._params and self._params[0].is_cuda):
+            return ()
+        groups = self.optim.param_groups if _is_capturable(self.optim) else []
+        numbers = (value for group in groups for value in group.values() if isinstance(value, (*_PLAIN, tuple)))
+        return id(self.optim.state), *(p.data_ptr() for p in self._params), *numbers
+
 
 class _Graph:
-    """Loss and gradients for arguments of one shape: traced together, compiled at the first call."""
+    """Loss and gradients for arguments of one shape, traced together and compiled; and the step that they make."""
 
     def __init__(self, svi: CompiledSVI, leaves: list[object], spec: TreeSpec, train: bool):
+        self.svi = svi
         self.trained: list[Tensor] = []
         params = svi._params if train else []
 
@@ -216,15 +237,21 @@ class _Graph:
                 raise ValueError("the optimizer holds no tensor that the loss depends on: nothing would be trained")
             return loss, *(gradient for gradient in gradients if gradient is not None)
 
+        def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
+            if svi.precision == "float32":
+                return run(*tensors)
+            with _RoundedProducts():
+                return run(*tensors)
+
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         store = pyro.get_param_store()
-        devices = {x.device for x in (*tensors, *svi._params) if x.device.type == "cuda"}
+        devices = {x.device for x in (*tensors, *svi._params) if x.is_cuda}
         # the noise of the first step must not depend on its having been traced
         with store.scope(svi._store), torch.random.fork_rng(devices), torch.enable_grad():
             self._try(svi, run, tensors)
             with pyro.validation_enabled(False):
                 try:
-                    self._traced = make_fx(run)(*tensors)
+                    graph = make_fx(traced)(*tensors)
                 except RuntimeError as error:
                     if "tracing tensor" not in str(error):
                         raise
@@ -232,11 +259,9 @@ class _Graph:
                         "the programs look at the values of tensors, in an if, a float() or an .item(), which one "
                         "graph cannot hold: write torch.where, or train with PyroSVI"
                     ) from error
-        self._compiled = self._traced
-        if svi.compiler == "inductor":
-            validation = Distribution._validate_args
-            self._compiled = torch.compile(self._traced, fullgraph=True)
-            Distribution._validate_args = validation  # torch.compile switches it off for the whole process
+        self._run = compile_graph(graph, tensors) if svi.compiler == "inductor" else graph
+        self._recording = _Recording(self) if train and svi.cuda_graph and svi._params[0].is_cuda else None
+        self._optimizer = svi.optim.state  # kept, so that its id stays its own
 
     def _try(self, svi: CompiledSVI, run: Callable, tensors: list[Tensor]) -> None:
         """An ordinary run first: its errors are easier to read than those of a trace."""
@@ -252,21 +277,111 @@ class _Graph:
                     "run the programs once, and then make optimizer and CompiledSVI"
                 )
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradients."""
         with torch.no_grad():
-            if self._compiled is self._traced:
-                return self._traced(*tensors)
-            try:
-                return self._compiled(*tensors)
-            except Exception as error:
-                if not _has_no_compiler(error):
-                    raise
-                warnings.warn(
-                    "inductor finds no C++ compiler: steps run uncompiled, and slower; install g++ or clang",
-                    stacklevel=3,
-                )
-                self._compiled = self._traced
-                return self._traced(*tensors)
+            return self._run(*tensors)
+
+    def step(self, *tensors: Tensor) -> Tensor:
+        if self._recording is not None:
+            return self._recording.step(*tensors)
+        loss = self.differentiate(*tensors)
+        self.svi.optim.step()
+        return loss
+
+    def differentiate(self, *tensors: Tensor) -> Tensor:
+        """Set the parameters' gradients, clipped; return the loss."""
+        loss, *gradients = self.run(*tensors)
+        for p, gradient in zip(self.trained, gradients, strict=True):
+            p.grad = gradient
+        if self.svi.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.svi.max_norm)
+        return loss
+
+
+class _Recording:
+    """Steps of one graph on a GPU: the first two run as they are, the third is recorded, it and all others replayed."""
+
+    def __init__(self, graph: _Graph):
+        self.graph, self.svi = graph, graph.svi
+        self.whole = _is_capturable(graph.svi.optim)
+        self.steps_before = 2  # kernels are compiled then, and the optimizer makes its state
+        self.record: torch.cuda.CUDAGraph | None = None
+
+    def step(self, *tensors: Tensor) -> Tensor:
+        if self.steps_before == 0:
+            self._record(tensors)
+        self.steps_before -= 1
+        if self.record is None:
+            loss = self.graph.differentiate(*tensors)
+            self.svi.optim.step()
+            return loss
+        for held, given in zip(self.inputs, tensors, strict=True):
+            held.copy_(given)
+        self.record.replay()
+        if not self.whole:
+            for p, gradient in zip(self.graph.trained, self.gradients, strict=True):
+                p.grad = gradient
+            self.svi.optim.step()
+        return self.loss.clone()  # the next replay overwrites it
+
+    def _record(self, tensors: tuple[Tensor, ...]) -> None:
+        self.inputs = [x.clone() for x in tensors]
+        record = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(record):
+                self.loss = self.graph.differentiate(*self.inputs)
+                self.gradients = [p.grad for p in self.graph.trained]
+                if self.whole:
+                    self.svi.optim.step()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"a step cannot be recorded as a CUDA graph, and runs unrecorded: {reason}", stacklevel=5)
+        else:
+            self.record = record
+
+
+def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """What inductor makes of a traced graph; the graph itself, with a warning, where there is no C++ compiler.
+
+    Inductor's own random numbers take as long as a matrix product on a CPU; those of torch are cheap, and the same as
+    without compiling.
+    """
+    validation = Distribution._validate_args
+    try:
+        import torch._inductor as inductor  # takes a second, which those who do not compile need not wait
+
+        with torch.no_grad():
+            return inductor.compile(copy.copy(graph), tensors, options={"fallback_random": True})
+    except Exception as error:
+        if not _has_no_compiler(error):
+            raise
+        warnings.warn(
+            "inductor finds no C++ compiler: steps run uncompiled, and slower; install g++ or clang", stacklevel=5
+        )
+        return graph
+    finally:
+        Distribution._validate_args = validation  # importing inductor switches it off for the whole process
+
+
+class _RoundedProducts(TorchDispatchMode):
+    """Matrix products and convolutions of float32 tensors happen in bfloat16, and give float32 again."""
+
+    products = frozenset(
+        getattr(torch.ops.aten, name).default
+        for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.precision:
+            return func(*args, **(kwargs or {}))
+        down = tree_map_only(Tensor, lambda a: a.bfloat16() if a.dtype == torch.float32 else a, (args, kwargs or {}))
+        result = func(*down[0], **down[1])
+        return tree_map_only(Tensor, lambda a: a.float() if a.dtype == torch.bfloat16 else a, result)
+
+
+def _is_capturable(optim: torch.optim.Optimizer) -> bool:
+    return all(group.get("capturable") for group in optim.param_groups)
 
 
 def _has_no_compiler(error: BaseException | None) -> bool:
@@ -289,8 +404,7 @@ def _numbers(*roots: object) -> list[tuple[dict, str]]:
         for each in root.modules() if isinstance(root, nn.Module) else [root]:
             if hasattr(each, "__dict__"):
                 holders[id(each)] = vars(each)
-    plain = (bool, int, float, str)
-    return [(holder, name) for holder in holders.values() for name, value in holder.items() if type(value) in plain]
+    return [(holder, name) for holder in holders.values() for name, value in holder.items() if type(value) in _PLAIN]
 
 
 def _loss(svi: CompiledSVI, args: tuple, kwargs: dict) -> Tensor:

@@ -94,7 +94,8 @@ def fit(
     """
     _check_settings(epochs, lr, patience, weights, validation)
     loss = loss or pyro.infer.Trace_ELBO()
-    optim = torch.optim.Adam(vae.parameters(), lr=lr)
+    on_gpu = next(vae.parameters()).is_cuda
+    optim = torch.optim.Adam(vae.parameters(), lr=lr, fused=True, capturable=on_gpu)
     steps = len(train)
     if steps < 1:
         raise ValueError("there is no mini-batch to train on")
@@ -104,6 +105,9 @@ def fit(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optim, max_lr=lr, total_steps=epochs * steps, cycle_momentum=False
         )
+        if on_gpu:  # a CUDA graph reads the rate of each step where it lies
+            for group in optim.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=next(vae.parameters()).device)
     elif schedule == "constant":
         scheduler = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
     else:
@@ -153,7 +157,7 @@ def fit(
                 validation_elbo = estimate_elbo(vae.model, vae.guide, validation).mean().item()
                 if not math.isfinite(validation_elbo):
                     raise _non_finite(vae, validation, f"the validation ELBO is {validation_elbo}")
-            row = Epoch(epoch, -float(total) / size, validation_elbo, rate, time.perf_counter() - start)
+            row = Epoch(epoch, -float(total) / size, validation_elbo, float(rate), time.perf_counter() - start)
             state.record(row)
             if checkpoint is not None:
                 state.save(checkpoint)
