@@ -373,7 +373,7 @@ class _RoundedProducts(TorchDispatchMode):
     )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in self.precision:
+        if func not in self.products:
             return func(*args, **(kwargs or {}))
         down = tree_map_only(Tensor, lambda a: a.bfloat16() if a.dtype == torch.float32 else a, (args, kwargs or {}))
         result = func(*down[0], **down[1])
