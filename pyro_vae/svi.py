@@ -1,9 +1,10 @@
-"""Engines: stochastic variational inference, one gradient step at a time."""
+"""Engines: stochastic variational inference, one gradient step at a time; and the compiling of Pyro programs."""
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import pyro
 import torch
@@ -357,11 +358,76 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
         if not _has_no_compiler(error):
             raise
         warnings.warn(
-            "inductor finds no C++ compiler: steps run uncompiled, and slower; install g++ or clang", stacklevel=5
+            "inductor finds no C++ compiler: all runs uncompiled, and slower; install g++ or clang", stacklevel=2
         )
         return graph
     finally:
         Distribution._validate_args = validation  # importing inductor switches it off for the whole process
+
+
+class Compiled:
+    """A function of tensors that runs Pyro programs, compiled for those shapes that come up often.
+
+    Few calls are not worth the seconds that compiling takes, and run as they are. A graph that was compiled gives what
+    the function gives, from the same random numbers, up to rounding; that is checked once, and where it does not
+    hold, or the programs cannot be traced, the function goes on as it is, with a warning. Programs that draw Bernoulli
+    variables are not compiled.
+
+    Args:
+        function: takes tensors and gives tensors, or a tuple of them, without gradients; what else it reads must not
+            change.
+        often: calls of one shape before it is compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], often: int = 100):
+        self.function, self.often = function, often
+        self._calls: Counter[tuple] = Counter()
+        self._compiled: dict[tuple, Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        key = tuple((x.shape, x.dtype, x.device) for x in tensors)
+        self._calls[key] += 1
+        if self._calls[key] == self.often + 1:
+            self._compiled[key] = self._compile(tensors)
+        run = self._compiled.get(key, self.function)
+        with torch.no_grad():
+            return run(*tensors)
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        devices = {x.device for x in tensors if x.is_cuda}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            return tree_flatten(self.function(*tensors))[0]
+
+        with pyro.validation_enabled(False), torch.random.fork_rng(devices):
+            state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+            with torch.no_grad():
+                leaves, spec = tree_flatten(self.function(*tensors))
+            try:
+                with torch.enable_grad():  # some densities have a way of their own without, which inductor slows down
+                    graph = make_fx(flat)(*tensors)
+            except Exception as error:  # the function itself has run: something in it cannot be traced
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                warnings.warn(
+                    f"log p(x) is computed uncompiled, since the programs cannot be traced: {reason}", stacklevel=2
+                )
+                return self.function
+            if any(node.target is torch.ops.aten.bernoulli.default for node in graph.graph.nodes):
+                return self.function  # inductor may draw these in another order, so that nothing could be checked
+            compiled = compile_graph(graph, list(tensors))
+            torch.set_rng_state(state[0])
+            for device, each in zip(devices, state[1], strict=True):
+                torch.cuda.set_rng_state(each, device)
+            with torch.no_grad():
+                found = compiled(*tensors)
+        if all(torch.allclose(a, b, 1e-3, 1e-3, equal_nan=True) for a, b in zip(found, leaves, strict=True)):
+            return lambda *tensors: tree_unflatten(list(compiled(*tensors)), spec)
+        warnings.warn(
+            "log p(x) is computed uncompiled, since the compiled programs give something else: they depend on a Python "
+            "number that changes, or on random numbers that are not torch's",
+            stacklevel=2,
+        )
+        return self.function
 
 
 class _RoundedProducts(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pyro
@@ -461,7 +462,8 @@ def test_weights_of_few_temperatures_are_unbiased(start, schedule):
 def path_of(program, guide, x, settings):
     """What a chain needs, with the coordinates of the start."""
     latents = Latents(program.model, guide, x)
-    return annealed._Path(latents, annealed._coordinates(latents, settings), settings)
+    evaluate = partial(annealed._evaluate, latents, settings.start)
+    return annealed._Path(latents, annealed._coordinates(latents, settings), settings, evaluate)
 
 
 def gaussian_between(vae, x, beta):

@@ -33,7 +33,9 @@ from pyro_vae import (
     TwoLayerVAE,
     UniformPrior,
     VampPrior,
+    log_weights,
 )
+from pyro_vae.svi import Compiled
 
 PRIORS = {
     "StandardNormal": lambda: StandardNormal(3),
@@ -276,6 +278,106 @@ def test_without_a_compiler_the_traced_graph_runs(monkeypatch):
     with pytest.warns(UserWarning, match=r"finds no C\+\+ compiler: steps run uncompiled"):
         ours, _ = trajectory(CompiledSVI, vae_of, x)
     assert ours == pytest.approx(losses, rel=1e-9)
+
+
+# Products in bfloat16
+
+
+def test_only_products_are_rounded():
+    """Two steps by hand: the network's products in bfloat16, all else in float32."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4), torch.randn(5, 6)
+    log_scale = nn.Parameter(torch.tensor(0.3))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(layer(x) @ layer.weight, log_scale.exp()).to_event(1), obs=x)
+
+    def round_products(x, weight, bias):
+        down = torch.Tensor.bfloat16
+        hidden = torch.addmm(down(bias), down(x), down(weight).mT).float()
+        return (down(hidden) @ down(weight)).float(), hidden
+
+    optim = torch.optim.SGD([*layer.parameters(), log_scale], lr=1.0)
+    svi = CompiledSVI(model, lambda x: None, optim, precision="bfloat16", compiler="none")
+    loss = svi.step(x)
+    weight, bias = layer.weight + layer.weight.grad, layer.bias + layer.bias.grad
+    mean, hidden = round_products(x, weight, bias)
+    scale = (log_scale + log_scale.grad).exp()
+    assert loss.item() == pytest.approx(-dist.Normal(mean, scale).log_prob(x).sum().item(), rel=1e-6)
+    by_mean = (mean - x) / scale**2
+    by_hidden = (by_mean.bfloat16() @ weight.bfloat16().mT).float()
+    by_weight = (hidden.bfloat16().mT @ by_mean.bfloat16()).float() + (by_hidden.bfloat16().mT @ x.bfloat16()).float()
+    torch.testing.assert_close(layer.weight.grad, by_weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, by_hidden.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_scale.grad, (1 - ((x - mean) / scale) ** 2).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_convolutions_train_as_precise_ones_do():
+    """Their gradients point the same way."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3), nn.Tanh(), nn.ConvTranspose2d(3, 1, 3))
+    x = binary(6, pixels=16).float()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=layers(x).flatten(1)).to_event(1), obs=x)
+
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        optim = torch.optim.SGD(layers.parameters(), lr=0.0)
+        CompiledSVI(model, lambda x: None, optim, precision=precision, compiler="none").step(x)
+        gradients.append(torch.cat([p.grad.flatten() for p in layers.parameters()]))
+    precise, rounded = gradients
+    assert 1e-5 < (rounded - precise).norm() / precise.norm() < 2e-2
+
+
+# Functions of tensors that run programs
+
+
+def test_a_compiled_function_gives_what_the_function_gives():
+    vae, x = small_vae(), binary(5)
+    calls = []
+
+    def weigh(x):
+        calls.append(len(x))
+        return log_weights(vae.model, vae.guide, x, 7)
+
+    compiled = Compiled(weigh, often=2)
+    torch.manual_seed(0)
+    expected = [log_weights(vae.model, vae.guide, x, 7) for _ in range(5)]
+    torch.manual_seed(0)
+    found = [compiled(x) for _ in range(5)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9)
+    assert calls == [5] * 4  # two calls as they are; one to trace, one to check
+    compiled(x[:3])
+    assert calls == [5, 5, 5, 5, 3]
+
+
+def test_a_function_that_cannot_be_compiled_goes_on_as_it_is():
+    def branches(x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+    compiled, x = Compiled(branches, often=1), torch.ones(3)
+    assert compiled(x).tolist() == [2, 2, 2]
+    with pytest.warns(UserWarning, match="uncompiled, since the programs cannot be traced"):
+        assert compiled(x).tolist() == [2, 2, 2]
+    assert compiled(-x).tolist() == [-2, -2, -2]
+
+
+def test_a_compiled_function_that_gives_something_else_is_not_used():
+    calls = []
+
+    def counts(x):
+        calls.append(0)
+        return x + len(calls)
+
+    compiled, x = Compiled(counts, often=1), torch.zeros(1)
+    assert compiled(x).item() == 1
+    with pytest.warns(UserWarning, match="the compiled programs give something else"):
+        compiled(x)
+    assert compiled(x).item() == len(calls)
 
 
 # What changes between steps

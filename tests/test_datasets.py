@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scipy import stats
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 
@@ -28,6 +29,7 @@ from experiments.datasets import (
     Npz,
     Omniglot,
     StaticMNIST,
+    _whole_numbers,
 )
 
 NAMES = sorted(MNIST.sha256)
@@ -137,6 +139,13 @@ def test_dynamic_binarization_has_mean_pixel_over_max(kind, save, tmp_path):
     assert z.abs().max() < 5.5
     assert abs(z.mean()) < 4 / len(z) ** 0.5
     assert z.square().mean() == pytest.approx(1, abs=0.1)
+
+
+def test_whole_numbers_are_uniform():
+    torch.manual_seed(0)
+    counts = torch.bincount(_whole_numbers(torch.Size([999, 999]), 255, None, torch.device("cpu")).flatten().long())
+    assert len(counts) == 255  # not 256: a white pixel is always 1
+    assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_dynamic_binarization_differs_between_uses_and_follows_the_seed(tmp_path):

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import pyro
@@ -16,6 +17,7 @@ from pyro_vae.evidence.laplace import Coordinates, diagonal, laplace_approximati
 from pyro_vae.evidence.latents import Latents
 from pyro_vae.evidence.result import Evidence, concatenate
 from pyro_vae.log_weights import Program, check_program
+from pyro_vae.svi import Compiled
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,12 @@ class _State(NamedTuple):
 class _Path:
     """The densities start(e)^(1 - beta) p(x, e)^beta of B observations, in whitened coordinates e."""
 
-    def __init__(self, latents: Latents, coordinates: Coordinates, settings: Annealing):
+    def __init__(self, latents: Latents, coordinates: Coordinates, settings: Annealing, evaluate: Compiled):
         self.latents, self.coordinates, self.settings = latents, coordinates, settings
+        self._evaluate = evaluate
 
     def select(self, among: slice) -> "_Path":
-        return _Path(self.latents.select(among), self.coordinates.select(among), self.settings)
+        return _Path(self.latents.select(among), self.coordinates.select(among), self.settings, self._evaluate)
 
     def draw(self, num_chains: int) -> Tensor:
         loc = self.coordinates.loc
@@ -219,23 +222,8 @@ class _Path:
             u = self.latents.sample_prior(num_chains * len(loc)).unflatten(0, (num_chains, len(loc)))
         return self.coordinates.from_latents(u)
 
-    @torch.enable_grad()
     def evaluate(self, e: Tensor) -> _State:
-        start, e = self.settings.start, e.detach().requires_grad_()
-        u = self.coordinates.to_latents(e)
-        if start == "guide":
-            log_prior, log_likelihood, log_guide = self.latents.log_joint_and_guide(u)
-        else:
-            log_prior, log_likelihood = self.latents.log_joint(u)
-        target = log_prior + log_likelihood + self.coordinates.log_det
-        (target_gradient,) = torch.autograd.grad(target.sum(), e, retain_graph=start != "laplace")
-        if start == "laplace":
-            log_start = -0.5 * (e.square().sum(-1) + e.shape[-1] * math.log(2 * math.pi))
-            start_gradient = -e
-        else:
-            log_start = (log_prior if start == "prior" else log_guide) + self.coordinates.log_det
-            (start_gradient,) = torch.autograd.grad(log_start.sum(), e)
-        return _State(*(each.detach() for each in (e, log_start, target, start_gradient, target_gradient)))
+        return _State(e, *self._evaluate(e, self.latents.x, *self.coordinates))
 
     def transition(self, state: _State, beta: Tensor, step: Tensor) -> tuple[_State, Tensor]:
         """Hamiltonian Monte Carlo (Neal 2011, section 5.3.2) that leaves the density at ``beta`` unchanged.
@@ -266,6 +254,26 @@ class _Path:
         return _State(*chosen), probability.mean(0)
 
 
+@torch.enable_grad()
+def _evaluate(latents: Latents, start: str, e: Tensor, x: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
+    """The entries of :class:`_State` after e: log-densities of both ends of the path, and their gradients."""
+    latents, coordinates, e = latents.of(x), Coordinates(*coordinates), e.detach().requires_grad_()
+    u = coordinates.to_latents(e)
+    if start == "guide":
+        log_prior, log_likelihood, log_guide = latents.log_joint_and_guide(u)
+    else:
+        log_prior, log_likelihood = latents.log_joint(u)
+    target = log_prior + log_likelihood + coordinates.log_det
+    (target_gradient,) = torch.autograd.grad(target.sum(), e, retain_graph=start != "laplace")
+    if start == "laplace":
+        log_start = -0.5 * (e.square().sum(-1) + e.shape[-1] * math.log(2 * math.pi))
+        start_gradient = -e
+    else:
+        log_start = (log_prior if start == "prior" else log_guide) + coordinates.log_det
+        (start_gradient,) = torch.autograd.grad(log_start.sum(), e)
+    return tuple(each.detach() for each in (log_start, target, start_gradient, target_gradient))
+
+
 def _paths(
     model: Program, guide: Program, x: Tensor, settings: Annealing, memory: int | None, progress: bool
 ) -> Iterator[tuple[_Path, Tensor, Tensor, tqdm]]:
@@ -273,12 +281,14 @@ def _paths(
     with torch.no_grad(), pyro.validation_enabled(False):
         check_program(model, guide, x[:1000])
         rows = max(1, rows_per_chunk(model, guide, x, memory) // 3)  # a gradient keeps what a forward pass would drop
-    size, betas = max(1, rows // settings.num_chains), None
+    size, betas, evaluate = max(1, rows // settings.num_chains), None, None
     with tqdm(total=len(x), disable=not progress, unit="image", desc="annealing") as bar:
         for part in x.split(rows):
             check_program(model, guide, part)
             latents = Latents(model, guide, part)
-            whole = _Path(latents, _coordinates(latents, settings), settings)
+            if evaluate is None:
+                evaluate = Compiled(partial(_evaluate, latents, settings.start))
+            whole = _Path(latents, _coordinates(latents, settings), settings, evaluate)
             if betas is None:
                 some = slice(None, None, max(1, len(part) // min(32, size)))  # spread over the chunk
                 num = settings.num_temperatures or _pilot(whole.select(some))

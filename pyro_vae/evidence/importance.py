@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import pyro
@@ -17,6 +17,7 @@ from pyro_vae.evidence.laplace import Coordinates, laplace_approximation, whiten
 from pyro_vae.evidence.latents import Latents
 from pyro_vae.evidence.result import Evidence, concatenate
 from pyro_vae.log_weights import Program, check_program, log_weights
+from pyro_vae.svi import Compiled
 
 SAMPLES_PER_CHUNK = 64
 """Samples of one observation scored together: enough that the encoder, run once per chunk, costs next to nothing."""
@@ -94,34 +95,40 @@ def importance_sampling(
 
 def _from_guide(model: Program, guide: Program, x: Tensor, size: int) -> Iterator[Callable[[int], Tensor]]:
     """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
+    weigh = _per_number(lambda num_samples, x: log_weights(model, guide, x, num_samples))
     for part in x.split(size):
         check_program(model, guide, part)
-        yield partial(log_weights, model, guide, part)
+        yield lambda num_samples, part=part: weigh(num_samples)(part)
 
 
 def _from_laplace(
     model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None
 ) -> Iterator[Callable[[int], Tensor]]:
     """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
+    latents = Latents(model, guide, x[:1])
+    zero = torch.zeros(latents.dim, dtype=x.dtype, device=x.device)
+    if df is None:
+        base = dist.Normal(zero, widening).to_event(1)
+    else:
+        base = dist.MultivariateStudentT(torch.full_like(zero[0], df), zero, widening * torch.diag_embed(zero + 1))
+
+    def log_weights(num_samples: int, x: Tensor, *coordinates: Tensor) -> Tensor:
+        e = base.sample((num_samples, len(x)))
+        return whitened_log_joint(latents.of(x), Coordinates(*coordinates), e) - base.log_prob(e)
+
+    weigh = _per_number(log_weights)
     for part in x.split(max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
         check_program(model, guide, part)
-        latents = Latents(model, guide, part)
-        approximation = laplace_approximation(latents)
-        zero = torch.zeros(latents.dim, dtype=x.dtype, device=x.device)
-        if df is None:
-            base = dist.Normal(zero, widening).to_event(1)
-        else:
-            base = dist.MultivariateStudentT(torch.full_like(zero[0], df), zero, widening * torch.diag_embed(zero + 1))
+        approximation = laplace_approximation(latents.of(part))
         for first in range(0, len(part), size):
-            part = (each.select(slice(first, first + size)) for each in (latents, approximation))
-            yield partial(_whitened_log_weights, *part, base)
+            among = slice(first, first + size)
+            given = part[among], *approximation.select(among)
+            yield lambda num_samples, given=given: weigh(num_samples)(*given)
 
 
-def _whitened_log_weights(
-    latents: Latents, coordinates: Coordinates, base: dist.TorchDistribution, num_samples: int
-) -> Tensor:
-    e = base.sample((num_samples, len(latents.x)))
-    return whitened_log_joint(latents, coordinates, e) - base.log_prob(e)
+def _per_number(function: Callable[..., Tensor]) -> Callable[[int], Compiled]:
+    """The compiled function of tensors for each number of samples, which is a part of its shape."""
+    return cache(lambda num_samples: Compiled(partial(function, num_samples)))
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:

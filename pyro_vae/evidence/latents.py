@@ -86,11 +86,15 @@ class Latents:
             (x,) = (trace.nodes[name]["value"] for name in sample_sites(trace) if name not in self._places)
             return x[0], self._read(trace)[0]
 
+    def of(self, x: Tensor) -> "Latents":
+        """The same for other observations ``(B, X)``."""
+        other = object.__new__(Latents)
+        other.__dict__.update(self.__dict__, x=x)
+        return other
+
     def select(self, among: slice) -> "Latents":
         """The same for some of the observations."""
-        part = object.__new__(Latents)
-        part.__dict__.update(self.__dict__, x=self.x[among])
-        return part
+        return self.of(self.x[among])
 
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
         with pyro.validation_enabled(False), _Place(self._places, u) as place:
