@@ -231,7 +231,7 @@ class _Graph:
             loss = _loss(svi, args, kwargs)
             if not train:
                 return (loss,)
-            depends = bool(params) and loss.requires_grad
+            depends = bool(params) and isinstance(loss, Tensor) and loss.requires_grad  # no particles: the number 0
             gradients = torch.autograd.grad(loss, params, allow_unused=True) if depends else [None] * len(params)
             self.trained = [p for p, gradient in zip(params, gradients, strict=True) if gradient is not None]
             if not self.trained:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -20,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import plots, runs, svi_mnist
 from experiments.datasets import MNIST, Dataset, Digits
 from experiments.runs import RunError
-from pyro_vae import MLP, VAE, Bernoulli, Evidence, Likelihood, PyroSVI, log_weights
+from pyro_vae import MLP, VAE, Bernoulli, CompiledSVI, Evidence, Likelihood, PyroSVI, StandardNormal, log_weights
 
 TINY = [
     *("--dataset", "Digits", "--encoder.hidden", "[16]", "--decoder.hidden", "[16]", "--latent_dim", "3"),
@@ -313,9 +314,9 @@ def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures
 # Choices
 
 
-def test_the_compiled_engine_gives_the_same_run(finished, tmp_path, no_figures):
-    """Uncompiled, as in a run so short: the noise is the same, and so are all numbers but for rounding."""
-    ours, theirs = result(run(tmp_path / "run", "--engine", "compiled")), result(finished[0])
+def test_pyro_gives_the_same_run(finished, tmp_path, no_figures):
+    """The noise is the same, and so are all numbers but for rounding."""
+    theirs, ours = result(run(tmp_path / "run", "--engine", "pyro")), result(finished[0])
     for name in ("test_elbo", "test_log_likelihood", "annealed_log_likelihood"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
     for row, reference in zip(metrics(tmp_path / "run"), metrics(finished[0]), strict=True):
@@ -324,11 +325,14 @@ def test_the_compiled_engine_gives_the_same_run(finished, tmp_path, no_figures):
 
 def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
     made = []
-    monkeypatch.setattr(svi_mnist, "CompiledSVI", lambda *args, compiler: made.append(compiler) or PyroSVI(*args))
+    monkeypatch.setattr(svi_mnist, "CompiledSVI", lambda *args, **given: made.append(given) or PyroSVI(*args))
     monkeypatch.setattr(svi_mnist, "WORTH_COMPILING", 5)
-    run(tmp_path / "long", "--engine", "compiled", "--epochs", "2")
-    run(tmp_path / "short", "--engine", "compiled", "--epochs", "1")
-    assert made == ["inductor", "none"]
+    run(tmp_path / "long", "--epochs", "2", "--precision", "bfloat16")
+    run(tmp_path / "short", "--epochs", "1")
+    assert made == [
+        {"precision": "bfloat16", "compiler": "inductor"},
+        {"precision": "float32", "compiler": "none"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,7 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     argv = ["--lr", "0.1", "--schedule", "constant", "--batch_size", "500", "--patience", "7", "--weights", "best"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", *argv, "--objective", "ELBO", "--objective.num_particles", "5")
-    expected = {"lr": 0.1, "schedule": "constant", "patience": 7, "weights": "best", "epochs": 3, "engine": PyroSVI}
+    expected = {"lr": 0.1, "schedule": "constant", "patience": 7, "weights": "best", "epochs": 3}
     assert {name: given[name] for name in expected} == expected
     assert given["loss"].num_particles == 5
     assert (given["sizes"], given["validation"], given["resume"]) == ([500, 500, 200], 200, False)
@@ -438,8 +442,8 @@ def before_the_metrics_of_the_first_epoch(patch):
 
 
 def in_the_second_epoch(patch):
-    step, count = PyroSVI.step, iter(range(100))
-    patch.setattr(PyroSVI, "step", lambda self, x: ctrl_c() if next(count) == 7 else step(self, x))  # 5 in an epoch
+    step, count = CompiledSVI.step, iter(range(100))
+    patch.setattr(CompiledSVI, "step", lambda self, x: ctrl_c() if next(count) == 7 else step(self, x))  # 5 in an epoch
 
 
 def in_the_evaluation(patch):
@@ -471,8 +475,8 @@ def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monk
     assert last == f"interrupted: go on with: python -m experiments.svi_mnist --run_dir '{run_dir}' --resume"
     assert not (run_dir / "result.json").exists()
 
-    steps, step = [], PyroSVI.step
-    monkeypatch.setattr(PyroSVI, "step", lambda self, x: (steps.append(len(x)), step(self, x))[1])
+    steps, step = [], CompiledSVI.step
+    monkeypatch.setattr(CompiledSVI, "step", lambda self, x: (steps.append(len(x)), step(self, x))[1])
     svi_mnist.main(["--run_dir", str(run_dir), "--resume"])
     assert len(steps) == steps_left
     assert_same_run(run_dir, finished[0])
@@ -482,7 +486,7 @@ def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monk
 def test_ctrl_c_before_the_first_epoch(finished, tmp_path, no_figures):
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PyroSVI, "step", ctrl_c)
+        patch.setattr(CompiledSVI, "step", ctrl_c)
         with pytest.raises(KeyboardInterrupt, match=r"no epoch was finished; .* can be deleted"):
             run(run_dir)
     assert {path.name for path in run_dir.iterdir()} == {"config.yaml"}
@@ -495,7 +499,7 @@ def test_resuming_a_finished_run_prints_its_result_and_touches_nothing(finished,
     run_dir, _ = finished
     before = contents(run_dir)
     monkeypatch.setattr(Digits, "read", lambda self: pytest.fail("data were read"))
-    monkeypatch.setattr(PyroSVI, "step", lambda self, x: pytest.fail("a step was taken"))
+    monkeypatch.setattr(CompiledSVI, "step", lambda self, x: pytest.fail("a step was taken"))
     assert svi_mnist.main(["--run_dir", str(run_dir), "--resume"]) == run_dir
     output = capsys.readouterr().out
     assert "This run is finished" in output
@@ -626,9 +630,38 @@ def test_grey_training_images_under_a_bernoulli(tmp_path):
     ],
 )
 def test_losses_that_cannot_train_a_vae(tmp_path, loss, words):
-    message = complaint("--run_dir", str(tmp_path / "run"), "--objective", loss)
+    message = complaint("--run_dir", str(tmp_path / "run"), "--objective", loss, "--engine", "pyro")
     assert message.startswith("--objective")
     assert words in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--objective", "pyro.infer.RenyiELBO"], "RenyiELBO cannot be compiled, .* or --engine pyro"),
+        (["--objective", "{class_path: Trace_ELBO, init_args: {num_particles: 0}}"], "nothing would be trained"),
+        (
+            ["--prior", f"{__name__}.BranchingPrior"],
+            "--engine compiled: .* look at the values of tensors, .* or train with --engine pyro",
+        ),
+        (["--engine", "pyro", "--precision", "bfloat16"], "--precision bfloat16 needs --engine compiled"),
+    ],
+)
+def test_what_cannot_be_compiled(tmp_path, argv, words):
+    message = complaint("--run_dir", str(tmp_path / "run"), *argv)
+    assert re.search(words, message), message
+
+
+class BranchingPrior(StandardNormal):
+    """A prior whose scale a Python number decides."""
+
+    def __init__(self, latent_dim):
+        super().__init__(latent_dim)
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, posterior):
+        normal = super().forward(posterior)
+        return normal if self.shift > 1 else dist.Normal(self.shift.expand(normal.event_shape), 1.0).to_event(1)
 
 
 def test_no_gpu(tmp_path, monkeypatch):
@@ -683,7 +716,7 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch):
 def test_nan_ends_the_run_in_one_line(tmp_path, part, name, capsys):
     run_dir = tmp_path / "run"
     # 4 calls to check the program, then 5 steps and a validation in each epoch: it breaks down in the second one
-    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "12"]
+    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "12", "--engine", "pyro"]
     with pytest.raises(SystemExit) as caught:
         runs.cli(lambda: run(run_dir, *argv))
     assert caught.value.code == 2
