@@ -47,19 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, run_dir, directories, summaries = study.run_study(Config, argv, "prior_study")
-    if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
-        raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
-    if len(summaries) > 1:
-        study.forest(summaries, run_dir / "differences.png", "Which prior is best?")
-    lines = [
-        f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
-        "and over images. log p(x) is annealed; importance sampling is too low in images with a bad Pareto k.",
-        "",
-        study.table(summaries),
-    ]
-    study.write(run_dir, "\n".join(lines), summaries, directories)
-    return run_dir
+    return study.report(study.run_study(Config, argv, "prior_study"), "Which prior is best?")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,27 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     return summaries
 
 
+def report(done: Study, title: str) -> Path:
+    """Write table and figure of a study whose contenders can all be compared; return its directory.
+
+    Raises:
+        RunError: if they cannot.
+    """
+    config, run_dir, directories, summaries = done
+    if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
+        raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
+    if len(summaries) > 1:
+        forest(summaries, run_dir / "differences.png", title)
+    lines = [
+        f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
+        "and over images. log p(x) is annealed; importance sampling is too low in images with a bad Pareto k.",
+        "",
+        table(summaries),
+    ]
+    write(run_dir, "\n".join(lines), summaries, directories)
+    return run_dir
+
+
 def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
     """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference

@@ -1,0 +1,48 @@
+"""Do the engines train the same VAE? Pyro's own SVI, the compiled step, and its products in bfloat16, x seeds.
+
+A step of CompiledSVI draws the noise that a step of Pyro's SVI would draw, but rounds otherwise, so that trajectories
+part; bfloat16 rounds products to 8 significant bits. Differences in log p(x), which is always computed in float32, are
+paired by seed and image. With no options: MNIST, 20 epochs, 5 seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments import runs, study
+
+ENGINES = {
+    "Pyro SVI": "--engine pyro",
+    "CompiledSVI": "--engine compiled",
+    "CompiledSVI, bfloat16": "--engine compiled --precision bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Config(study.Settings):
+    """Settings of the study.
+
+    Args:
+        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first is the reference.
+        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        seeds: runs of each contender, at least 1.
+        run_dir: directory to write, new or empty; null: one under runs/, named by time.
+        resume: go on with the interrupted study in --run_dir; what is finished is not run again.
+    """
+
+    contenders: dict[str, str] = field(default_factory=lambda: dict(ENGINES))
+    common: str = "--epochs 20 --evidence.num_samples 500 --evidence.num_images 2000 --evidence.annealed_images 500"
+    seeds: int = 5
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the study as told by ``argv``; return its directory.
+
+    Raises:
+        RunError: for a mistake in ``argv``.
+    """
+    return study.report(study.run_study(Config, argv, "engine_study"), "Do the engines train the same VAE?")
+
+
+if __name__ == "__main__":
+    runs.cli(main)
