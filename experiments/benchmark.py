@@ -1,44 +1,100 @@
-"""How fast is it? Every contender is timed side by side in one process, and the table gives ratios of medians.
+"""How fast is it? Every contender is timed side by side in one process, and the tables give ratios of medians.
 
-A training step, in milliseconds (784-400-50 and back, Bernoulli pixels, Adam): Pyro's SVI with Trace_ELBO as it is,
-with its validation off, Pyro's ELBOModule with torch's Adam, the ELBO by hand, the same under torch.compile,
-CompiledSVI, and the bare matrix products of forward and backward pass (the floor). First calls, which compile, are
-timed apart.
+step: a training step, at several batch sizes (784-400-50 and back, tanh, Bernoulli pixels, float32, K = 1, Adam):
+Pyro's SVI with Trace_ELBO as its documentation has it; the same with its validation off and fused Adam, which all that
+follow have; Pyro's ELBOModule; the ELBO by hand, the same under torch.compile and, on a GPU, in a CUDA graph;
+CompiledSVI in both precisions; and the bare matrix products of forward and backward pass (the floor).
 
-Importance sampling, in decodes per second (samples x images; a 50-400-784 decoder with Bernoulli pixels):
-the bare matrix products of the decoder (the floor), pyro_vae's importance_sampling, and Pyro's own two ways, its
-Importance and its vectorized_importance_weights. Both of Pyro's give one weight for a whole batch, so that an image's
-own log p(x) takes a call of its own. Pyro's validation is off for all. Run it while nothing else uses the machine.
+models: a step of other models: the same with 50 particles; convolutional networks; a VampPrior of 100 pseudo-inputs; a
+posterior that is an inverse autoregressive flow.
+
+epoch: all images once, at a batch of 256, shuffled and binarized anew, their pixels random. This library's batches feed
+all but the floor and two contenders of other libraries, timed where these are installed: NumPyro's epoch is one jitted
+loop over its SVI; pythae's is that of its BaseTrainer, with a loader of single images and the KL divergence in closed
+form.
+
+evidence: importance sampling, in decodes per second (samples x images; a 50-400-784 decoder with Bernoulli pixels): the
+bare matrix products of the decoder (the floor), pyro_vae's importance_sampling, and Pyro's own two ways, its Importance
+and its vectorized_importance_weights. Both of Pyro's give one weight for a whole batch, so that an image's own log p(x)
+takes a call of its own. Pyro's validation is off for all. So long a job compiles itself on its way, which counts.
+
+The first call of each contender, which makes and compiles it, is timed apart; a graph that inductor finds in its cache
+on disk takes less, and an empty TORCHINDUCTOR_CACHE_DIR shows all of it. Memory is, on a GPU, the most that torch
+allocates for a contender during that call, and on a CPU the process's peak after each part. Run it while nothing else
+uses the machine.
 """
 
+import gc
 import json
+import os
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import matplotlib
+import numpy as np
 import pyro
 import torch
-from pyro.infer import SVI, Importance, Trace_ELBO
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from pyro.infer import ELBO, SVI, Importance, Trace_ELBO
 from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
-from experiments import runs
+from experiments import plots, runs
+from experiments.datasets import Dataset, Images
 from pyro_vae import (
     MLP,
     VAE,
     Bernoulli,
     CompiledSVI,
     Conditional,
+    ConvDecoder,
+    ConvEncoder,
+    FlowPosterior,
     MeanField,
     StandardNormal,
+    VampPrior,
     handrolled,
     importance_sampling,
 )
+from pyro_vae.vae import num_outputs
+
+REFERENCE = "Pyro SVI, Trace_ELBO"
+FLOOR = "bare matrix products"
+EPOCH_BATCH = 256
+"""Images of a gradient step of an epoch."""
+TITLES = {
+    "step": "training step",
+    "models": "step of another model",
+    "epoch": "epoch",
+    "evidence": "importance sampling",
+}
+LIBRARIES = {"NumPyro": ("numpyro", "jax"), "pythae": ("pythae",)}
+"""Packages of the contenders that are no dependencies, their own first."""
+
+Step = Callable[[Tensor], object]
+"""Takes one gradient step on observations ``(B, X)``."""
+Measured = dict[str, float]
+"""Seconds of one step, epoch or decode, ``median``, ``low`` and ``high``; those of the whole first call, ``first``; on
+a GPU also ``peak_bytes``, what torch allocated for it."""
+
+
+class Contender(NamedTuple):
+    """What is timed: ``make`` returns the call, which does ``units`` steps, epochs or decodes."""
+
+    make: Callable[[], Callable[[], object]]
+    units: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,177 +102,140 @@ class Config:
     """Settings of the benchmark.
 
     Args:
+        parts: what is timed, at least one part.
         repeats: timed calls of each contender, at least 3; one more before them warms up.
         steps: training steps in one call, at least 1.
-        batch_sizes: observations of a training step, each at least 1.
-        num_images: images scored in one call, at least 1.
-        num_samples: importance samples per image in one call, at least 1.
+        batch_sizes: observations of a training step in part step, each at least 1.
+        models: what part models times.
+        model_batch_size: observations of a training step in part models, at least 1.
+        epoch_images: images of an epoch, at least 256 and rounded down to whole batches of as many.
+        long_repeats: timed epochs, and calls of part evidence, of each contender, at least 3; one more before them
+            warms up.
+        num_images: images scored in one call of part evidence, at least 1.
+        num_samples: importance samples per image in one call of this library, at least 1; the other contenders take
+            1,000.
         device: auto takes a GPU if there is one.
-        run_dir: directory to write benchmark.json and config.yaml to, new or empty; null: print only.
+        run_dir: directory to write benchmark.json, benchmark.png and config.yaml to, new or empty; null: print only.
     """
 
+    parts: Sequence[Literal["step", "models", "epoch", "evidence"]] = ("step", "models", "epoch", "evidence")
     repeats: int = 7
     steps: int = 20
     batch_sizes: Sequence[int] = (32, 128, 256, 512)
+    models: Sequence[Literal["K=50", "conv", "VampPrior", "flow"]] = ("K=50", "conv", "VampPrior", "flow")
+    model_batch_size: int = 128
+    epoch_images: int = 60_000
+    long_repeats: int = 3
     num_images: int = 100
-    num_samples: int = 1000
+    num_samples: int = 50_000
     device: Literal["auto", "cpu", "cuda"] = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):
-        for name, least in (("repeats", 3), ("steps", 1), ("num_images", 1), ("num_samples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"repeats": 3, "steps": 1, "model_batch_size": 1, "epoch_images": EPOCH_BATCH, "long_repeats": 3}
+        for name, bound in (least | {"num_images": 1, "num_samples": 1}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"--{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("parts", "batch_sizes", "models"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} must not be empty")
         if any(size < 1 for size in self.batch_sizes):
             raise ValueError(f"--batch_sizes must all be at least 1, got {list(self.batch_sizes)}")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the benchmark as told by ``argv``; return its table."""
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Measured]]]:
+    """Run the benchmark as told by ``argv``; return what was measured, by part, group and contender."""
     config, text = runs.parse(Config, argv)
+    if config.run_dir:
+        runs.check_run_dir(config.run_dir, text, resume=False)
     device = runs.device(config.device)
     torch.manual_seed(0)
-    training = {}
-    for size in config.batch_sizes:
-        training[size] = training_steps(config, size, device)
-        floor, reference = training[size]["bare matrix products"]["median"], training[size][REFERENCE]["median"]
-        rows = [
-            (f"training step, batch of {size}", "milliseconds", f"of {REFERENCE}", "of the products", "first call, s")
-        ]
-        for name, each in training[size].items():
-            ratios = f"{each['median'] / reference:.3g}", f"{each['median'] / floor:.3g}"
-            rows.append((name, f"{1e3 * each['median']:.2f}", *ratios, f"{each['first']:.1f}"))
-        print(f"\n{runs.table(rows)}")
-    rates = importance_throughput(config, device)
-    floor = rates["bare matrix products"]["median"]
-    rows = [("importance sampling", "decodes per second", "of the bare products", "spread")]
-    for name, rate in rates.items():
-        spread = f"{rate['low']:,.0f} to {rate['high']:,.0f}"
-        rows.append((name, f"{rate['median']:,.0f}", f"{rate['median'] / floor:.3g}", spread))
-    print(f"\n{runs.table(rows)}")
+    parts = {"step": training_steps, "models": model_steps, "epoch": epochs, "evidence": importance_throughput}
+    measured: dict[str, dict[str, dict[str, Measured]]] = {}
+    memory: dict[str, int] = {}
+    for part in dict.fromkeys(config.parts):
+        measured[part] = {}
+        for group, contenders in parts[part](config, device):
+            measured[part][group] = contenders
+            make_table = rate_table if part == "evidence" else time_table
+            print(f"\n{make_table(f'{TITLES[part]}, {group}', contenders)}", flush=True)
+        memory[part] = peak_resident_bytes()
+        print(f"\npeak memory of the process after part {part}: {memory[part] / 2**20:,.0f} MiB", flush=True)
+    origin = runs.provenance(device)
+    timed = {name for groups in measured.values() for contenders in groups.values() for name in contenders}
+    packages = (package for name, those in LIBRARIES.items() if name in timed for package in those)
+    origin["versions"] |= {package: version(package) for package in packages}
     if config.run_dir:
         runs.open_run(config.run_dir, text, resume=False)
-        result = {"training": training, "importance_sampling": rates, **runs.provenance(device)}
-        runs.write_json(config.run_dir / "benchmark.json", result)
-        print(config.run_dir / "benchmark.json")
+        runs.write_json(config.run_dir / "benchmark.json", measured | {"peak_resident_bytes": memory} | origin)
+        plot(measured, config.run_dir / "benchmark.png")
+        print(config.run_dir)
     else:
-        print(json.dumps(runs.provenance(device)))
-    return rates
+        print(json.dumps(origin))
+    return measured
 
 
-REFERENCE = "Pyro SVI, Trace_ELBO"
+# Parts: each yields its groups, and of each what was measured of every contender
 
 
-def training_steps(config: Config, batch_size: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of one step of each contender: median, lowest and highest, and those of its first call, all steps."""
-    x = torch.bernoulli(torch.full((batch_size, 784), 0.2, device=device))
+def training_steps(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """A step of one model, by batch size."""
+    make_vae, loss = partial(build, "MLP", device), Trace_ELBO()
+    for size in config.batch_sizes:
+        x = observations(size, device)
+        steps = pyro_steps(make_vae, loss)
+        steps["by hand"] = partial(by_hand, make_vae)
+        steps["by hand, torch.compile"] = partial(by_hand, make_vae, compiled=True)
+        if device.type == "cuda":
+            steps["by hand, CUDA graph"] = partial(by_hand_recorded, make_vae, x)
+        steps["CompiledSVI"] = partial(compiled_svi, make_vae, loss)
+        steps["CompiledSVI, bfloat16"] = partial(compiled_svi, make_vae, loss, precision="bfloat16")
+        steps[FLOOR] = partial(bare_products, size, device)
+        contenders = {name: Contender(over([x] * config.steps, make), config.steps) for name, make in steps.items()}
+        yield f"batch of {size}", measure(contenders, config.repeats, device)
 
-    def make() -> tuple[VAE, torch.optim.Optimizer]:
-        vae = VAE(
-            StandardNormal(50),
-            likelihood=Conditional(MLP(50, 784, hidden=[400]), Bernoulli(784)),
-            posterior=Conditional(MLP(784, 100, hidden=[400]), MeanField(50)),
-        ).to(device)
-        return vae, torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
 
-    def pyro_svi(validated: bool) -> Callable[[], object]:
-        vae, _ = make()
+def model_steps(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """A step at one batch size, by model."""
+    x = observations(config.model_batch_size, device)
+    for model in config.models:
+        make_vae, loss = partial(build, model, device), Trace_ELBO()
+        if model == "K=50":
+            loss = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+        steps = pyro_steps(make_vae, loss) | {"CompiledSVI": partial(compiled_svi, make_vae, loss)}
+        contenders = {name: Contender(over([x] * config.steps, make), config.steps) for name, make in steps.items()}
+        yield f"{model}, batch of {len(x)}", measure(contenders, config.repeats, device)
 
-        def model(x: Tensor) -> Tensor:
-            pyro.module("vae", vae)
-            return vae.model(x)
 
-        svi = SVI(model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-        store = pyro.get_param_store().get_state()
-
-        def step() -> None:
-            with pyro.get_param_store().scope(store), pyro.validation_enabled(validated):
-                svi.step(x)
-
-        return step
-
-    def differentiated(loss: Callable[[], Tensor], optim: torch.optim.Optimizer) -> Callable[[], object]:
-        def step() -> None:
-            optim.zero_grad()
-            loss().backward()
-            optim.step()
-
-        return step
-
-    def elbo_module() -> Callable[[], object]:
-        vae, optim = make()
-        loss = Trace_ELBO()(vae.model, vae.guide)
-        step = differentiated(lambda: loss(x), optim)
-
-        def without_validation() -> None:
-            with pyro.validation_enabled(False):
-                step()
-
-        return without_validation
-
-    def by_hand(compiled: bool) -> Callable[[], object]:
-        vae, optim = make()
-
-        def loss(x: Tensor) -> Tensor:
-            return -handrolled.elbo(vae.posterior.network, vae.likelihood.network, x, sampled_kl=True).mean()
-
-        run = torch.compile(loss, dynamic=False) if compiled else loss
-        return differentiated(lambda: run(x), optim)
-
-    def compiled_svi() -> Callable[[], object]:
-        vae, optim = make()
-        svi = CompiledSVI(vae.model, vae.guide, optim, Trace_ELBO())
-        return lambda: svi.step(x)
-
-    def bare_products() -> Callable[[], object]:
-        widths = [(784, 400), (400, 100), (50, 400), (400, 784)]
-        inputs = [torch.randn(batch_size, m, device=device) for m, _ in widths]
-        outputs = [torch.randn(batch_size, n, device=device) for _, n in widths]
-        weights = [torch.randn(m, n, device=device) for m, n in widths]
-
-        def step() -> None:
-            for i, (a, b, w) in enumerate(zip(inputs, outputs, weights, strict=True)):
-                a @ w
-                a.mT @ b  # the weight's gradient
-                if i:
-                    b @ w.mT  # the input's, which pixels do not need
-
-        return step
-
-    validation = Distribution._validate_args
-    contenders = {
-        REFERENCE: pyro_svi(validated=True),
-        "the same, without validation": pyro_svi(validated=False),
-        "Pyro ELBOModule, torch Adam": elbo_module(),
-        "by hand": by_hand(compiled=False),
-        "by hand, torch.compile": by_hand(compiled=True),
-        "CompiledSVI": compiled_svi(),
-        "bare matrix products": bare_products(),
+def epochs(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """An epoch, with all that feeds it."""
+    data = _RandomImages(config.epoch_images // EPOCH_BATCH * EPOCH_BATCH).load(device)
+    batches = data.batches(EPOCH_BATCH)
+    make_vae, loss = partial(build, "MLP", device), Trace_ELBO()
+    steps = {
+        REFERENCE: partial(pyro_svi, make_vae, loss),
+        "by hand, torch.compile": partial(by_hand, make_vae, compiled=True),
+        "CompiledSVI": partial(compiled_svi, make_vae, loss),
+        "CompiledSVI, bfloat16": partial(compiled_svi, make_vae, loss, precision="bfloat16"),
     }
-
-    def repeated(step: Callable[[], object]) -> Callable[[], object]:
-        def call() -> None:
-            for _ in range(config.steps):
-                step()
-
-        return call
-
-    first = {}
-    for name, step in contenders.items():
-        start = time.perf_counter()
-        step()
-        first[name] = time.perf_counter() - start
-    Distribution._validate_args = validation  # torch.compile switches it off
-    result = {}
-    calls = {name: repeated(step) for name, step in contenders.items()}
-    for name, seconds in interleave(calls, config.repeats, device).items():
-        each = [s / config.steps for s in seconds]
-        result[name] = {"median": statistics.median(each), "low": min(each), "high": max(each), "first": first[name]}
-    return result
+    contenders = {name: Contender(over(batches, make)) for name, make in steps.items()}
+    unread = [torch.empty(0)] * len(batches)
+    contenders[FLOOR] = Contender(over(unread, partial(bare_products, EPOCH_BATCH, device)))
+    pixels = data.train_pixels.cpu()
+    for name, library in (("NumPyro", numpyro_epoch), ("pythae", pythae_epoch)):
+        if find_spec(LIBRARIES[name][0]):
+            try:
+                contenders[name] = Contender(library(pixels, device))
+            except ImportError as error:
+                print(f"{name} is installed, and left out: {' '.join(str(error).split())}")
+    measured = measure(contenders, config.long_repeats, device)
+    if "NumPyro" in measured:
+        measured["NumPyro"].pop("peak_bytes", None)  # jax allocates its own
+    yield f"{len(pixels):,} images", measured
 
 
-def importance_throughput(config: Config, device: torch.device) -> dict[str, dict[str, float]]:
-    """Decodes per second of each contender: median, and the lowest and highest of its calls."""
+def importance_throughput(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """A decode, in importance sampling."""
     decoder = MLP(50, 784, hidden=[400])
     vae = VAE(
         StandardNormal(50),
@@ -224,7 +243,8 @@ def importance_throughput(config: Config, device: torch.device) -> dict[str, dic
         posterior=Conditional(MLP(784, 100, hidden=[400]), MeanField(50)),
     ).to(device)
     x = torch.bernoulli(torch.full((config.num_images, 784), 0.2, device=device))
-    decodes = config.num_images * config.num_samples
+    few = 1000
+    decodes = config.num_images * few
     rows = 2000  # of one matrix product: a size at which they are fastest here
     inputs = [torch.randn(rows, layer.in_features, device=device) for layer in decoder.layers]
     weights = [layer.weight.detach().mT for layer in decoder.layers]
@@ -246,42 +266,417 @@ def importance_throughput(config: Config, device: torch.device) -> dict[str, dic
         with torch.no_grad(), pyro.validation_enabled(False):
             for image in x.split(1):
                 log_w, _, _ = vectorized_importance_weights(
-                    vae.model, vae.guide, image, num_samples=config.num_samples, max_plate_nesting=1
+                    vae.model, vae.guide, image, num_samples=few, max_plate_nesting=1
                 )
                 log_w.logsumexp(0)
 
     contenders = {
-        "bare matrix products": (bare_products, -(-decodes // rows) * rows),
-        "pyro_vae importance_sampling": (ours, decodes),
-        "Pyro vectorized_importance_weights": (vectorized, decodes),
-        "Pyro Importance": (looped, single),
+        FLOOR: Contender(lambda: bare_products, -(-decodes // rows) * rows),
+        "pyro_vae importance_sampling": Contender(lambda: ours, config.num_images * config.num_samples),
+        "Pyro vectorized_importance_weights": Contender(lambda: vectorized, decodes),
+        "Pyro Importance": Contender(lambda: looped, single),
     }
-    calls = {name: call for name, (call, _) in contenders.items()}
-    result = {}
-    for name, seconds in interleave(calls, config.repeats, device).items():
-        rates = [contenders[name][1] / s for s in seconds]
-        result[name] = {"median": statistics.median(rates), "low": min(rates), "high": max(rates)}
+    yield f"{config.num_images:,} images, K = {config.num_samples:,}", measure(contenders, config.long_repeats, device)
+
+
+# Contenders
+
+
+def observations(size: int, device: torch.device) -> Tensor:
+    """Binary pixels ``(size, 784)``."""
+    return torch.bernoulli(torch.full((size, 784), 0.2, device=device))
+
+
+def build(model: str, device: torch.device) -> VAE:
+    """An untrained model of 28x28 images with 50 latents."""
+    prior = VampPrior(50) if model == "VampPrior" else StandardNormal(50)
+    posterior = FlowPosterior(50) if model == "flow" else MeanField(50)
+    encoder = MLP(784, num_outputs(posterior), hidden=[400])
+    decoder = MLP(50, 784, hidden=[400])
+    if model == "conv":
+        encoder = ConvEncoder(784, num_outputs(posterior), image_shape=(1, 28, 28))
+        decoder = ConvDecoder(50, 784, image_shape=(1, 28, 28))
+    vae = VAE(prior, Conditional(decoder, Bernoulli(784)), Conditional(encoder, posterior))
+    vae.initialize(observations(100, torch.device("cpu")))
+    return vae.to(device)
+
+
+def adam_settings(parameters: Iterable[Tensor]) -> dict[str, object]:
+    """Those of torch's Adam; on a GPU a CUDA graph can hold it."""
+    return {"lr": 1e-3, "fused": True, "capturable": all(p.is_cuda for p in parameters)}
+
+
+def adam(vae: VAE) -> torch.optim.Optimizer:
+    return torch.optim.Adam(vae.parameters(), **adam_settings(vae.parameters()))
+
+
+def pyro_steps(make_vae: Callable[[], VAE], loss: ELBO) -> dict[str, Callable[[], Step]]:
+    """Pyro's own ways to train."""
+    return {
+        REFERENCE: partial(pyro_svi, make_vae, loss),
+        "the same, unvalidated, fused Adam": partial(pyro_svi, make_vae, loss, tuned=True),
+        "Pyro ELBOModule, torch Adam": partial(elbo_module, make_vae, loss),
+    }
+
+
+def pyro_svi(make_vae: Callable[[], VAE], loss: ELBO, tuned: bool = False) -> Step:
+    """Pyro's SVI and Adam, with a parameter store of their own."""
+    vae = make_vae()
+
+    def model(x: Tensor) -> Tensor:
+        pyro.module("vae", vae)
+        return vae.model(x)
+
+    settings = adam_settings(vae.parameters()) if tuned else {"lr": 1e-3}
+    svi = SVI(model, vae.guide, pyro.optim.Adam(settings), loss)
+    store = pyro.get_param_store().get_state()
+
+    def step(x: Tensor) -> None:
+        with pyro.get_param_store().scope(store), pyro.validation_enabled(not tuned):
+            svi.step(x)
+
+    return step
+
+
+def elbo_module(make_vae: Callable[[], VAE], loss: ELBO) -> Step:
+    """Pyro's loss as a module of torch, without validation."""
+    vae = make_vae()
+    validated = differentiated(loss(vae.model, vae.guide), adam(vae))
+
+    def step(x: Tensor) -> None:
+        with pyro.validation_enabled(False):
+            validated(x)
+
+    return step
+
+
+def compiled_svi(
+    make_vae: Callable[[], VAE], loss: ELBO, precision: Literal["float32", "bfloat16"] = "float32"
+) -> Step:
+    """This library's."""
+    vae = make_vae()
+    return CompiledSVI(vae.model, vae.guide, adam(vae), loss, precision=precision).step
+
+
+def by_hand(make_vae: Callable[[], VAE], compiled: bool = False) -> Step:
+    """The ELBO without Pyro."""
+    vae = make_vae()
+
+    def loss(x: Tensor) -> Tensor:
+        return -handrolled.elbo(vae.posterior.network, vae.likelihood.network, x, sampled_kl=True).mean()
+
+    if compiled:
+        torch.compiler.reset()  # it compiles a function only so many times, and this is one whatever its vae
+        loss = torch.compile(loss, dynamic=False)
+    return differentiated(loss, adam(vae))
+
+
+def by_hand_recorded(make_vae: Callable[[], VAE], x: Tensor) -> Step:
+    """The whole step in a CUDA graph, for observations like ``x``: warmed up on a side stream, then captured."""
+    step, held = by_hand(make_vae), x.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(held)
+
+    def replay(x: Tensor) -> None:
+        held.copy_(x)
+        graph.replay()
+
+    return replay
+
+
+def differentiated(loss: Callable[[Tensor], Tensor], optim: torch.optim.Optimizer) -> Step:
+    """An ordinary step of torch."""
+
+    def step(x: Tensor) -> None:
+        optim.zero_grad()
+        loss(x).backward()
+        optim.step()
+
+    return step
+
+
+def bare_products(batch_size: int, device: torch.device) -> Step:
+    """The matrix products of a step of the MLPs, whatever it is given."""
+    widths = [(784, 400), (400, 100), (50, 400), (400, 784)]
+    inputs = [torch.randn(batch_size, m, device=device) for m, _ in widths]
+    outputs = [torch.randn(batch_size, n, device=device) for _, n in widths]
+    weights = [torch.randn(m, n, device=device) for m, n in widths]
+
+    def step(_: Tensor) -> None:
+        for i, (a, b, w) in enumerate(zip(inputs, outputs, weights, strict=True)):
+            a @ w
+            a.mT @ b  # the weight's gradient
+            if i:
+                b @ w.mT  # the input's, which pixels do not need
+
+    return step
+
+
+def over(batches: Iterable[Tensor], make: Callable[[], Step]) -> Callable[[], Callable[[], object]]:
+    """Makes a call that takes one step on each of the batches."""
+
+    def made() -> Callable[[], object]:
+        step = make()
+
+        def call() -> None:
+            for x in batches:
+                step(x)
+
+        return call
+
+    return made
+
+
+class _RandomImages(Dataset):
+    """Images of 28x28 random pixels, which cost as much as any others and need no download.
+
+    Args:
+        num_images: training images.
+    """
+
+    def __init__(self, num_images: int):
+        super().__init__(Path(), num_validation=1)
+        self.num_images = num_images
+
+    def read(self) -> Images:
+        train = np.random.default_rng(0).integers(0, 256, (self.num_images + 1, 28, 28), dtype=np.uint8)
+        return Images(train, train[:2], max_value=255)
+
+
+def numpyro_epoch(pixels: Tensor, device: torch.device) -> Callable[[], Callable[[], object]]:
+    """The epoch of NumPyro: one jitted loop over its SVI, for ``pixels`` of 0 to 255, shape ``(N, 784)``.
+
+    Raises:
+        ImportError: if it cannot be imported, or its jax does not know the GPU.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else jax takes most of a GPU away from torch
+    import jax
+    import numpyro
+    import numpyro.distributions as dist
+    from jax.example_libraries import stax
+
+    if device.type == "cuda" and jax.default_backend() != "gpu":
+        raise ImportError("its jax has no GPU backend")
+    place = jax.devices("gpu" if device.type == "cuda" else "cpu")[0]
+
+    def network(out_features: int):
+        return stax.serial(stax.Dense(400), stax.Tanh, stax.Dense(out_features))
+
+    def model(x):
+        decode = numpyro.module("decoder", network(784), (EPOCH_BATCH, 50))
+        with numpyro.plate("data", EPOCH_BATCH):
+            z = numpyro.sample("z", dist.Normal(0, 1).expand([50]).to_event(1))
+            numpyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+
+    def guide(x):
+        encode = numpyro.module("encoder", network(100), (EPOCH_BATCH, 784))
+        loc, log_scale = jax.numpy.split(encode(x), 2, axis=-1)
+        with numpyro.plate("data", EPOCH_BATCH):
+            numpyro.sample("z", dist.Normal(loc, jax.numpy.exp(log_scale)).to_event(1))
+
+    def make() -> Callable[[], object]:
+        svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO())
+
+        @jax.jit
+        def epoch(state, pixels, key):
+            order = jax.random.permutation(key, len(pixels))
+
+            def step(i, state):
+                batch = pixels[jax.lax.dynamic_slice(order, (i * EPOCH_BATCH,), (EPOCH_BATCH,))]
+                x = jax.random.bernoulli(jax.random.fold_in(key, i), batch / 255)
+                return svi.update(state, x.astype(jax.numpy.float32))[0]
+
+            return jax.lax.fori_loop(0, len(pixels) // EPOCH_BATCH, step, state)
+
+        here, float32 = partial(jax.default_device, place), partial(jax.default_matmul_precision, "float32")
+        with here():
+            images = jax.numpy.asarray(pixels.numpy())
+            key = jax.random.PRNGKey(0)
+            state = svi.init(key, jax.numpy.zeros((EPOCH_BATCH, 784)))
+
+        def call() -> None:
+            nonlocal key, state
+            with here(), float32():  # on a GPU jax would else round to tensorfloat32, which torch does not
+                key, now = jax.random.split(key)
+                state = jax.block_until_ready(epoch(state, images, now))
+
+        return call
+
+    return make
+
+
+def pythae_epoch(pixels: Tensor, device: torch.device) -> Callable[[], Callable[[], object]]:
+    """The epoch of pythae's BaseTrainer without its progress bars, for ``pixels`` of 0 to 255, shape ``(N, 784)``.
+
+    Its data set holds the intensities, and a batch is binarized as it reaches the model, which costs least.
+
+    Raises:
+        ImportError: if it, or something it needs, cannot be imported.
+    """
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE as PythaeVAE
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+    from pythae.trainers.training_callbacks import CallbackHandler, TrainingCallback
+
+    class Encoder(BaseEncoder):
+        def __init__(self):
+            super().__init__()
+            self.network = MLP(784, 100, hidden=[400])
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            loc, log_variance = self.network(x).chunk(2, dim=-1)
+            return ModelOutput(embedding=loc, log_covariance=log_variance)
+
+    class Decoder(BaseDecoder):
+        def __init__(self):
+            super().__init__()
+            self.network = MLP(50, 784, hidden=[400])
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=self.network(z).sigmoid())
+
+    class BinarizingVAE(PythaeVAE):
+        def forward(self, inputs: dict[str, Tensor], **kwargs) -> ModelOutput:
+            return super().forward({"data": torch.bernoulli(inputs["data"])}, **kwargs)
+
+    def make() -> Callable[[], object]:
+        settings = VAEConfig(input_dim=(784,), latent_dim=50, reconstruction_loss="bce")
+        vae = BinarizingVAE(settings, Encoder(), Decoder()).to(device)
+        optimizer = adam_settings(vae.parameters())
+        training = BaseTrainerConfig(
+            per_device_train_batch_size=EPOCH_BATCH,
+            learning_rate=optimizer.pop("lr"),
+            optimizer_params=optimizer,
+            no_cuda=device.type == "cpu",
+        )
+        images = BaseDataset(pixels / 255, torch.zeros(len(pixels)))
+        trainer = BaseTrainer(vae, images, training_config=training)
+        trainer.set_optimizer()
+        trainer.callback_handler = CallbackHandler([TrainingCallback()], trainer.model)
+        return lambda: trainer.train_step(1)
+
+    return make
+
+
+# Measuring
+
+
+def measure(contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict[str, Measured]:
+    """Make each contender and call it once, and then time their calls in turns."""
+    validation = Distribution._validate_args
+    gc.collect()  # what others left
+    calls, result = {}, {}
+    for name, contender in tqdm(contenders.items(), desc="first calls", leave=False):
+        before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        calls[name] = contender.make()
+        calls[name]()
+        synchronize(device)
+        result[name] = {"first": time.perf_counter() - start}
+        if device.type == "cuda":
+            result[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    Distribution._validate_args = validation  # torch.compile switches it off
+    for name, seconds in interleave(calls, repeats, device).items():
+        each = [s / contenders[name].units for s in seconds]
+        result[name] = {"median": statistics.median(each), "low": min(each), "high": max(each), **result[name]}
     return result
 
 
-def interleave(
-    contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device, progress: bool = True
-) -> dict[str, list[float]]:
-    """Seconds of each contender's calls, after one to warm up, the contenders taking turns.
+def interleave(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, the contenders taking turns.
 
     Taking turns spreads whatever else the machine does over all of them; on a GPU each call is waited for.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for turn in tqdm(range(repeats + 1), disable=not progress, desc="timing", unit="turn"):
-        for name, call in contenders.items():
-            wait()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in tqdm(range(repeats), desc="timing", unit="turn", leave=False):
+        for name, call in calls.items():
+            synchronize(device)
             start = time.perf_counter()
             call()
-            wait()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# Tables and figure
+
+
+def time_table(title: str, measured: dict[str, Measured]) -> str:
+    """Times, their ratios to the reference's and to the floor's if there is one."""
+    slowest = max(each["high"] for each in measured.values())
+    unit, scale = ("milliseconds", 1e3) if slowest < 1 else ("seconds", 1)
+    bases = {f"of {name}": measured[name]["median"] for name in (REFERENCE, FLOOR) if name in measured}
+    memory = ["peak MiB"] * any("peak_bytes" in each for each in measured.values())
+    rows = [(title, unit, "spread", *bases, "first call, s", *memory)]
+    for name, each in measured.items():
+        median, low, high = (f"{scale * each[key]:.3g}" for key in ("median", "low", "high"))
+        ratios = (f"{each['median'] / base:.3g}" for base in bases.values())
+        peak = [f"{each['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in each else ""] if memory else []
+        rows.append((name, median, f"{low} to {high}", *ratios, f"{each['first']:.1f}", *peak))
+    return runs.table(rows)
+
+
+def rate_table(title: str, measured: dict[str, Measured]) -> str:
+    """Speeds, and their ratios to the floor's."""
+    memory = ["peak MiB"] * any("peak_bytes" in each for each in measured.values())
+    rows = [(title, "decodes per second", "spread", f"of {FLOOR}", *memory)]
+    for name, each in measured.items():
+        median, low, high = (f"{1 / each[key]:,.0f}" for key in ("median", "high", "low"))
+        peak = [f"{each['peak_bytes'] / 2**20:,.0f}"] if memory else []
+        rows.append((name, median, f"{low} to {high}", f"{measured[FLOOR]['median'] / each['median']:.3g}", *peak))
+    return runs.table(rows)
+
+
+def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: Path) -> None:
+    """Times relative to the reference's median, a panel for each part: medians, and lines from lowest to highest."""
+    names = {part: list(next(iter(groups.values()))) for part, groups in measured.items()}
+    heights = [len(each) for each in names.values()]
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(9, 0.4 * sum(heights) + 0.9 * len(heights)), layout="constrained")
+        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (part, groups) in zip(panels, measured.items(), strict=True):
+            reference = REFERENCE if REFERENCE in names[part] else FLOOR
+            shifts = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
+            for shift, (group, contenders) in zip(shifts, groups.items(), strict=True):
+                base = contenders[reference]["median"]
+                keys = ("low", "median", "high")
+                low, median, high = np.array([[each[k] / base for k in keys] for each in contenders.values()]).T
+                place = np.arange(len(median)) + shift
+                axes.errorbar(median, place, xerr=(median - low, high - median), fmt="o", markersize=4, label=group)
+            axes.axvline(1, color="0.5", linewidth=0.8, zorder=0)
+            axes.set(xscale="log", ylim=(len(median) - 0.4, -0.6), title=TITLES[part])
+            axes.set(xlabel=f"time, relative to {reference}")
+            axes.set_yticks(range(len(median)), names[part])
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path)
 
 
 if __name__ == "__main__":
