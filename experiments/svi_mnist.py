@@ -134,6 +134,8 @@ class Config:
             pyro.infer.SVI itself, for what cannot be traced and as a reference.
         precision: of matrix products and convolutions in training by the compiled engine; bfloat16 is faster where the
             processor has instructions for it.
+        max_norm: the norm of each step's gradient, summed over the batch for a loss of Pyro, is clipped to this,
+            positive, by the compiled engine; null: not.
         epochs: passes over the training images, at least 1.
         batch_size: images per gradient step, at least 1.
         lr: learning rate of Adam, positive; the peak if the schedule has one.
@@ -161,6 +163,7 @@ class Config:
     objective: Callable[[], Objective | pyro.infer.ELBO] = Trace_ELBO
     engine: Literal["compiled", "pyro"] = "compiled"
     precision: Literal["float32", "bfloat16"] = "float32"
+    max_norm: float | None = None
     epochs: int = 40
     batch_size: int = 256
     lr: float = 5e-3
@@ -181,8 +184,11 @@ class Config:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
         runs.check_seed(self.seed)
-        if self.engine == "pyro" and self.precision != "float32":
-            raise ValueError(f"--precision {self.precision} needs --engine compiled")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"--max_norm must be positive, got {self.max_norm}")
+        for name, usual in (("precision", "float32"), ("max_norm", None)):
+            if self.engine == "pyro" and getattr(self, name) != usual:
+                raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -379,7 +385,7 @@ def train(
 
     batches = data.batches(config.batch_size)
     compiler = "inductor" if config.epochs * len(batches) > WORTH_COMPILING else "none"
-    compiled = partial(CompiledSVI, precision=config.precision, compiler=compiler)
+    compiled = partial(CompiledSVI, max_norm=config.max_norm, precision=config.precision, compiler=compiler)
     engine = PyroSVI if config.engine == "pyro" else compiled
     try:
         return fit(

@@ -336,14 +336,14 @@ class _Recording:
                 if self.whole:
                     self.svi.optim.step()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = _first_line(error)
             warnings.warn(f"a step cannot be recorded as a CUDA graph, and runs unrecorded: {reason}", stacklevel=5)
         else:
             self.record = record
 
 
 def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """What inductor makes of a traced graph; the graph itself, with a warning, where there is no C++ compiler.
+    """What inductor makes of a traced graph; the graph itself, with a warning, where that fails.
 
     Inductor's own random numbers take as long as a matrix product on a CPU; those of torch are cheap, and the same as
     without compiling.
@@ -352,14 +352,12 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
     try:
         import torch._inductor as inductor  # takes a second, which those who do not compile need not wait
 
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its own future
             return inductor.compile(copy.copy(graph), tensors, options={"fallback_random": True})
-    except Exception as error:
-        if not _has_no_compiler(error):
-            raise
-        warnings.warn(
-            "inductor finds no C++ compiler: all runs uncompiled, and slower; install g++ or clang", stacklevel=2
-        )
+    except Exception as error:  # whatever inductor fails at, the traced graph is right
+        reason = "it finds no C++ compiler, install g++ or clang" if _has_no_compiler(error) else _first_line(error)
+        warnings.warn(f"inductor cannot compile this, which runs uncompiled, and slower: {reason}", stacklevel=2)
         return graph
     finally:
         Distribution._validate_args = validation  # importing inductor switches it off for the whole process
@@ -407,9 +405,9 @@ class Compiled:
                 with torch.enable_grad():  # some densities have a way of their own without, which inductor slows down
                     graph = make_fx(flat)(*tensors)
             except Exception as error:  # the function itself has run: something in it cannot be traced
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 warnings.warn(
-                    f"log p(x) is computed uncompiled, since the programs cannot be traced: {reason}", stacklevel=2
+                    f"log p(x) is computed uncompiled, since the programs cannot be traced: {_first_line(error)}",
+                    stacklevel=2,
                 )
                 return self.function
             if any(node.target is torch.ops.aten.bernoulli.default for node in graph.graph.nodes):
@@ -456,6 +454,10 @@ def _has_no_compiler(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__ if not hasattr(error, "inner_exception") else error.inner_exception
     return False
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:

@@ -327,11 +327,11 @@ def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
     made = []
     monkeypatch.setattr(svi_mnist, "CompiledSVI", lambda *args, **given: made.append(given) or PyroSVI(*args))
     monkeypatch.setattr(svi_mnist, "WORTH_COMPILING", 5)
-    run(tmp_path / "long", "--epochs", "2", "--precision", "bfloat16")
+    run(tmp_path / "long", "--epochs", "2", "--precision", "bfloat16", "--max_norm", "2.5")
     run(tmp_path / "short", "--epochs", "1")
     assert made == [
-        {"precision": "bfloat16", "compiler": "inductor"},
-        {"precision": "float32", "compiler": "none"},
+        {"max_norm": 2.5, "precision": "bfloat16", "compiler": "inductor"},
+        {"max_norm": None, "precision": "float32", "compiler": "none"},
     ]
 
 
@@ -645,6 +645,8 @@ def test_losses_that_cannot_train_a_vae(tmp_path, loss, words):
             "--engine compiled: .* look at the values of tensors, .* or train with --engine pyro",
         ),
         (["--engine", "pyro", "--precision", "bfloat16"], "--precision bfloat16 needs --engine compiled"),
+        (["--engine", "pyro", "--max_norm", "1"], "--max_norm 1.0 needs --engine compiled"),
+        (["--max_norm", "0"], "--max_norm must be positive"),
     ],
 )
 def test_what_cannot_be_compiled(tmp_path, argv, words):
