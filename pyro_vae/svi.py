@@ -315,7 +315,9 @@ class _Recording:
         self.steps_before -= 1
         if self.record is None:
             loss = self.graph.differentiate(*tensors)
-            self.svi.optim.step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # it will be
+                self.svi.optim.step()
             return loss
         for held, given in zip(self.inputs, tensors, strict=True):
             held.copy_(given)

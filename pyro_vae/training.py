@@ -128,6 +128,7 @@ def fit(
     )
     with bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; it is an error here, with more to say
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for engines that do
         for epoch in range(len(state.history) + 1, epochs + 1):
             if patience is not None and len(state.history) - state.best_epoch >= patience:
                 break

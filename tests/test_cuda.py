@@ -1,0 +1,155 @@
+"""What a GPU computes is what the CPU computes. Needs a GPU: all else is tested without one."""
+
+import json
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import binary, linear_gaussian, small_vae
+from torch import nn
+
+from experiments import svi_mnist
+from experiments.datasets import Digits
+from pyro_vae import ELBO, Annealing, CompiledSVI, PyroSVI, annealed_importance_sampling, fit, importance_sampling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+STEPS = 8  # of which CompiledSVI records the third
+
+
+def regression(device, make_engine=CompiledSVI, load_after=None, **settings):
+    """Losses and parameters of a regression without noise, under a schedule that changes the rate at every step."""
+    torch.manual_seed(0)
+    layer, log_scale = nn.Linear(5, 2).double(), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    x, y = torch.randn(2, 20, 5, dtype=torch.float64).to(device)
+    layer, log_scale = layer.to(device), nn.Parameter(log_scale.data.to(device))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(layer(x), log_scale.exp()).to_event(1), obs=y[:, :2])
+
+    on_gpu = device == "cuda"
+    lr = torch.tensor(0.1, device=device) if on_gpu else 0.1
+    optim = torch.optim.Adam([*layer.parameters(), log_scale], lr=lr, fused=True, capturable=on_gpu)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.7)
+    engine = make_engine(model, lambda x: None, optim, **settings)
+    losses = []
+    for step in range(STEPS):
+        if step == load_after:
+            optim.load_state_dict(optim.state_dict())  # as a resumed run does: other tensors, of the same values
+        losses.append(float(engine.step(x)))
+        schedule.step()
+    return losses, [p.detach().cpu() for p in (*layer.parameters(), log_scale)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"compiler": "none"}, {"cuda_graph": False}, {"max_norm": 0.5, "compiler": "none"}, {"load_after": 5}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+def test_steps_are_those_of_the_cpu(settings):
+    reference = {name: value for name, value in settings.items() if name == "max_norm"}
+    engine = CompiledSVI if reference else PyroSVI
+    losses, parameters = regression("cpu", engine, **reference)
+    found, same = regression("cuda", **settings)
+    assert found == pytest.approx(losses, rel=1e-9)
+    for a, b in zip(same, parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiler", ["none", "inductor"])
+def test_a_replayed_step_draws_new_noise(compiler):
+    torch.manual_seed(3)
+    vae, x = small_vae().cuda(), binary(6).cuda()
+    optim = torch.optim.Adam(vae.parameters(), lr=1e-12, fused=True, capturable=True)
+    svi = CompiledSVI(vae.model, vae.guide, optim, ELBO(), compiler=compiler)
+    for _ in range(5):
+        svi.step(x)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(torch.stack([svi.step(x) for _ in range(400)]))
+    torch.testing.assert_close(*draws, rtol=1e-6, atol=0)
+    assert draws[0].unique().numel() == 400
+    eager = torch.stack([ELBO()(vae.model, vae.guide, x).detach() for _ in range(400)])
+    assert abs(draws[0].mean() - eager.mean()) < 4 * (draws[0].var() / 400 + eager.var() / 400).sqrt()
+    assert 0.8 < draws[0].std() / eager.std() < 1.25
+
+
+def test_batches_of_several_sizes_are_recorded_apart():
+    vae, x = small_vae().cuda(), binary(30).cuda()
+    optim = torch.optim.Adam(vae.parameters(), lr=1e-12, fused=True, capturable=True)
+    svi = CompiledSVI(vae.model, vae.guide, optim, ELBO(), compiler="none")
+    for _ in range(6):
+        losses = torch.stack([svi.step(x), svi.step(x[:7])])
+    expected = torch.stack(
+        [torch.stack([ELBO()(vae.model, vae.guide, each) for _ in range(200)]) for each in (x, x[:7])]
+    )
+    assert ((losses - expected.mean(1)).abs() < 5 * expected.std(1)).all()
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "constant"])
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path, schedule):
+    data = Digits("unused").load("cuda")
+
+    def train(epochs_of_runs, checkpoint):
+        for number, stop in enumerate(epochs_of_runs):
+            torch.manual_seed(0)
+            vae = small_vae(pixels=64, dtype=torch.float32).cuda()
+
+            def on_epoch(history, stop=stop):
+                if len(history) == stop and stop < 3:
+                    raise KeyboardInterrupt
+
+            settings = {"schedule": schedule, "checkpoint": checkpoint, "resume": number > 0, "on_epoch": on_epoch}
+            try:
+                history = fit(vae, data.batches(100), data.validation, epochs=3, engine=CompiledSVI, **settings)
+            except KeyboardInterrupt:
+                continue
+        return history, [p.detach() for p in vae.parameters()]
+
+    whole, weights = train([3], tmp_path / "whole.pt")
+    parts, same = train([1, 3], tmp_path / "parts.pt")
+    for a, b in zip(parts, whole, strict=True):
+        assert a[1:4] == pytest.approx(b[1:4], rel=1e-4)
+    for a, b in zip(same, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_log_likelihoods_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    vae, x = small_vae(), binary(20)
+    on_cpu = importance_sampling(vae.model, vae.guide, x, 20_000)
+    vae, x = vae.cuda(), x.cuda()
+    for memory in (None, 2**20):  # few large chunks; many small ones, which are compiled
+        found = importance_sampling(vae.model, vae.guide, x, 20_000, memory=memory)
+        error = (found.mc_se.cpu() ** 2 + on_cpu.mc_se**2).sqrt()
+        assert ((found.log_px.cpu() - on_cpu.log_px).abs() < 5 * error).all()
+
+
+def test_annealing_is_exact_on_a_linear_model():
+    torch.manual_seed(0)
+    vae = linear_gaussian().cuda()
+    x = torch.randn(10, 7, dtype=torch.float64).cuda()
+    evidence = annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=5))
+    torch.testing.assert_close(evidence.log_px, vae.log_px(x), rtol=0, atol=1e-3)
+
+
+def test_dynamic_binarization_has_the_mean_of_the_pixels():
+    data = Digits("unused").load("cuda")
+    index = torch.zeros(20_000, dtype=torch.long, device="cuda")
+    mean = data.observe(index).mean(0)
+    expected = data.train_pixels[0].float() / data.max_value
+    assert ((mean - expected).abs() < 5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-6).all()
+
+
+def test_the_main_job_runs(tmp_path):
+    argv = "--dataset Digits --epochs 3 --latent_dim 5 --evidence.num_samples 100 --evidence.annealed_images 20"
+    results = {}
+    for device in ("cpu", "cuda"):
+        svi_mnist.main([*argv.split(), "--device", device, "--run_dir", str(tmp_path / device)])
+        results[device] = json.loads((tmp_path / device / "result.json").read_text())
+    assert results["cuda"]["test_set"] == results["cpu"]["test_set"]
+    # other noise, and so another model of the same quality
+    assert results["cuda"]["test_log_likelihood"] == pytest.approx(results["cpu"]["test_log_likelihood"], abs=1.5)
