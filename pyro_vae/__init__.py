@@ -58,7 +58,7 @@ from pyro_vae.networks import (
     RecurrentDecoder,
     RecurrentEncoder,
 )
-from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, STL, TVO, BetaELBO, DReG, Objective, Renyi
 from pyro_vae.posteriors import FlowPosterior, FullRank, LowRank, MeanField, Posterior
 from pyro_vae.priors import (
     DiagonalNormal,
@@ -78,15 +78,22 @@ from pyro_vae.vae import VAE, Conditional, TwoLayerVAE
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIWAE",
     "CREMER_2018",
     "ELBO",
+    "IWAE",
+    "MIWAE",
     "MLP",
+    "PIWAE",
+    "STL",
+    "TVO",
     "VAE",
     "WU_2017",
     "AggregatedPosterior",
     "Annealing",
     "Bernoulli",
     "Beta",
+    "BetaELBO",
     "Categorical",
     "CheckpointError",
     "CompiledSVI",
@@ -96,6 +103,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "Coordinates",
+    "DReG",
     "DiagonalNormal",
     "DiscretizedLogistic",
     "Epoch",
@@ -126,6 +134,7 @@ __all__ = [
     "PyroSVI",
     "RecurrentDecoder",
     "RecurrentEncoder",
+    "Renyi",
     "Sandwich",
     "StandardNormal",
     "StudentTPrior",

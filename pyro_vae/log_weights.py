@@ -39,12 +39,38 @@ def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Trace
         ContractError: if the programs break the rules above: a latent site that is not local to the data plate, a
             plate that is subsampled or scaled, no observed site or several.
     """
+    return _scored(_draw(guide, x, num_samples), model, x, num_samples)
+
+
+def leaf_traces(
+    model: Program, guide: Program, x: Tensor, num_samples: int
+) -> tuple[Traces, dict[str, Tensor], dict[str, Tensor]]:
+    """As :func:`traces`, but with both scored at variables of their own that hold the values drawn.
+
+    Derivatives by these leaves, by the model's parameters and by the guide's can so be told apart, and weighed apart.
+
+    Returns:
+        The traces; the draws of each latent site, with their gradients; the leaves. ``(K, B, *event_shape)`` both.
+    """
+    guide_trace = _draw(guide, x, num_samples)
+    draws = {name: guide_trace.nodes[name]["value"] for name in sample_sites(guide_trace)}
+    leaves = {name: draw.detach().requires_grad_(draw.is_floating_point()) for name, draw in draws.items()}
+    for name, leaf in leaves.items():
+        guide_trace.nodes[name]["value"] = leaf
+    scored = _scored(particle_trace(poutine.replay(guide, trace=guide_trace), x, num_samples), model, x, num_samples)
+    return scored, draws, leaves
+
+
+def _draw(guide: Program, x: Tensor, num_samples: int) -> poutine.Trace:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if x.dim() != 2 or x.shape[0] == 0:
         raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
+    return particle_trace(guide, x, num_samples)
 
-    guide_trace = particle_trace(guide, x, num_samples)
+
+def _scored(guide_trace: poutine.Trace, model: Program, x: Tensor, num_samples: int) -> Traces:
+    """The traces of the guide and of the model replayed on it, with log-probabilities, checked."""
     result = Traces(particle_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
     for each in result:
         each.compute_log_prob()

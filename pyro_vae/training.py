@@ -135,9 +135,11 @@ def fit(
             start = time.perf_counter()
             good = {name: value.clone() for name, value in vae.state_dict().items()}
             total, size = 0.0, 0
-            for batch in train:
-                if epoch == 1 and size == 0:
+            for number, batch in enumerate(train):
+                if epoch == 1 and number == 0:
                     check_program(vae.model, vae.guide, batch)
+                if isinstance(loss, Objective):
+                    loss.advance((epoch - 1) * steps + number)
                 value = _step(svi, vae, batch)
                 if isinstance(value, tuple):
                     raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
