@@ -55,9 +55,11 @@ def training_curve(history: Sequence[Epoch], path: Path) -> None:
     epochs = [row.epoch for row in history]
     with figure(path) as axes:
         marker = "o" if len(epochs) == 1 else None  # a line of one point cannot be seen
-        axes.plot(epochs, [row.train_elbo for row in history], marker=marker, label="training (as optimized)")
+        axes.plot(epochs, [row.objective for row in history], marker=marker, color="0.7", label="objective, as trained")
+        axes.plot(epochs, [row.train_elbo for row in history], marker=marker, label="training ELBO")
         axes.plot(epochs, [row.validation_elbo for row in history], marker=marker, label="validation ELBO")
-        values = [value for row in history[len(history) // 20 :] for value in (row.train_elbo, row.validation_elbo)]
+        later = history[len(history) // 20 :]
+        values = [value for row in later for value in (row.objective, row.train_elbo, row.validation_elbo)]
         if np.isfinite(values).all():
             low, high = np.quantile(values, 0.05), max(values)
             axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)

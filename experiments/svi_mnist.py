@@ -378,7 +378,7 @@ def train(
         runs.write_csv(run_dir / "metrics.csv", [row._asdict() for row in history])
         if writer:
             for row in history[logged:]:
-                for name in ("train_elbo", "validation_elbo", "learning_rate"):
+                for name in ("objective", "train_elbo", "validation_elbo", "learning_rate"):
                     writer.add_scalar(name, getattr(row, name), row.epoch)
             writer.flush()
         logged = len(history)

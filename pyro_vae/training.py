@@ -6,6 +6,7 @@ import os
 import textwrap
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -21,18 +22,32 @@ from pyro_vae.log_weights import check_program, find_non_finite
 from pyro_vae.objectives import Objective
 from pyro_vae.svi import Engine, NonFiniteError, PyroSVI
 
-FORMAT = "pyro_vae.training/1"
+FORMAT = "pyro_vae.training/2"
 """Marks a checkpoint; another layout gets another number."""
 
 
 class Epoch(NamedTuple):
-    """One row of a training history. Bounds are in nats per datum; the training bound is that of the loss."""
+    """One row of a training history, in nats per datum.
+
+    Attributes:
+        epoch: counted from 1.
+        objective: minus the loss, averaged over the epoch's steps; whatever bound that is.
+        train_elbo: the plain ELBO after the epoch, of the last ``RECENT`` observations trained on, about.
+        validation_elbo: the plain ELBO after the epoch; NaN without validation data.
+        learning_rate: of the epoch's last step.
+        seconds: that the epoch took.
+    """
 
     epoch: int
+    objective: float
     train_elbo: float
     validation_elbo: float
     learning_rate: float
     seconds: float
+
+
+RECENT = 5000
+"""Observations on which the training ELBO is estimated."""
 
 
 class Batches(Protocol):
@@ -135,6 +150,7 @@ def fit(
             start = time.perf_counter()
             good = {name: value.clone() for name, value in vae.state_dict().items()}
             total, size = 0.0, 0
+            recent: deque[Tensor] = deque()
             for number, batch in enumerate(train):
                 if epoch == 1 and number == 0:
                     check_program(vae.model, vae.guide, batch)
@@ -145,6 +161,9 @@ def fit(
                     raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
                 total += value if isinstance(loss, PyroELBO) else value * len(batch)
                 size += len(batch)
+                recent.append(batch)
+                while sum(map(len, recent)) - len(recent[0]) >= RECENT:
+                    recent.popleft()
                 rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 bar.update()
@@ -157,10 +176,12 @@ def fit(
                 )
             validation_elbo = math.nan
             if validation is not None:
-                validation_elbo = estimate_elbo(vae.model, vae.guide, validation).mean().item()
+                validation_elbo = _validation_elbo(vae, validation)
                 if not math.isfinite(validation_elbo):
                     raise _non_finite(vae, validation, f"the validation ELBO is {validation_elbo}")
-            row = Epoch(epoch, -float(total) / size, validation_elbo, float(rate), time.perf_counter() - start)
+            train_elbo = estimate_elbo(vae.model, vae.guide, torch.cat(list(recent))).mean().item()
+            seconds = time.perf_counter() - start
+            row = Epoch(epoch, -float(total) / size, train_elbo, validation_elbo, float(rate), seconds)
             state.record(row)
             if checkpoint is not None:
                 state.save(checkpoint)
@@ -172,6 +193,10 @@ def fit(
     if weights == "best":
         vae.load_state_dict(state.best_weights)
     return state.history
+
+
+def _validation_elbo(vae: nn.Module, x: Tensor) -> float:
+    return estimate_elbo(vae.model, vae.guide, x).mean().item()
 
 
 def _check_settings(epochs: int, lr: float, patience: int | None, weights: str, validation: Tensor | None) -> None:

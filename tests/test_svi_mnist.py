@@ -221,8 +221,8 @@ def test_metrics_have_a_row_per_epoch(finished):
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[2]["validation_elbo"]) > float(rows[0]["validation_elbo"])
     history = torch.load(run_dir / "checkpoint.pt", weights_only=True)["history"]
-    assert [float(row["train_elbo"]) for row in rows] == [row[1] for row in history]
-    assert result(run_dir)["train_seconds"] == pytest.approx(sum(row[4] for row in history))
+    assert [float(row["objective"]) for row in rows] == [row[1] for row in history]
+    assert result(run_dir)["train_seconds"] == pytest.approx(sum(row[5] for row in history))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -261,7 +261,7 @@ def test_load_run_gives_the_same_model_without_data(finished, monkeypatch):
 def test_tensorboard_has_the_history(finished):
     run_dir, _ = finished
     events = EventAccumulator(str(run_dir)).Reload()
-    for name in ("train_elbo", "validation_elbo", "learning_rate"):
+    for name in ("objective", "train_elbo", "validation_elbo", "learning_rate"):
         scalars = events.Scalars(name)
         assert [event.step for event in scalars] == [1, 2, 3]
         assert [event.value for event in scalars] == pytest.approx([float(row[name]) for row in metrics(run_dir)])
@@ -378,7 +378,7 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
 
 def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
     values = iter([-3.0, -1.0, -2.0])
-    monkeypatch.setattr("pyro_vae.training.estimate_elbo", lambda *args: torch.tensor([next(values)]))
+    monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
     run(tmp_path / "run", "--weights", "best")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     saved = load_file(tmp_path / "run" / "model.safetensors")
@@ -389,7 +389,7 @@ def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
 
 def test_patience_ends_training(tmp_path, no_figures, monkeypatch):
     values = iter([-3.0, -1.0, -2.0, -2.0])
-    monkeypatch.setattr("pyro_vae.training.estimate_elbo", lambda *args: torch.tensor([next(values)]))
+    monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
     run(tmp_path / "run", "--epochs", "9", "--patience", "2")
     assert result(tmp_path / "run")["epochs"] == 4
     assert len(metrics(tmp_path / "run")) == 4

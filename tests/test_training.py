@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_vae import (
     ELBO,
+    IWAE,
     MLP,
     VAE,
     Bernoulli,
@@ -20,6 +21,7 @@ from pyro_vae import (
     MeanField,
     NonFiniteError,
     StandardNormal,
+    log_weights,
 )
 from pyro_vae import fit as plain_fit
 
@@ -84,9 +86,7 @@ def scripted(monkeypatch):
 
     def script(*values):
         iterator = iter(values)
-        monkeypatch.setattr(
-            "pyro_vae.training.estimate_elbo", lambda model, guide, x: torch.tensor([next(iterator)] * 2)
-        )
+        monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda vae, x: next(iterator))
 
     return script
 
@@ -124,6 +124,7 @@ def test_elbo_and_trace_elbo_have_the_same_scale_per_datum(sizes):
         batches.parts = x.split(sizes)
         histories.append(fit(small_vae(), batches, epochs=2, lr=1e-12, loss=loss))  # so that only the scale differs
     for ours, pyros in zip(*histories, strict=True):
+        assert ours.objective == pytest.approx(pyros.objective, rel=1e-9)
         assert ours.train_elbo == pytest.approx(pyros.train_elbo, rel=1e-9)
 
 
@@ -332,8 +333,8 @@ def broken(part, calls):
 )
 def test_nan_stops_training_and_names_the_site(tmp_path, part, site, validated):
     path, x = tmp_path / "checkpoint.pt", binary(60)
-    # check_program takes the first call and each of the three steps of an epoch another one
-    vae, states = broken(part, calls=1 + 3 + 3 + 1), []
+    # check_program takes the first call, each of the three steps of an epoch another one, and so does its training ELBO
+    vae, states = broken(part, calls=1 + 4 + 4 + 1), []
     with pyro.validation_enabled(validated), pytest.raises(NonFiniteError, match=site) as caught:
         fit(vae, Fixed(x), epochs=5, schedule="constant", checkpoint=path, on_epoch=lambda _: states.append(state(vae)))
     assert "\n" not in str(caught.value)
@@ -442,7 +443,7 @@ def test_engine_is_made_of_model_guide_optimizer_and_loss():
             return torch.tensor(2.0)  # as a compiled engine, which leaves its loss on the device
 
     history = fit(small_vae(), Fixed(binary(50)), epochs=2, loss=ELBO(), engine=Engine)
-    assert [row.train_elbo for row in history] == [-2, -2]
+    assert [row.objective for row in history] == [-2, -2]
     assert next(steps) == 2 * 3
 
 
@@ -477,3 +478,16 @@ def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_p
     assert len(states) == 2
     for name, value in vae.state_dict().items():
         assert torch.equal(value, states[-1][name])
+
+
+def test_the_training_elbo_is_plain_whatever_the_objective():
+    """Of a bound far above the ELBO, and on the most recent observations only."""
+    torch.manual_seed(0)
+    vae, batches = small_vae(), [binary(4000), binary(3000), binary(2000)]
+    (row,) = fit(vae, batches, epochs=1, lr=1e-12, loss=IWAE(200))
+    recent = torch.cat(batches[1:])
+    log_w = log_weights(vae.model, vae.guide, recent, 200)
+    assert row.train_elbo == pytest.approx(log_w.mean().item(), abs=0.1)
+    iwae = (log_w.logsumexp(0) - math.log(200)).mean().item()
+    assert row.objective == pytest.approx(iwae, abs=0.1)
+    assert iwae > log_w.mean().item() + 0.3
