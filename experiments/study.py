@@ -140,9 +140,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
         reference, others = references.setdefault(meaning, (name, finished))
         estimator = "annealed" if compare.annealed_alike([*finished, *others]) else "importance"
         pairs = list(zip(finished, others, strict=True))
-        differences = [compare.compare(run, other, estimator).mean for run, other in pairs]
-        log_px = (tuple(getattr(run, estimator)["log_px"].values for run in pair) for pair in pairs)
-        per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
+        paired = difference(pairs, estimator)
         likelihoods = [svi_mnist.best(r) for r in results]
         summaries.append(
             Summary(
@@ -153,10 +151,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
                 log_likelihood=statistics.fmean(likelihoods),
                 importance_sampled=_mean(results, "test_log_likelihood"),
                 seed_error=standard_error(likelihoods),
-                differences=differences,
-                difference=statistics.fmean(differences),
-                difference_seed_error=standard_error(differences),
-                difference_image_error=float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
+                **paired._asdict(),
                 share_khat=_mean(results, "share_khat_above_threshold"),
                 active_units=_mean(results, "active_units"),
                 seconds=_mean(results, "train_seconds"),
@@ -166,8 +161,10 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     return summaries
 
 
-def report(done: Study, title: str) -> Path:
+def report(done: Study, title: str, more: dict[str, Sequence[str]] | None = None, remarks: str = "") -> Path:
     """Write table and figure of a study whose contenders can all be compared; return its directory.
+
+    ``more`` are columns of the table by their headers; ``remarks`` stand below it.
 
     Raises:
         RunError: if they cannot.
@@ -181,10 +178,33 @@ def report(done: Study, title: str) -> Path:
         f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
         "and over images. log p(x) is annealed; importance sampling is too low in images with a bad Pareto k.",
         "",
-        table(summaries),
+        table(summaries, more),
+        *(["", remarks] if remarks else []),
     ]
     write(run_dir, "\n".join(lines), summaries, directories)
     return run_dir
+
+
+class Difference(NamedTuple):
+    """Differences of log p(x), paired by seed and image; see :class:`Summary`."""
+
+    differences: list[float]
+    difference: float
+    difference_seed_error: float | None
+    difference_image_error: float
+
+
+def difference(pairs: Sequence[tuple[compare.Run, compare.Run]], estimator: str) -> Difference:
+    """How much better the first runs are than the second, which have the same seeds."""
+    differences = [compare.compare(run, other, estimator).mean for run, other in pairs]
+    log_px = (tuple(getattr(run, estimator)["log_px"].values for run in pair) for pair in pairs)
+    per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
+    return Difference(
+        differences,
+        statistics.fmean(differences),
+        standard_error(differences),
+        float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
+    )
 
 
 def table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:

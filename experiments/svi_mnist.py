@@ -139,7 +139,7 @@ class Config:
         epochs: passes over the training images, at least 1.
         batch_size: images per gradient step, at least 1.
         lr: learning rate of Adam, positive; the peak if the schedule has one.
-        schedule: learning-rate schedule over the whole run.
+        schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..
         patience: stop after so many epochs without a better validation ELBO; null: never.
         weights: evaluate the last weights, or those of the best validation ELBO.
         seed: of initialization, data order, training noise and evaluation noise, at least 0.
@@ -167,7 +167,7 @@ class Config:
     epochs: int = 40
     batch_size: int = 256
     lr: float = 5e-3
-    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle"
     patience: int | None = None
     weights: Literal["last", "best"] = "last"
     seed: int = 0

@@ -69,7 +69,7 @@ def fit(
     *,
     epochs: int = 30,
     lr: float = 3e-3,
-    schedule: Literal["one_cycle", "constant"] = "one_cycle",
+    schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle",
     loss: PyroELBO | Objective | None = None,
     engine: Callable[..., Engine] = PyroSVI,
     patience: int | None = None,
@@ -86,8 +86,9 @@ def fit(
         train: mini-batches of observations on the module's device.
         validation: observations ``(N, X)`` for the plain ELBO after each epoch; without them it is NaN.
         epochs: passes over ``train``, at least 1.
-        lr: learning rate, positive: Adam's own if constant, the peak of the cycle otherwise.
-        schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle) or ``constant``.
+        lr: learning rate, positive: the peak of the cycle, or that of the first stage.
+        schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle), ``constant``, or
+            ``stages``: stage i = 0, 1, .. has 3^i epochs at the rate lr 10^(-i / 7) (Burda et al. 2016, section 5).
         loss: the training objective, or one of Pyro's ELBOs. Default: Pyro's ``Trace_ELBO()``.
         engine: called as ``engine(model, guide, optim, loss)``.
         patience: stop when the validation ELBO has not risen for so many epochs. Default: never.
@@ -120,13 +121,15 @@ def fit(
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optim, max_lr=lr, total_steps=epochs * steps, cycle_momentum=False
         )
-        if on_gpu:  # a CUDA graph reads the rate of each step where it lies
-            for group in optim.param_groups:
-                group["lr"] = torch.tensor(group["lr"], device=next(vae.parameters()).device)
+    elif schedule == "stages":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 10 ** (-_stage(step // steps) / 7))
     elif schedule == "constant":
         scheduler = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
     else:
-        raise ValueError(f"schedule must be one_cycle or constant, got {schedule}")
+        raise ValueError(f"schedule must be one_cycle, constant or stages, got {schedule}")
+    if on_gpu and schedule != "constant":  # a CUDA graph reads the rate of each step where it lies
+        for group in optim.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=next(vae.parameters()).device)
     svi = engine(vae.model, vae.guide, optim, loss)
     state = _State(vae, optim, scheduler, settings)
     if resume and checkpoint is not None and checkpoint.exists():
@@ -193,6 +196,15 @@ def fit(
     if weights == "best":
         vae.load_state_dict(state.best_weights)
     return state.history
+
+
+def _stage(epoch: int) -> int:
+    """The stage of an epoch, both counted from 0, where stage i has 3^i epochs."""
+    stage, end = 0, 1
+    while epoch >= end:
+        stage += 1
+        end += 3**stage
+    return stage
 
 
 def _validation_elbo(vae: nn.Module, x: Tensor) -> float:

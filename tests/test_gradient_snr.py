@@ -52,8 +52,8 @@ def test_a_trained_run(finished, capsys):
     out = gradient_snr.main([str(finished), "--num_particles=[1, 64]", "--num_draws=100"])
     result = json.loads((out / "result.json").read_text())
     ratios = {name: {k: r["guide"]["ratio"] for k, r in each.items()} for name, each in result["ratios"].items()}
-    assert ratios["DReG"]["64"] > 1.2 * ratios["IWAE"]["64"]
-    assert ratios["STL"]["64"] > 1.2 * ratios["ELBO"]["64"]
+    assert ratios["DReG"]["64"] > 1.05 * ratios["IWAE"]["64"]
+    assert ratios["STL"]["64"] > 1.05 * ratios["ELBO"]["64"]
     assert ratios["MIWAE"].keys() == {"64"}
     assert result["slopes"]["ELBO"]["model"] == pytest.approx(0.5, abs=0.15)  # of the mean of K draws
     printed = capsys.readouterr().out

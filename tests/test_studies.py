@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import compare, likelihood_study, prior_study, runs, study, svi_mnist
+from experiments import bound_study, compare, engine_study, likelihood_study, prior_study, runs, study, svi_mnist
 from experiments.datasets import Digits
 from experiments.likelihood_study import CrossEntropy
 from pyro_vae import Bernoulli, Categorical, Gaussian
@@ -168,3 +168,35 @@ def test_without_latent_reaches_the_closed_form_of_maximum_likelihood(make, bina
 def test_a_single_seed_has_no_error_over_seeds():
     assert study.standard_error([3.0]) is None
     assert study.standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+
+
+THREE = {f"2 layers, {bound}, K=5" for bound in ("VAE", "IWAE", "DReG")}
+
+
+def test_bounds_are_compared_within_layers_and_number_of_samples(tmp_path):
+    run_dir = tmp_path / "study"
+    given = {name: argv for name, argv in bound_study.contenders().items() if name in THREE}
+    common = COMMON.replace("--epochs 1 ", "").replace("--latent_dim 3 ", "") + " --schedule stages --batch_size 200"
+    bound_study.main([f"--run_dir={run_dir}", "--stages=2", f"--contenders={json.dumps(given)}", common])
+    text = (run_dir / "table.md").read_text()
+    runs_of = {name: compare.read(run_dir / f"{study.slug(name)}-seed0") for name in given}
+    dreg, iwae = (runs_of[f"2 layers, {each}, K=5"].annealed["log_px"].values.mean() for each in ("DReG", "IWAE"))
+    assert f"2 layers, K=5: DReG minus IWAE | {dreg - iwae:+.2f}" in text
+    assert all(run.result["epochs"] == 4 for run in runs_of.values())  # 1 + 3
+    assert "-83.89" not in text  # that is MNIST's
+    with pytest.raises(runs.RunError, match="--stages must be from 1 to 8"):
+        bound_study.main(["--stages=9"])
+
+
+def test_published_figures_belong_to_contenders():
+    assert set(bound_study.PUBLISHED) < set(bound_study.contenders())
+    assert len(bound_study.contenders()) == 14
+
+
+def test_engines_train_the_same_model(tmp_path):
+    """Uncompiled, as in a run so short, they differ by rounding alone."""
+    engine_study.main([f"--run_dir={tmp_path / 'study'}", "--seeds=1", COMMON])
+    pyros, ours, rounded = json.loads((tmp_path / "study" / "summary.json").read_text())["summaries"]
+    assert ours["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=1e-3)
+    assert rounded["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=0.3)
+    assert rounded["log_likelihood"] != pyros["log_likelihood"]

@@ -491,3 +491,10 @@ def test_the_training_elbo_is_plain_whatever_the_objective():
     iwae = (log_w.logsumexp(0) - math.log(200)).mean().item()
     assert row.objective == pytest.approx(iwae, abs=0.1)
     assert iwae > log_w.mean().item() + 0.3
+
+
+def test_stages_of_the_learning_rate():
+    """Stage i: 3^i epochs at lr 10^(-i / 7) (Burda et al. 2016)."""
+    history = fit(small_vae(), Fixed(binary(40)), epochs=14, lr=0.01, schedule="stages")
+    stages = [0] + [1] * 3 + [2] * 9 + [3]
+    assert [row.learning_rate for row in history] == pytest.approx([0.01 * 10 ** (-i / 7) for i in stages])
