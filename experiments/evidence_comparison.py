@@ -145,12 +145,13 @@ def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> li
     model, guide = vae.model, vae.guide
     hessian = 2 * Latents(model, guide, x).dim
     plans: list[tuple[str, int, int, Callable[[], Evidence]]] = []
+    counted = {"compiled": False, "progress": True}  # a compiled decoder could not be counted
 
     def sampled(num: int, **proposal: Any) -> Callable[[], Evidence]:
-        return lambda: importance_sampling(model, guide, x, num, progress=True, **proposal)
+        return lambda: importance_sampling(model, guide, x, num, **counted, **proposal)
 
     def annealed(**settings: Any) -> Callable[[], Evidence]:
-        return lambda: annealed_importance_sampling(model, guide, x, Annealing(**settings), progress=True)
+        return lambda: annealed_importance_sampling(model, guide, x, Annealing(**settings), **counted)
 
     def bound() -> Evidence:
         draws = torch.stack([estimate_elbo(model, guide, x) for _ in range(100)]).double()

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, get_args
@@ -100,6 +100,7 @@ def annealed_importance_sampling(
     x: Tensor,
     settings: Annealing = Annealing(),
     memory: int | None = None,
+    compiled: bool = True,
     progress: bool = False,
 ) -> Evidence:
     """Estimate log p(x) of each observation by annealed importance sampling (Neal 2001).
@@ -120,6 +121,7 @@ def annealed_importance_sampling(
         settings: of the chains.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
+        compiled: compile what is called often, see :class:`pyro_vae.svi.Compiled`; not for programs with side effects.
         progress: show a progress bar.
 
     Returns:
@@ -130,7 +132,7 @@ def annealed_importance_sampling(
         ContractError: as :func:`pyro_vae.traces`, and if a site is discrete.
     """
     results = []
-    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, progress):
+    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, compiled, progress):
         log_w, acceptance, _ = _anneal(path, betas, path.draw(settings.num_chains), steps)
         results.append(reduce_log_weights([log_w], settings.num_chains)._replace(acceptance=acceptance))
         bar.update(log_w.shape[1])
@@ -164,6 +166,7 @@ def bidirectional_monte_carlo(
     x: Tensor,
     settings: Annealing = Annealing(),
     memory: int | None = None,
+    compiled: bool = True,
     progress: bool = False,
 ) -> Sandwich:
     """Enclose log p(x) of observations that are drawn from the model itself (Grosse, Ghahramani & Adams 2015).
@@ -173,13 +176,13 @@ def bidirectional_monte_carlo(
     vouches for the settings, on data like those simulated; a wide one says by how much they may fail.
 
     Args:
-        model, guide, settings, memory, progress: see :func:`annealed_importance_sampling`.
+        model, guide, settings, memory, compiled, progress: see :func:`annealed_importance_sampling`.
         x: only its shape and type count: as many observations are drawn.
     """
     lower, upper = [], []
     x, posterior_draws = Latents(model, guide, x).simulate()
     first = 0
-    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, progress):
+    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, compiled, progress):
         size = path.coordinates.loc.shape[0]
         log_w, acceptance, _ = _anneal(path, betas, path.draw(settings.num_chains), steps)
         lower.append(reduce_log_weights([log_w], settings.num_chains)._replace(acceptance=acceptance))
@@ -205,7 +208,7 @@ class _State(NamedTuple):
 class _Path:
     """The densities start(e)^(1 - beta) p(x, e)^beta of B observations, in whitened coordinates e."""
 
-    def __init__(self, latents: Latents, coordinates: Coordinates, settings: Annealing, evaluate: Compiled):
+    def __init__(self, latents: Latents, coordinates: Coordinates, settings: Annealing, evaluate: Callable):
         self.latents, self.coordinates, self.settings = latents, coordinates, settings
         self._evaluate = evaluate
 
@@ -275,7 +278,7 @@ def _evaluate(latents: Latents, start: str, e: Tensor, x: Tensor, *coordinates: 
 
 
 def _paths(
-    model: Program, guide: Program, x: Tensor, settings: Annealing, memory: int | None, progress: bool
+    model: Program, guide: Program, x: Tensor, settings: Annealing, memory: int | None, compiled: bool, progress: bool
 ) -> Iterator[tuple[_Path, Tensor, Tensor, tqdm]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, frozen step sizes ``(T - 1, B)``, the bar."""
     with torch.no_grad(), pyro.validation_enabled(False):
@@ -287,7 +290,8 @@ def _paths(
             check_program(model, guide, part)
             latents = Latents(model, guide, part)
             if evaluate is None:
-                evaluate = Compiled(partial(_evaluate, latents, settings.start))
+                evaluate = partial(_evaluate, latents, settings.start)
+                evaluate = Compiled(evaluate) if compiled else evaluate
             whole = _Path(latents, _coordinates(latents, settings), settings, evaluate)
             if betas is None:
                 some = slice(None, None, max(1, len(part) // min(32, size)))  # spread over the chunk

@@ -33,6 +33,7 @@ def importance_sampling(
     df: float | None = None,
     smooth: bool = False,
     memory: int | None = None,
+    compiled: bool = True,
     progress: bool = False,
 ) -> Evidence:
     """Estimate log p(x) of each observation from K importance samples of a proposal.
@@ -53,6 +54,7 @@ def importance_sampling(
             bias; where k is above its threshold, still not to be trusted.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
+        compiled: compile what is called often, see :class:`pyro_vae.svi.Compiled`; not for programs with side effects.
         progress: show a progress bar.
 
     Returns:
@@ -77,9 +79,9 @@ def importance_sampling(
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
         size = max(1, rows // samples)
         if proposal == "guide":
-            parts = _from_guide(model, guide, x, size)
+            parts = _from_guide(model, guide, x, size, compiled)
         else:
-            parts = _from_laplace(model, guide, x, rows, size, widening, df)
+            parts = _from_laplace(model, guide, x, rows, size, widening, df, compiled)
         total = num_samples * x.shape[0]
         with tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)") as bar:
 
@@ -93,16 +95,18 @@ def importance_sampling(
     return concatenate(results)
 
 
-def _from_guide(model: Program, guide: Program, x: Tensor, size: int) -> Iterator[Callable[[int], Tensor]]:
+def _from_guide(
+    model: Program, guide: Program, x: Tensor, size: int, compiled: bool
+) -> Iterator[Callable[[int], Tensor]]:
     """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
-    weigh = _per_number(lambda num_samples, x: log_weights(model, guide, x, num_samples))
+    weigh = _per_number(lambda num_samples, x: log_weights(model, guide, x, num_samples), compiled)
     for part in x.split(size):
         check_program(model, guide, part)
         yield lambda num_samples, part=part: weigh(num_samples)(part)
 
 
 def _from_laplace(
-    model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None
+    model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None, compiled: bool
 ) -> Iterator[Callable[[int], Tensor]]:
     """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
     latents = Latents(model, guide, x[:1])
@@ -116,7 +120,7 @@ def _from_laplace(
         e = base.sample((num_samples, len(x)))
         return whitened_log_joint(latents.of(x), Coordinates(*coordinates), e) - base.log_prob(e)
 
-    weigh = _per_number(log_weights)
+    weigh = _per_number(log_weights, compiled)
     for part in x.split(max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
         check_program(model, guide, part)
         approximation = laplace_approximation(latents.of(part))
@@ -126,9 +130,9 @@ def _from_laplace(
             yield lambda num_samples, given=given: weigh(num_samples)(*given)
 
 
-def _per_number(function: Callable[..., Tensor]) -> Callable[[int], Compiled]:
-    """The compiled function of tensors for each number of samples, which is a part of its shape."""
-    return cache(lambda num_samples: Compiled(partial(function, num_samples)))
+def _per_number(function: Callable[..., Tensor], compiled: bool) -> Callable[[int], Callable[..., Tensor]]:
+    """The function of tensors for each number of samples, which is a part of its shape."""
+    return cache(lambda k: Compiled(partial(function, k)) if compiled else partial(function, k))
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:
