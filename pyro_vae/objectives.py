@@ -79,6 +79,9 @@ class BetaELBO(Objective):
     equation 4; free bits: Kingma et al. 2016, equation 15). Below beta = 1 or with free bits it is no bound of
     log p(x); above beta = 1 it is a looser one. The gradient is the pathwise one of this expression.
 
+    Without :func:`pyro_vae.fit`, whoever steps must call :meth:`advance`, else the weight stays where it is: at 0, if
+    there is a warm-up. Settings cannot be changed later.
+
     Args:
         beta: weight of the KL divergence, at least 0.
         warmup: gradient steps over which the weight rises linearly from 0 to beta (Sonderby et al. 2016); 0: none.
@@ -159,7 +162,7 @@ class Renyi(Objective):
     towards the ELBO.
 
     Args:
-        alpha: any number; -inf is VR-max, the largest of the K log-weights.
+        alpha: any number; -inf (on the command line -.inf) is VR-max, the largest of the K log-weights.
         num_particles: K, at least 1.
     """
 

@@ -1,9 +1,12 @@
 """Engines: stochastic variational inference, one gradient step at a time; and the compiling of Pyro programs."""
 
+import contextlib
 import copy
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pyro
@@ -79,15 +82,15 @@ class PyroSVI:
 
         self._svi = SVI(registered_model, guide, _OneOptimizer(optim), loss=loss or Trace_ELBO())
 
-    def step(self, x: Tensor) -> float:
-        """Take one gradient step on observations ``x``, shape ``(B, X)``; return the loss in its own scale."""
+    def step(self, *args: object, **kwargs: object) -> float:
+        """Take one gradient step, on observations ``(B, X)`` for example; return the loss in its own scale."""
         with pyro.get_param_store().scope(self._params):
-            return self._svi.step(x)
+            return self._svi.step(*args, **kwargs)
 
-    def evaluate_loss(self, x: Tensor) -> float:
-        """The loss on observations ``x``, shape ``(B, X)``, in its own scale, without a step."""
+    def evaluate_loss(self, *args: object, **kwargs: object) -> float:
+        """The loss in its own scale, without a step."""
         with pyro.get_param_store().scope(self._params):
-            return self._svi.evaluate_loss(x)
+            return self._svi.evaluate_loss(*args, **kwargs)
 
 
 class _OneOptimizer(PyroOptim):
@@ -108,7 +111,7 @@ class _OneOptimizer(PyroOptim):
         self.optim.step()
 
 
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, tuple, type(None))
 MOST_GRAPHS = 16
 """So many graphs of one engine: more shapes or settings than that mean that something changes at every step."""
 
@@ -126,25 +129,28 @@ class CompiledSVI:
     optimizer's step too if the optimizer is ``capturable``; a learning rate that changes must then be a tensor.
 
     The programs must have static structure: the same sites and shapes at every step, no Python that depends on the
-    values of tensors, and latent sites whose draws are reparametrized. Python numbers are frozen into the graph;
-    those of the modules and of the loss are watched, and a change traces anew. What changes often, such as the weight
-    of a warm-up, must be a tensor that is changed in place.
+    values of tensors, and latent sites whose draws are reparametrized. Python numbers are frozen into the graph, and
+    tensors are the ones it met. Those that modules and the loss have as attributes are watched, and a change traces
+    anew. What changes often, such as the weight of a warm-up, must be a tensor that is changed in place.
+
+    NaN is not looked for: :func:`pyro_vae.fit` does, once per epoch.
 
     Args:
         model, guide: Pyro programs with the same arguments; see above.
         optim: an optimizer of torch. It holds exactly the tensors that are trained: those of modules and automatic
             guides, or the unconstrained tensors of ``pyro.param`` statements that exist already.
         loss: ``Trace_ELBO`` or ``TraceMeanField_ELBO``, whose value and gradient are sums over the batch, or an
-            objective of this library, whose are means. Default: ``Trace_ELBO()``.
+            objective of this library, whose are means, for programs of one argument. Default: ``Trace_ELBO()``.
         max_norm: the norm of all gradients together is clipped to this, positive; None: not.
-        precision: ``bfloat16`` rounds what matrix products and convolutions take and give to 8 significant bits, in
-            forward and backward pass; all else, such as log-probabilities, parameters and the optimizer, keeps its
-            type. ``float32`` leaves the programs as they are.
+        precision: ``bfloat16`` rounds what matrix products and convolutions of float32 take and give to 8 significant
+            bits, in forward and backward pass; all else, such as log-probabilities, parameters and the optimizer,
+            keeps its type. ``float32`` leaves the programs as they are.
         compiler: ``inductor``; ``none`` runs the traced graph as it is, which is slower.
         cuda_graph: whether steps on a GPU are recorded and replayed.
 
     Raises:
-        TypeError: if the loss is another of Pyro's.
+        TypeError: if the loss is another of Pyro's, or no loss, or the optimizer is not one of torch that steps by
+            itself, or an argument is neither a tensor nor hashable.
         ContractError: by the first step, if the programs have no static structure or a site cannot be reparametrized.
         ValueError: by ``step``, if the optimizer holds no tensor that the loss depends on, or others than at first.
     """
@@ -160,7 +166,14 @@ class CompiledSVI:
         compiler: Literal["inductor", "none"] = "inductor",
         cuda_graph: bool = True,
     ):
-        loss = loss or Trace_ELBO()
+        loss = Trace_ELBO() if loss is None else loss
+        if not isinstance(optim, torch.optim.Optimizer) or isinstance(optim, torch.optim.LBFGS):
+            raise TypeError(
+                f"optim must be an optimizer of torch that needs no closure, such as torch.optim.Adam(parameters), got "
+                f"{type(optim).__name__}"
+            )
+        if isinstance(loss, type) or not (callable(loss) or isinstance(loss, PyroELBO)):
+            raise TypeError(f"loss must be an instance, such as Trace_ELBO(), got {loss}")
         if isinstance(loss, PyroELBO) and type(loss) not in _BOUNDS:
             names = " and ".join(each.__name__ for each in _BOUNDS)
             raise TypeError(
@@ -180,12 +193,19 @@ class CompiledSVI:
         self._store = pyro.get_param_store().get_state()
         self._params = _parameters(optim)
         self._graphs: dict[tuple, _Graph] = {}
-        self._watched = _numbers(model, guide, loss)
+        self._modules: dict[int, nn.Module] = {}
+        for root in (model, guide, loss):
+            root = getattr(root, "__self__", root)
+            self._modules |= {id(m): m for m in (root.modules() if isinstance(root, nn.Module) else ())}
+        self._watched = _Attributes((model, guide, loss))
 
     def step(self, *args: object, **kwargs: object) -> Tensor:
         """Take one gradient step; return the loss in its own scale, a tensor without a graph."""
         if [id(p) for p in _parameters(self.optim)] != [id(p) for p in self._params]:
-            raise ValueError("the optimizer holds other tensors than when CompiledSVI was made: make another")
+            raise ValueError(
+                "the optimizer holds other tensors than when CompiledSVI was made, or one of them has been frozen or "
+                "freed since: make another"
+            )
         graph, tensors = self._graph(args, kwargs, train=True)
         return graph.step(*tensors)
 
@@ -196,16 +216,23 @@ class CompiledSVI:
 
     def _graph(self, args: tuple, kwargs: dict, train: bool) -> tuple["_Graph", list[Tensor]]:
         leaves, spec = tree_flatten((args, kwargs))
-        like = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
-        key = train, spec, like, tuple(holder.get(name) for holder, name in self._watched), self._recorded(train)
-        graph = self._graphs.get(key)
+        like = tuple(_like(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+        given = train, spec, like, self._recorded(train)
+        try:
+            graph = self._graphs.get((*given, self._watched.values()))
+        except TypeError as error:
+            raise TypeError(f"arguments must be tensors or hashable Python values: {error}") from error
         if graph is None:
             if len(self._graphs) >= MOST_GRAPHS:
+                changed = self._watched.changed(key[-1] for key in self._graphs)
                 raise ContractError(
-                    f"{MOST_GRAPHS} graphs have been compiled, for other shapes of the data or other Python numbers: "
-                    "give data of few shapes, and make what changes between steps a tensor"
+                    f"{MOST_GRAPHS} graphs have been compiled, for other shapes of the data or other Python numbers"
+                    f"{f', of which {changed} changed' if changed else ''}: give data of few shapes, and make what "
+                    "changes between steps a tensor"
                 )
-            graph = self._graphs[key] = _Graph(self, leaves, spec, train)
+            graph = _Graph(self, leaves, spec, train)
+            self._watched.add(self._modules.values())  # those met on the way
+            self._graphs[(*given, self._watched.values())] = graph
         return graph, [x for x in leaves if isinstance(x, Tensor)]
 
     def _recorded(self, train: bool) -> tuple:
@@ -246,20 +273,9 @@ class _Graph:
 
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         store = pyro.get_param_store()
-        devices = {x.device for x in (*tensors, *svi._params) if x.is_cuda}
-        # the noise of the first step must not depend on its having been traced
-        with store.scope(svi._store), torch.random.fork_rng(devices), torch.enable_grad():
+        with store.scope(svi._store), _undone((*tensors, *svi._params), svi._modules), torch.enable_grad():
             self._try(svi, run, tensors)
-            with pyro.validation_enabled(False):
-                try:
-                    graph = make_fx(traced)(*tensors)
-                except RuntimeError as error:
-                    if "tracing tensor" not in str(error):
-                        raise
-                    raise ContractError(
-                        "the programs look at the values of tensors, in an if, a float() or an .item(), which one "
-                        "graph cannot hold: write torch.where, or train with PyroSVI"
-                    ) from error
+            graph = _trace(traced, tensors)
         self._run = compile_graph(graph, tensors) if svi.compiler == "inductor" else graph
         self._recording = _Recording(self) if train and svi.cuda_graph and svi._params[0].is_cuda else None
         self._optimizer = svi.optim.state  # kept, so that its id stays its own
@@ -385,7 +401,7 @@ class Compiled:
         self._compiled: dict[tuple, Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
-        key = tuple((x.shape, x.dtype, x.device) for x in tensors)
+        key = tuple(map(_like, tensors))
         self._calls[key] += 1
         if self._calls[key] == self.often + 1:
             self._compiled[key] = self._compile(tensors)
@@ -394,18 +410,15 @@ class Compiled:
             return run(*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        devices = {x.device for x in tensors if x.is_cuda}
-
         def flat(*tensors: Tensor) -> list[Tensor]:
             return tree_flatten(self.function(*tensors))[0]
 
-        with pyro.validation_enabled(False), torch.random.fork_rng(devices):
-            state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-            with torch.no_grad():
-                leaves, spec = tree_flatten(self.function(*tensors))
+        with _undone(tensors, {}), torch.no_grad():
+            leaves, spec = tree_flatten(self.function(*tensors))
+        with _undone(tensors, {}):
             try:
                 with torch.enable_grad():  # some densities have a way of their own without, which inductor slows down
-                    graph = make_fx(flat)(*tensors)
+                    graph = _trace(flat, tensors)
             except Exception as error:  # the function itself has run: something in it cannot be traced
                 warnings.warn(
                     f"log p(x) is computed uncompiled, since the programs cannot be traced: {_first_line(error)}",
@@ -415,12 +428,9 @@ class Compiled:
             if any(node.target is torch.ops.aten.bernoulli.default for node in graph.graph.nodes):
                 return self.function  # inductor may draw these in another order, so that nothing could be checked
             compiled = compile_graph(graph, list(tensors))
-            torch.set_rng_state(state[0])
-            for device, each in zip(devices, state[1], strict=True):
-                torch.cuda.set_rng_state(each, device)
-            with torch.no_grad():
-                found = compiled(*tensors)
-        if all(torch.allclose(a, b, 1e-3, 1e-3, equal_nan=True) for a, b in zip(found, leaves, strict=True)):
+        with _undone(tensors, {}), torch.no_grad():
+            found = compiled(*tensors)
+        if all(map(_same_but_for_rounding, found, leaves)):
             return lambda *tensors: tree_unflatten(list(compiled(*tensors)), spec)
         warnings.warn(
             "log p(x) is computed uncompiled, since the compiled programs give something else: they depend on a Python "
@@ -435,7 +445,7 @@ class _RoundedProducts(TorchDispatchMode):
 
     products = frozenset(
         getattr(torch.ops.aten, name).default
-        for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+        for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward")
     )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -458,6 +468,98 @@ def _has_no_compiler(error: BaseException | None) -> bool:
     return False
 
 
+def _like(x: Tensor) -> tuple:
+    """What a graph is made for; strides too, since inductor reads memory."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two results differ by so little as another order of summation makes."""
+    largest = b.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0).item() if b.numel() else 1.0
+    tolerance = largest * (1e-10 if b.dtype == torch.float64 else 1e-5)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+@contextlib.contextmanager
+def _undone(tensors: Iterable[Tensor], modules: dict[int, nn.Module]) -> Iterator[None]:
+    """Run programs without lasting effects: random states and buffers, such as running means, are put back.
+
+    Modules whose ``forward`` runs meanwhile are added to ``modules``.
+    """
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, *_: object) -> None:
+        modules[id(module)] = module
+        for buffer in module.buffers(recurse=False):
+            if id(buffer) not in kept:
+                kept[id(buffer)] = buffer, buffer.detach().clone()
+
+    for module in list(modules.values()):
+        keep(module)
+    hook = nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        with torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
+            yield
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for buffer, value in kept.values():
+                buffer.copy_(value)
+
+
+def _trace(function: Callable[..., Any], tensors: Iterable[Tensor]) -> GraphModule:
+    """The graph of a function of tensors, with Pyro's validation, which looks at values, switched off.
+
+    Raises:
+        ContractError: if something else looks at the values of tensors.
+    """
+
+    def guarded(*tensors: Tensor) -> Any:
+        with _Guard():
+            return function(*tensors)
+
+    validate = Distribution._validate_sample  # distributions made beforehand have a switch of their own, which is on
+    Distribution._validate_sample = lambda self, value: None
+    try:
+        with pyro.validation_enabled(False):
+            return make_fx(guarded)(*tensors)
+    finally:
+        Distribution._validate_sample = validate
+
+
+class _Guard(TorchDispatchMode):
+    """Refuses what depends on the values of tensors: a graph would hold those of the step at which it was traced."""
+
+    looks = frozenset(
+        getattr(getattr(torch.ops.aten, name), overload)
+        for name, overload in (
+            ("_local_scalar_dense", "default"),
+            ("nonzero", "default"),
+            ("masked_select", "default"),
+            ("_unique2", "default"),
+        )
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if func in self.looks or by_mask:
+            raise ContractError(
+                f"the programs look at the values of tensors{_where()}, in an if, a float(), an .item() or a choice by "
+                "a mask, which one graph cannot hold: write torch.where, or train with PyroSVI"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _where() -> str:
+    """The line of the programs that is running, outside of the libraries; empty if there is none."""
+    for frame in reversed(traceback.extract_stack()):
+        if "site-packages" not in frame.filename and Path(frame.filename).parent != Path(__file__).parent:
+            return f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""
+
+
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -466,15 +568,41 @@ def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optim.param_groups for p in group["params"] if p.requires_grad]
 
 
-def _numbers(*roots: object) -> list[tuple[dict, str]]:
-    """Where the Python numbers are that modules, losses and other objects hold as attributes, and the text."""
-    holders: dict[int, dict] = {}
-    for root in roots:
-        root = getattr(root, "__self__", root)
-        for each in root.modules() if isinstance(root, nn.Module) else [root]:
-            if hasattr(each, "__dict__"):
-                holders[id(each)] = vars(each)
-    return [(holder, name) for holder in holders.values() for name, value in holder.items() if type(value) in _PLAIN]
+class _Attributes:
+    """The numbers, strings and tensors that objects have as attributes, watched for changes."""
+
+    def __init__(self, roots: Iterable[object]):
+        self._seen: set[int] = set()
+        self._numbers: list[tuple[dict, str]] = []
+        self._tensors: list[tuple[dict, str]] = []
+        for root in roots:
+            root = getattr(root, "__self__", root)
+            self.add(root.modules() if isinstance(root, nn.Module) else [root])
+
+    def add(self, objects: Iterable[object]) -> None:
+        for each in objects:
+            if id(each) in self._seen or not hasattr(each, "__dict__"):
+                continue
+            self._seen.add(id(each))
+            holders = [vars(each)]
+            if isinstance(each, nn.Module):
+                holders += [each._parameters, each._buffers]
+            for holder in holders:
+                for name, value in holder.items():
+                    if isinstance(value, Tensor):
+                        self._tensors.append((holder, name))
+                    elif type(value) in _PLAIN and not name.startswith("__"):
+                        self._numbers.append((holder, name))
+
+    def values(self) -> tuple:
+        """What they are now; of tensors, which ones."""
+        numbers = tuple([holder.get(name) for holder, name in self._numbers])
+        return numbers, tuple([id(holder.get(name)) for holder, name in self._tensors])
+
+    def changed(self, found: Iterable[tuple]) -> str:
+        """The names of the numbers that were not always the same."""
+        columns = zip(*(numbers for numbers, _ in found if len(numbers) == len(self._numbers)), strict=True)
+        return ", ".join(name for (_, name), each in zip(self._numbers, columns, strict=False) if len(set(each)) > 1)
 
 
 def _loss(svi: CompiledSVI, args: tuple, kwargs: dict) -> Tensor:

@@ -406,11 +406,11 @@ def test_a_compiled_function_that_gives_something_else_is_not_used():
         calls.append(0)
         return x + len(calls)
 
-    compiled, x = Compiled(counts, often=1), torch.zeros(1)
-    assert compiled(x).item() == 1
+    compiled, x = Compiled(counts, often=1), torch.full((1,), 1000.0)  # beside which 1 is not much
+    assert compiled(x).item() == 1001
     with pytest.warns(UserWarning, match="the compiled programs give something else"):
         compiled(x)
-    assert compiled(x).item() == len(calls)
+    assert compiled(x).item() == 1000 + len(calls)
 
 
 # What changes between steps
@@ -442,8 +442,59 @@ def test_a_changed_number_is_noticed():
         loss.weight = float(weight)
         svi.step(x)
     loss.weight = 99.0
-    with pytest.raises(ContractError, match="16 graphs have been compiled"):
+    with pytest.raises(ContractError, match=r"16 graphs have been compiled, .*of which weight changed"):
         svi.step(x)
+
+
+class Noisy(nn.Module):
+    """A regression, reached by a function alone, with dropout, a running mean and a tensor as attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1)).double()
+        self.offset = torch.tensor(0.0, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layers(x) + self.offset
+
+
+def test_what_modules_hold_is_watched_wherever_they_are():
+    torch.manual_seed(0)
+    net, x = Noisy(), torch.randn(20, 3, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(x), 1.0).to_event(1), obs=x[:, :1])
+
+    def losses(engine):
+        torch.manual_seed(1)
+        found = []
+        for change in (lambda: None, net.eval, lambda: setattr(net, "offset", torch.full_like(net.offset, 2.0))):
+            change()
+            found += [float(engine.evaluate_loss(x)), float(engine.evaluate_loss(x))]
+        net.train()
+        net.offset = torch.zeros_like(net.offset)
+        return found
+
+    optim = torch.optim.SGD(net.parameters(), lr=0.01)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    theirs = losses(PyroSVI(model, lambda x: None, optim))
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    net.load_state_dict(start)
+    assert losses(CompiledSVI(model, lambda x: None, optim, compiler="none")) == pytest.approx(theirs, rel=1e-9)
+    assert len(set(theirs)) == 4  # dropout draws anew, until it is switched off
+    for name, value in net.named_buffers():  # running means have seen the data as often, though they were traced
+        torch.testing.assert_close(value, buffers[name])
+
+
+def test_data_of_other_strides_are_another_case():
+    vae = vae_of()
+    svi = CompiledSVI(vae.model, vae.guide, torch.optim.SGD(vae.parameters(), lr=1e-12))
+    x, losses = binary(6), []
+    for each in (x, x.mT.contiguous().mT):
+        torch.manual_seed(0)
+        losses.append(svi.step(each).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_batches_of_several_sizes():
@@ -517,6 +568,29 @@ def test_bad_settings_are_refused(settings, message):
         CompiledSVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), **settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": lambda p: pyro.optim.Adam({"lr": 0.1})}, "must be an optimizer of torch .*, got PyroOptim"),
+        ({"optim": lambda p: torch.optim.LBFGS(p)}, "that needs no closure, .*, got LBFGS"),
+        ({"loss": Trace_ELBO}, r"loss must be an instance, such as Trace_ELBO\(\)"),
+        ({"loss": "ELBO"}, "loss must be an instance, .*, got ELBO"),
+    ],
+)
+def test_what_is_no_optimizer_or_loss_is_refused(change, message):
+    vae = small_vae()
+    make = change.get("optim", torch.optim.Adam)
+    with pytest.raises(TypeError, match=message):
+        CompiledSVI(vae.model, vae.guide, make(vae.parameters()), change.get("loss"))
+
+
+def test_an_argument_that_cannot_be_a_key_is_refused():
+    vae = small_vae()
+    svi = CompiledSVI(vae.model, vae.guide, optimizer_of(vae), compiler="none")
+    with pytest.raises(TypeError, match="arguments must be tensors or hashable Python values"):
+        svi.step(binary(3).numpy())
+
+
 def optimizer_of(vae):
     return torch.optim.Adam(vae.parameters())
 
@@ -534,16 +608,53 @@ def test_sites_without_reparametrized_draws_are_refused():
             CompiledSVI(vae.model, guide, optimizer_of(vae), loss, compiler="none").step(binary(3))
 
 
-def test_python_that_looks_at_values_is_refused():
-    vae = small_vae()
+class Looking:
+    """Programs whose Python looks at values of tensors, be they data, parameters or neither."""
 
-    def model(x):
-        if x.sum() > 3:
-            return vae.model(x)
-        return vae.model(x)
+    def __init__(self, look):
+        self.vae, self.look, self.switch = small_vae(), look, torch.tensor(1.0)
 
-    with pytest.raises(ContractError, match="look at the values of tensors"):
-        CompiledSVI(model, vae.guide, optimizer_of(vae), compiler="none").step(binary(3))
+    def model(self, x):
+        self.look(self, x)
+        return self.vae.model(x)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda program, x: x.sum() > 3 and None,
+        lambda program, x: 1 if x.sum() > 3 else 0,
+        lambda program, x: program.switch.item(),
+        lambda program, x: float(next(program.vae.parameters()).detach()[0, 0]),
+        lambda program, x: x[x > 0],
+        lambda program, x: x.nonzero(),
+    ],
+    ids=["and", "if", "item", "float", "mask", "nonzero"],
+)
+def test_python_that_looks_at_values_is_refused(look):
+    program, x = Looking(look), binary(3)
+    svi = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none")
+    with pytest.raises(ContractError, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
+        svi.step(x)
+
+
+def test_a_distribution_made_beforehand_may_check_its_values():
+    """It has a switch of its own for the checks, which look at values."""
+    prior, x, y = dist.Normal(0.0, 1.0).expand([3]).to_event(1), torch.randn(8, 3), torch.randn(8)
+    assert prior.base_dist._validate_args
+
+    def model(x, y):
+        weight = pyro.sample("weight", prior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ weight, 1.0), obs=y)
+
+    with pyro.get_param_store().scope():
+        guide = AutoDelta(model)
+        guide(x, y)
+        optim = torch.optim.SGD(guide.parameters(), lr=0.01)
+        losses = [engine(model, guide, optim).evaluate_loss(x, y) for engine in (CompiledSVI, PyroSVI)]
+    assert losses[0].item() == pytest.approx(losses[1], rel=1e-6)
+    assert prior.base_dist._validate_args
 
 
 def test_an_optimizer_of_other_tensors_is_refused():
