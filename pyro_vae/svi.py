@@ -240,7 +240,7 @@ class CompiledSVI:
         if not (train and self.cuda_graph and self._params and self._params[0].is_cuda):
             return ()
         groups = self.optim.param_groups if _is_capturable(self.optim) else []
-        numbers = (value for group in groups for value in group.values() if isinstance(value, (*_PLAIN, tuple)))
+        numbers = (value for group in groups for value in group.values() if isinstance(value, _PLAIN))
         return id(self.optim.state), *(p.data_ptr() for p in self._params), *numbers
 
 
@@ -464,7 +464,7 @@ def _has_no_compiler(error: BaseException | None) -> bool:
     while error is not None:
         if type(error).__name__ == "InvalidCxxCompiler":
             return True
-        error = error.__cause__ or error.__context__ if not hasattr(error, "inner_exception") else error.inner_exception
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return False
 
 
@@ -568,6 +568,14 @@ def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optim.param_groups for p in group["params"] if p.requires_grad]
 
 
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # a tuple that holds a list, for example
+        return False
+    return True
+
+
 class _Attributes:
     """The numbers, strings and tensors that objects have as attributes, watched for changes."""
 
@@ -591,7 +599,7 @@ class _Attributes:
                 for name, value in holder.items():
                     if isinstance(value, Tensor):
                         self._tensors.append((holder, name))
-                    elif type(value) in _PLAIN and not name.startswith("__"):
+                    elif type(value) in _PLAIN and _is_hashable(value):
                         self._numbers.append((holder, name))
 
     def values(self) -> tuple:
