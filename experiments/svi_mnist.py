@@ -408,7 +408,7 @@ def train(
     except (ValueError, TypeError, NotImplementedError) as error:
         if not isinstance(error, ContractError) and not _raised_by_a_library(error):
             raise  # an error in somebody's own class: its traceback says where
-        reason = " ".join(str(error).split()).replace("PyroSVI", "--engine pyro")
+        reason = " ".join(str(error).split("Trace Shapes")[0].split()).replace("PyroSVI", "--engine pyro")
         option = "--engine compiled" if "--engine pyro" in reason else f"--objective {type(objective).__name__}"
         raise runs.RunError(f"{option}: {reason}") from error
     finally:

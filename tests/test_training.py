@@ -395,7 +395,7 @@ def test_a_compiled_gradient_that_is_not_finite_is_undone():
         ({"patience": 1, "validation": None}, "need validation data"),
         ({"weights": "best", "validation": None}, "need validation data"),
         ({"weights": "first"}, "weights must be last or best, got first"),
-        ({"schedule": "cosine"}, "schedule must be one_cycle or constant, got cosine"),
+        ({"schedule": "cosine"}, "schedule must be one_cycle, constant or stages, got cosine"),
     ],
     ids=str,
 )
