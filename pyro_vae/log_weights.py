@@ -132,7 +132,7 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
         if not (made := guide_trace.nodes[name]["fn"]).has_rsample:
             raise ContractError(
                 f"guide site '{name}' draws from {type(made).__name__}, whose draws have no gradient (has_rsample is "
-                "False), as a pathwise bound needs: choose another posterior, or pyro.infer.Trace_ELBO with PyroSVI"
+                "False), as this bound needs: choose another posterior, TVO, or pyro.infer.Trace_ELBO with PyroSVI"
             )
 
 
