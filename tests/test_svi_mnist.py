@@ -376,6 +376,24 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     assert (given["sizes"], given["validation"], given["resume"]) == ([500, 500, 200], 200, False)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["IWAE", "--objective.num_particles", "5"],
+        ["BetaELBO", "--objective.beta", "2", "--objective.warmup", "10", "--objective.free_bits", "0.1"],
+        ["DReG", "--objective.num_particles", "5"],
+        ["TVO", "--objective.num_particles", "5", "--objective.num_intervals", "2"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_objectives_train_and_the_plain_elbo_is_logged(finished, tmp_path, no_figures, argv):
+    run_dir = run(tmp_path / "run", "--objective", *argv)
+    *_, last = metrics(run_dir)
+    assert float(last["train_elbo"]) == pytest.approx(float(last["validation_elbo"]), abs=2)
+    usual = result(finished[0])["annealed_log_likelihood"]
+    assert result(run_dir)["annealed_log_likelihood"] == pytest.approx(usual, abs=0.5)
+
+
 def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
     values = iter([-3.0, -1.0, -2.0])
     monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
