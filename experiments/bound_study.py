@@ -9,6 +9,7 @@ Two numbers stand for log p(x): the paper's, importance sampling with 5,000 samp
 bounds are judged here, since importance sampling from the guide is low, by more the worse the guide fits.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,12 @@ class Config(study.Settings):
         super().__post_init__()
         if not 1 <= self.stages <= 8:
             raise ValueError(f"--stages must be from 1 to 8, got {self.stages}")
-        object.__setattr__(self, "common", f"{self.common} --epochs {(3**self.stages - 1) // 2}")
+        object.__setattr__(self, "common", f"{self.common} --epochs {self.epochs}")
+
+    @property
+    def epochs(self) -> int:
+        """Of all stages together."""
+        return (3**self.stages - 1) // 2
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -88,32 +94,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     done = study.run_study(Config, argv, "bound_study")
-    epochs = (3**done.config.stages - 1) // 2
-    same_data = all(
-        compare.read(path).result["dataset"] == "MNIST" for each in done.directories.values() for path in each
-    )
+    finished = {name: [compare.read(path) for path in paths] for name, paths in done.directories.items()}
+    same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
     known = [PUBLISHED.get(s.name) if same_data else None for s in done.summaries]
     published = {
         "published": [f"{each.log_likelihood:.2f}" if each else "" for each in known],
         "active units there": [each.active_units if each else "" for each in known],
     }
     text = [
-        between_bounds(done),
+        between_bounds(finished),
         "",
-        f"Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after {epochs}.",
+        "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
+        f"{done.config.epochs}.",
     ]
     return study.report(done, "Does a tighter bound make a better model?", published, "\n".join(text))
 
 
-def between_bounds(done: study.Study) -> str:
+def between_bounds(finished: dict[str, list[compare.Run]]) -> str:
     """A table of the differences between bounds of the same layers and K, paired by seed and image."""
-    finished = {name: [compare.read(path) for path in paths] for name, paths in done.directories.items()}
     rows = [("difference of log p(x)", "nats", "+- seeds", "+- images")]
-    for name, ours in finished.items():
-        layers, bound, k = [*name.split(", "), "", ""][:3]
-        for other in OBJECTIVES:
-            reference = finished.get(f"{layers}, {other}, {k}")
-            if bound in OBJECTIVES and reference and list(OBJECTIVES).index(other) < list(OBJECTIVES).index(bound):
+    for layers, k in dict.fromkeys((name.split(", ")[0], name.split(", ")[-1]) for name in finished):
+        for other, bound in itertools.combinations(OBJECTIVES, 2):
+            ours, reference = (finished.get(f"{layers}, {each}, {k}") for each in (bound, other))
+            if ours and reference:
                 estimator = "annealed" if compare.annealed_alike([*ours, *reference]) else "importance"
                 d = study.difference(list(zip(ours, reference, strict=True)), estimator)
                 errors = number(d.difference_seed_error, 2), number(d.difference_image_error, 2)

@@ -60,7 +60,7 @@ class ELBO(Objective):
 
     def __init__(self, num_particles: int = 1, kl: Literal["sampled", "analytic"] = "sampled"):
         _check_at_least_one(num_particles=num_particles)
-        _check_choice("kl", kl, ("sampled", "analytic"))
+        check_choice("kl", kl, ("sampled", "analytic"))
         self.num_particles, self.kl = num_particles, kl
 
     def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class BetaELBO(Objective):
         kl: Literal["sampled", "analytic"] = "sampled",
     ):
         _check_at_least_one(num_particles=num_particles)
-        _check_choice("kl", kl, ("sampled", "analytic"))
+        check_choice("kl", kl, ("sampled", "analytic"))
         for name, value in (("beta", beta), ("warmup", warmup), ("period", period), ("free_bits", free_bits)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
@@ -383,7 +383,7 @@ def _divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[
         site, prior = both.guide.nodes[name], both.model.nodes[name]
         q, p = site["fn"], prior["fn"]
         if by_dimension and (parts := _factors(q)) and (others := _factors(p)):
-            (q,), (p,) = parts, others
+            q, p = parts, others
         if kl == "analytic":
             try:
                 yield kl_divergence(q, p).expand(*site["log_prob"].shape, *q.batch_shape[2:])
@@ -398,10 +398,10 @@ def _divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[
             yield q.log_prob(site["value"]) - p.log_prob(site["value"])
 
 
-def _factors(made: dist.TorchDistribution) -> tuple[dist.TorchDistribution] | None:
+def _factors(made: dist.TorchDistribution) -> dist.TorchDistribution | None:
     """The distribution of each dimension of a vector, if they are independent by construction."""
     if isinstance(made, torch.distributions.Independent) and made.event_dim == made.reinterpreted_batch_ndims == 1:
-        return (made.base_dist,)
+        return made.base_dist
     return None
 
 
@@ -411,6 +411,7 @@ def _check_at_least_one(**numbers: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse, with a ValueError, a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")

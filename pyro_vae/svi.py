@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from pyro_vae.log_weights import Program, check_pathwise
 from pyro_vae.networks import ContractError
-from pyro_vae.objectives import Objective
+from pyro_vae.objectives import Objective, check_choice
 
 
 class NonFiniteError(ArithmeticError):
@@ -182,22 +182,16 @@ class CompiledSVI:
             )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
-        for name, value, choices in (
-            ("precision", precision, ("float32", "bfloat16")),
-            ("compiler", compiler, ("inductor", "none")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")
+        check_choice("precision", precision, ("float32", "bfloat16"))
+        check_choice("compiler", compiler, ("inductor", "none"))
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.max_norm, self.precision, self.compiler, self.cuda_graph = max_norm, precision, compiler, cuda_graph
         self._store = pyro.get_param_store().get_state()
         self._params = _parameters(optim)
         self._graphs: dict[tuple, _Graph] = {}
-        self._modules: dict[int, nn.Module] = {}
-        for root in (model, guide, loss):
-            root = getattr(root, "__self__", root)
-            self._modules |= {id(m): m for m in (root.modules() if isinstance(root, nn.Module) else ())}
-        self._watched = _Attributes((model, guide, loss))
+        roots = [getattr(root, "__self__", root) for root in (model, guide, loss)]
+        self._modules = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+        self._watched = _Attributes((*roots, *self._modules.values()))
 
     def step(self, *args: object, **kwargs: object) -> Tensor:
         """Take one gradient step; return the loss in its own scale, a tensor without a graph."""
@@ -579,13 +573,11 @@ def _is_hashable(value: object) -> bool:
 class _Attributes:
     """The numbers, strings and tensors that objects have as attributes, watched for changes."""
 
-    def __init__(self, roots: Iterable[object]):
+    def __init__(self, objects: Iterable[object]):
         self._seen: set[int] = set()
         self._numbers: list[tuple[dict, str]] = []
         self._tensors: list[tuple[dict, str]] = []
-        for root in roots:
-            root = getattr(root, "__self__", root)
-            self.add(root.modules() if isinstance(root, nn.Module) else [root])
+        self.add(objects)
 
     def add(self, objects: Iterable[object]) -> None:
         for each in objects:

@@ -154,6 +154,7 @@ def fit(
             good = {name: value.clone() for name, value in vae.state_dict().items()}
             total, size = 0.0, 0
             recent: deque[Tensor] = deque()
+            num_recent = 0
             for number, batch in enumerate(train):
                 if epoch == 1 and number == 0:
                     check_program(vae.model, vae.guide, batch)
@@ -165,8 +166,9 @@ def fit(
                 total += value if isinstance(loss, PyroELBO) else value * len(batch)
                 size += len(batch)
                 recent.append(batch)
-                while sum(map(len, recent)) - len(recent[0]) >= RECENT:
-                    recent.popleft()
+                num_recent += len(batch)
+                while num_recent - len(recent[0]) >= RECENT:
+                    num_recent -= len(recent.popleft())
                 rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 bar.update()
