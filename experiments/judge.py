@@ -22,7 +22,7 @@ class Judge:
 
     Args:
         data: labelled images; the last tenth of the training images is held out to score the classifier.
-        epochs: passes over the others, at least 1.
+        num_steps: of its training, on 128 images each.
 
     Attributes:
         accuracy: share of right answers on the images held out.
@@ -33,7 +33,7 @@ class Judge:
         RunError: if the data have no labels.
     """
 
-    def __init__(self, data: Data, epochs: int = 3):
+    def __init__(self, data: Data, num_steps: int = 1200):
         if data.train_labels is None:
             raise runs.RunError("the data set has no labels, from which a judge of images could learn")
         images, labels = grey(data), data.train_labels.to(data.train_pixels.device)
@@ -42,15 +42,14 @@ class Judge:
         encoder = ConvEncoder(images.shape[1], FEATURES, channels=(16, 32), image_shape=data.image_shape)
         self._features = nn.Sequential(encoder, nn.ReLU()).to(images.device)
         self._output = nn.Linear(FEATURES, int(labels.max()) + 1).to(images.device)
-        batch_size = min(128, max(1, len(images) // 20))
         optim = torch.optim.Adam([*self._features.parameters(), *self._output.parameters()], lr=2e-3)
         size = len(images) - held_out
-        for _ in trange(epochs, desc="judge", unit="epoch"):
-            for index in torch.randperm(size, device=images.device).split(batch_size):
-                loss = F.cross_entropy(self._output(self._features(images[index])), labels[index])
-                optim.zero_grad()
-                loss.backward()
-                optim.step()
+        for _ in trange(num_steps, desc="judge", unit="step"):
+            index = torch.randint(size, (128,), device=images.device)
+            loss = F.cross_entropy(self._output(self._features(images[index])), labels[index])
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
         wrong = self.classify(images[size:]).argmax(-1) != labels[size:]
         self.accuracy = 1 - wrong.double().mean().item()
         order = torch.randperm(len(images), device=images.device)

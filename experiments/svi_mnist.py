@@ -384,8 +384,7 @@ def train(
         logged = len(history)
 
     batches = data.batches(config.batch_size)
-    compiler = "inductor" if config.epochs * len(batches) > WORTH_COMPILING else "none"
-    compiled = partial(CompiledSVI, max_norm=config.max_norm, precision=config.precision, compiler=compiler)
+    compiled = compiled_engine(config.epochs * len(batches), max_norm=config.max_norm, precision=config.precision)
     engine = PyroSVI if config.engine == "pyro" else compiled
     try:
         return fit(
@@ -414,6 +413,11 @@ def train(
     finally:
         if writer:
             writer.close()
+
+
+def compiled_engine(num_steps: int, **settings: Any) -> Callable[..., CompiledSVI]:
+    """The compiled engine for a training of so many steps, with other settings of its own."""
+    return partial(CompiledSVI, compiler="inductor" if num_steps > WORTH_COMPILING else "none", **settings)
 
 
 def _raised_by_a_library(error: BaseException) -> bool:
