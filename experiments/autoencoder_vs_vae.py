@@ -312,8 +312,8 @@ def report(config: Config, measured: dict[tuple[str, int], list[Measures]], judg
         runs.table(rows),
         "",
         "Reconstructions, samples and midpoints: Frechet distance to the training images in the features of a "
-        f"classifier ({judge.accuracy:.1%} right on images held out); two sets of training images have {judge.floor:.2f}. "
-        f"{config.epochs} epochs; means over seeds 0 to {config.seeds - 1}"
+        f"classifier ({judge.accuracy:.1%} right on images held out); two sets of training images have "
+        f"{judge.floor:.2f}. {config.epochs} epochs; means over seeds 0 to {config.seeds - 1}"
         + (", with standard errors." if config.seeds > 1 else "."),
         "",
         runs.table(claims),

@@ -100,12 +100,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
     config, settings = runs.parse(Config, argv, first="run")
-    device = runs.device(config.device)
-    vae = svi_mnist.load_run(config.run).to(device).requires_grad_(False)
-    out = config.out or config.run / "evidence_comparison"
-    runs.check_empty(out)
-    data = svi_mnist.load_data(config.run, device)
-    torch.manual_seed(config.seed)
+    opened = svi_mnist.open_finished(config.run, config.out, "evidence_comparison", config.device, config.seed)
+    vae, data, device, out = opened
+    vae.requires_grad_(False)
     try:
         rows = [
             row

@@ -95,12 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    device = runs.device(config.device)
-    out = config.out or config.run / "gradient_snr"
-    runs.check_empty(out)
-    vae = svi_mnist.load_run(config.run).to(device)
-    data = svi_mnist.load_data(config.run, device)
-    torch.manual_seed(config.seed)
+    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "gradient_snr", config.device, config.seed)
     x = data.observe(torch.randperm(len(data.train_pixels))[: config.num_images].to(device))
     parameters = split(vae)
     pairs = [(name, k) for k in dict.fromkeys(config.num_particles) for name in ESTIMATORS]

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -105,12 +104,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    device = runs.device(config.device)
-    out = config.out or config.run / "inference_gaps"
-    runs.check_empty(out)
-    vae = svi_mnist.load_run(config.run).to(device)
-    data = svi_mnist.load_data(config.run, device)
-    torch.manual_seed(config.seed)
+    opened = svi_mnist.open_finished(config.run, config.out, "inference_gaps", config.device, config.seed)
+    vae, data, device, out = opened
     try:
         out.mkdir(parents=True, exist_ok=True)
         splits = {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyro
@@ -615,6 +615,32 @@ def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise runs.RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
     return vae.eval()
+
+
+class Finished(NamedTuple):
+    """A finished run, opened to be studied: model, data, their device, and the directory that the study writes."""
+
+    vae: VAE | TwoLayerVAE
+    data: Data
+    device: torch.device
+    out: Path
+
+
+def open_finished(directory: Path, out: Path | None, name: str, device: str, seed: int) -> Finished:
+    """Open the finished run in ``directory``, with torch seeded; the study is written to ``out``, or to ``name`` there.
+
+    Raises:
+        RunError: if there is no finished run, no such device, or anything in ``out`` already.
+    """
+    chosen = runs.device(device)
+    out = out or directory / name
+    runs.check_empty(out)
+    if not (directory / "result.json").exists():
+        raise runs.RunError(f"{directory} holds no finished run (there is no result.json)")
+    vae = load_run(directory).to(chosen)
+    data = load_data(directory, chosen)
+    torch.manual_seed(seed)
+    return Finished(vae, data, chosen, out)
 
 
 def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:

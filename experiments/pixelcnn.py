@@ -1,0 +1,401 @@
+"""Better likelihood, much slower sampling? A gated PixelCNN and a MADE beside a VAE, on the same binarized images.
+
+Usage: python -m experiments.pixelcnn RUN_DIR [options]
+
+RUN_DIR holds a finished VAE. On its data two models without latent variables are trained, which give each pixel a
+probability given those before it, row by row, so that log p(x) is exact: the gated PixelCNN (van den Oord et al. 2016,
+"Conditional image generation with PixelCNN decoders") and MADE (Germain et al. 2015). The measures, fixed before
+anything was run: log p(x) in nats per test image, with the VAE's annealed estimate paired image by image; and seconds
+to draw one image in a batch of 16, one pass of the network per pixel, nothing cached.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from tqdm import trange
+from zuko.nn import MaskedMLP
+
+from experiments import compare, plots, runs, svi_mnist
+from experiments.datasets import Data
+from pyro_vae import Network, fit
+from pyro_vae.networks import check_widths
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one comparison.
+
+    Args:
+        run: directory of a finished run on binary images of one channel; may stand first, without --run.
+        out: directory to write, new or empty; null: pixelcnn in the run's directory.
+        channels: of the PixelCNN, at least 1.
+        layers: gated layers of the PixelCNN, at least 1.
+        epochs: of the PixelCNN, at least 1.
+        hidden: width of each hidden layer of MADE; at least as many units as pixels, or some see too little.
+        made_epochs: of MADE, at least 1.
+        batch_size: images per gradient step, at least 1.
+        lr: peak learning rate of Adam, positive.
+        precision: of products and convolutions in training; bfloat16 is faster where the processor has it.
+        seed: of both trainings and the samples, at least 0.
+        device: auto takes a GPU if there is one.
+    """
+
+    run: Path
+    out: Path | None = None
+    channels: int = 16
+    layers: int = 5
+    epochs: int = 1
+    hidden: Sequence[int] = (1600,)
+    made_epochs: int = 5
+    batch_size: int = 100
+    lr: float = 5e-3
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        for name in ("channels", "layers", "epochs", "made_epochs", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        check_widths("--hidden", self.hidden)
+        if not self.hidden:
+            raise ValueError("--hidden must name at least one layer")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be positive and finite, got {self.lr}")
+        runs.check_seed(self.seed)
+
+
+# Networks whose output i depends on inputs before i alone
+
+
+class MADE(Network):
+    """Fully connected layers, masked so that each pixel's logit sees the pixels before it (Germain et al. 2015).
+
+    The masks are those of ``zuko.nn.MaskedMLP``, in which the n-th hidden unit sees the first n pixels.
+
+    Args:
+        in_features: pixels X.
+        out_features: X as well.
+        hidden: width of each hidden layer.
+        image_shape: not used, pixels are taken in the order in which they lie.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (1600,),
+        image_shape: Sequence[int] | None = None,
+    ):
+        super().__init__(in_features, out_features, image_shape)
+        before = torch.ones(out_features, in_features, dtype=torch.bool).tril(-1)
+        self.layers = MaskedMLP(before, list(hidden))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class PixelCNN(Network):
+    """The gated PixelCNN: a stack that sees the rows above, and one that sees the pixels to the left as well.
+
+    What must not be seen is cut off by padding on one side, so that no mask is needed.
+
+    Args:
+        in_features: pixels X of an image of one channel.
+        out_features: X as well.
+        channels: of both stacks.
+        layers: gated layers; the first looks 3 pixels far, each of the others 1.
+        image_shape: shape ``(1, H, W)``.
+
+    Raises:
+        ValueError: if the image has another number of channels.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        channels: int = 16,
+        layers: int = 5,
+        image_shape: Sequence[int] | None = None,
+    ):
+        super().__init__(in_features, out_features, image_shape)
+        if image_shape is None or image_shape[0] != 1:
+            raise ValueError(f"a PixelCNN is for images of one channel, got image_shape {image_shape}")
+        self.image_shape = tuple(image_shape)
+        first = [_GatedLayer(1, channels, reach=3, sees_itself=False)]
+        rest = [_GatedLayer(channels, channels, reach=1, sees_itself=True) for _ in range(layers - 1)]
+        self.layers = nn.ModuleList(first + rest)
+        self.output = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        above = left = features.reshape(-1, *self.image_shape)
+        for layer in self.layers:
+            above, left = layer(above, left)
+        return self.output(left).reshape(features.shape)
+
+
+class _GatedLayer(nn.Module):
+    """tanh(a) sigmoid(b) in both stacks; the right one is shown the row above and adds what it was given."""
+
+    def __init__(self, inputs: int, channels: int, reach: int, sees_itself: bool):
+        super().__init__()
+        self.reach, self.sees_itself = reach, sees_itself
+        self.above = nn.Conv2d(inputs, 2 * channels, (reach + 1, 2 * reach + 1))
+        self.left = nn.Conv2d(inputs, 2 * channels, (1, reach + sees_itself))
+        self.down = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        reach = self.reach
+        rows = self.above(F.pad(above, (reach, reach, reach, 0)))  # row i sees rows up to i
+        shifted = F.pad(rows, (0, 0, 1, 0))[:, :, :-1]  # row i is shown what sees rows up to i - 1
+        seen = left if self.sees_itself else left[..., :-1]
+        both = self.left(F.pad(seen, (reach, 0))) + self.down(shifted)
+        out = self.out(_gate(both))
+        return _gate(rows), left + out if self.sees_itself else out
+
+
+def _gate(features: Tensor) -> Tensor:
+    one, other = features.chunk(2, dim=1)
+    return one.tanh() * other.sigmoid()
+
+
+class Autoregressive(TorchDistribution):
+    """p(x) = prod_i Bernoulli(x_i; logit_i(x_1, .., x_(i-1))) over binary vectors.
+
+    Args:
+        network: maps ``(*, X)`` to logits ``(*, X)``, of which the i-th depends on the entries before i alone.
+        batch_shape: of independent vectors.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, network: Network, batch_shape: Sequence[int] = (), validate_args: bool | None = None):
+        self.network = network
+        super().__init__(torch.Size(batch_shape), torch.Size([network.in_features]), validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None) -> "Autoregressive":
+        return type(self)(self.network, batch_shape, validate_args=self._validate_args)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        log_prob = -F.binary_cross_entropy_with_logits(self.network(x), x, reduction="none").sum(-1)
+        return log_prob.expand(torch.broadcast_shapes(self.batch_shape, log_prob.shape))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws ``(*sample_shape, *batch_shape, X)``, one pass of the network per entry."""
+        parameter = next(self.network.parameters())
+        x = parameter.new_zeros(*sample_shape, *self.batch_shape, *self.event_shape)
+        with torch.no_grad():
+            for i in range(x.shape[-1]):
+                x[..., i] = torch.bernoulli(self.network(x)[..., i].sigmoid())
+        return x
+
+
+class AutoregressiveModel(nn.Module):
+    """A Pyro program without latent sites, whose ELBO is log p(x) itself.
+
+    Args:
+        network: see :class:`Autoregressive`.
+    """
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(x) for observations ``(B, X)``."""
+        with pyro.plate("data", len(x), dim=-1, device=x.device):
+            return pyro.sample("x", Autoregressive(self.network), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Nothing is latent."""
+
+    def log_px(self, x: Tensor) -> Tensor:
+        """log p(x), exact, in nats: ``(B, X) -> (B,)``."""
+        with torch.no_grad():
+            return torch.cat([Autoregressive(self.network).log_prob(part) for part in x.split(500)])
+
+
+# The comparison
+
+
+class Row(NamedTuple):
+    """One model: log p(x) of each test image, exact or the VAE's best estimate; training time; seconds per image drawn.
+
+    Attributes:
+        name: of the model.
+        parameters: how many it has.
+        log_px: shape ``(N,)``.
+        train_seconds: on this machine, the VAE's where it was trained.
+        draw_seconds: for one image, in a batch of 16.
+        samples: 16 images, ``(16, X)``.
+    """
+
+    name: str
+    parameters: int
+    log_px: np.ndarray
+    train_seconds: float
+    draw_seconds: float
+    samples: Tensor
+
+
+DRAWN = 16
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train and compare as told by ``argv``; return the directory written.
+
+    Raises:
+        RunError: for a mistake in ``argv``, or a run on other than binary images of one channel.
+    """
+    config, _ = runs.parse(Config, argv, first="run")
+    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "pixelcnn", config.device, config.seed)
+    if data.encoding != "binary" or data.image_shape[0] != 1:
+        raise runs.RunError(f"{config.run}: its images must be binary and of one channel, as MNIST's")
+    finished = compare.read(config.run)
+    test = data.test[: finished.result["num_images"]]
+    draw = lambda: plots.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
+    seconds, samples = clock(draw, repetitions=20)
+    parameters = sum(p.numel() for p in vae.parameters())
+    importance = finished.importance["log_px"].values
+    rows = [Row("VAE", parameters, importance, finished.result["train_seconds"], seconds, samples)]
+    for name, network, epochs in networks(config, data):
+        rows.append(train(name, network.to(device), epochs, config, data, test))
+    lesson = report(rows, finished)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plot(rows, finished, data, out)
+        runs.write_text(out / "table.md", lesson + "\n")
+        result = {
+            "models": [
+                {
+                    "name": row.name,
+                    "parameters": row.parameters,
+                    "log_likelihood": float(row.log_px.mean()),
+                    "train_seconds": row.train_seconds,
+                    "draw_seconds": row.draw_seconds,
+                }
+                for row in rows
+            ],
+            "vae": {name: finished.result[name] for name in ("test_log_likelihood", "annealed_log_likelihood")},
+            "differences": {row.name: against(row, finished)[0]._asdict() for row in rows[1:]},
+            "settings": {name: getattr(config, name) for name in SETTINGS},
+        }
+        runs.write_json(out / "result.json", result | runs.provenance(device))
+    except OSError as error:
+        raise runs.RunError(f"{out}: {error.strerror or error}") from error
+    print(f"\n{lesson}\n\n{out}")
+    return out
+
+
+SETTINGS = ("channels", "layers", "epochs", "hidden", "made_epochs", "batch_size", "lr", "precision", "seed")
+
+
+def networks(config: Config, data: Data) -> list[tuple[str, Network, int]]:
+    """Name, untrained network and epochs of each model."""
+    size, shape = data.test.shape[1], data.image_shape
+    pixelcnn = PixelCNN(size, size, config.channels, config.layers, shape)
+    return [("MADE", MADE(size, size, config.hidden), config.made_epochs), ("PixelCNN", pixelcnn, config.epochs)]
+
+
+def train(name: str, network: Network, epochs: int, config: Config, data: Data, test: Tensor) -> Row:
+    """A model trained on ``data``, its exact log p(x) of test images and its samples."""
+    model = AutoregressiveModel(network)
+    batches = data.batches(config.batch_size)
+    engine = svi_mnist.compiled_engine(epochs * len(batches), precision=config.precision)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    history = fit(model, batches, data.validation, epochs=epochs, lr=config.lr, engine=engine)
+    model.eval()
+    log_px = model.log_px(test).double().cpu().numpy()
+    seconds, samples = clock(lambda: Autoregressive(network).sample([DRAWN]), repetitions=1)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Row(name, parameters, log_px, sum(row.seconds for row in history), seconds, samples)
+
+
+def clock(draw: Callable[[], Tensor], repetitions: int) -> tuple[float, Tensor]:
+    """Median seconds per image of drawing a batch, and the last batch."""
+    seconds, samples = [], torch.empty(0)
+    for _ in trange(repetitions, desc="samples", leave=False):
+        start = time.perf_counter()
+        samples = draw()
+        if samples.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / len(samples))
+    return statistics.median(seconds), samples
+
+
+def against(row: Row, finished: compare.Run) -> tuple[compare.Difference, str]:
+    """log p(x) of an exact model minus the VAE's, on the same images; and how the VAE's was estimated."""
+    vae = finished.importance if finished.annealed is None else finished.annealed
+    places = vae["image"].values if finished.annealed is not None else np.arange(len(row.log_px))
+    difference = row.log_px[places] - vae["log_px"].values
+    size = len(difference)
+    mc_se = float(np.sqrt((vae["mc_se"].values ** 2).sum())) / size
+    se = float(difference.std(ddof=1)) / size**0.5
+    how = "importance sampling" if finished.annealed is None else f"annealed, {size:,} images"
+    return compare.Difference(float(difference.mean()), se, mc_se), how
+
+
+def report(rows: Sequence[Row], finished: compare.Run) -> str:
+    """The comparison in Markdown."""
+    result = finished.result
+    header = ("", "log p(x)", "error over images", "minus the VAE", "error", "parameters", "train s", "ms per sample")
+    table: list[tuple[str, ...]] = [header]
+    for row in rows:
+        error = f"{row.log_px.std(ddof=1) / len(row.log_px) ** 0.5:.2f}"
+        tail = f"{row.parameters:,}", f"{row.train_seconds:.0f}", f"{1000 * row.draw_seconds:.3g}"
+        if row is rows[0]:
+            table.append(("VAE, importance sampling", f"{row.log_px.mean():.2f}", error, "", "", *tail))
+            if finished.annealed is not None:
+                table.append(("VAE, annealed", f"{result['annealed_log_likelihood']:.2f}", error, *[""] * 5))
+        else:
+            d, _ = against(row, finished)
+            numbers = f"{row.log_px.mean():.2f}", error, f"{d.mean:+.2f}", f"{d.se:.2f}"
+            table.append((f"{row.name}, exact", *numbers, *tail))
+    _, how = against(rows[1], finished)
+    vae, *others = rows
+    slower = ", ".join(f"{row.name} {row.draw_seconds / vae.draw_seconds:,.0f} times" for row in others)
+    return "\n".join(
+        [
+            runs.table(table),
+            "",
+            f"Nats per image, {len(vae.log_px):,} test images of {result['dataset']}, {result['binarization']} "
+            f"binarization; differences paired by image ({how}).",
+            f"To draw one image takes, compared with the VAE's time: {slower}.",
+            "Published, on the static binarization: PixelCNN -81.30 (van den Oord et al. 2016), MADE with two hidden "
+            "layers and 32 masks -86.64, with one layer and one mask -88.40 (Germain et al. 2015).",
+        ]
+    )
+
+
+def plot(rows: Sequence[Row], finished: compare.Run, data: Data, out: Path) -> None:
+    """Samples side by side, and log p(x) against the time that a sample takes."""
+    images = torch.stack([data.test[:DRAWN], *(row.samples for row in rows)])
+    labels = ["test images", *(row.name for row in rows)]
+    plots.image_grid(data.picture(images), data.image_shape, out / "samples.png", "Draws of x", labels)
+    with plots.figure(out / "likelihood_and_speed.png", 5.6, 3.6) as axes:
+        for number, row in enumerate(rows):
+            value = svi_mnist.best(finished.result) if number == 0 else row.log_px.mean()
+            axes.plot(1000 * row.draw_seconds, value, "o", color=f"C{number}")
+            axes.annotate(row.name, (1000 * row.draw_seconds, value), xytext=(6, 4), textcoords="offset points")
+        axes.margins(0.2)
+        axes.set(xscale="log", xlabel="milliseconds per sample", ylabel="log p(x), nats per image")
+        axes.set_title("Likelihood against the price of a sample")
+
+
+if __name__ == "__main__":
+    runs.cli(main)
