@@ -10,10 +10,13 @@ bounds are judged here, since importance sampling from the guide is low, by more
 """
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from experiments import compare, runs, study
 from experiments.study import number
@@ -60,7 +63,8 @@ class Config(study.Settings):
 
     Args:
         contenders: for each name, the arguments of experiments.svi_mnist that make it; the first is the reference.
-        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        common: arguments of experiments.svi_mnist for all runs, beside the paper's --schedule stages --lr 1e-3
+            --batch_size 20, of which the last two can be overridden; --help there lists them.
         stages: of the learning-rate schedule, from 1 to 8: (3^stages - 1) / 2 epochs.
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
@@ -68,10 +72,7 @@ class Config(study.Settings):
     """
 
     contenders: dict[str, str] = field(default_factory=contenders)
-    common: str = (
-        "--schedule stages --lr 1e-3 --batch_size 20 "
-        "--evidence.num_samples 5000 --evidence.num_images 2000 --evidence.annealed_images 300"
-    )
+    common: str = "--evidence.num_samples 5000 --evidence.num_images 2000 --evidence.annealed_images 300"
     stages: int = 3
     seeds: int = 1
 
@@ -79,7 +80,14 @@ class Config(study.Settings):
         super().__post_init__()
         if not 1 <= self.stages <= 8:
             raise ValueError(f"--stages must be from 1 to 8, got {self.stages}")
-        object.__setattr__(self, "common", f"{self.common} --epochs {self.epochs}")
+        for option in ("--epochs", "--schedule"):
+            if any(argument.split("=")[0] == option for argument in shlex.split(self.common)):
+                raise ValueError(f"--common: {option} is that of the study, which --stages sets")
+
+    def arguments(self) -> list[str]:
+        """The paper's settings, then those of ``common``."""
+        paper = f"--schedule stages --epochs {self.epochs} --lr 1e-3 --batch_size 20"
+        return [*paper.split(), *super().arguments()]
 
     @property
     def epochs(self) -> int:
@@ -96,18 +104,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
     done = study.run_study(Config, argv, "bound_study")
     finished = {name: [compare.read(path) for path in paths] for name, paths in done.directories.items()}
     same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
-    known = [PUBLISHED.get(s.name) if same_data else None for s in done.summaries]
-    published = {
-        "published": [f"{each.log_likelihood:.2f}" if each else "" for each in known],
-        "active units there": [each.active_units if each else "" for each in known],
-    }
-    text = [
-        between_bounds(finished),
-        "",
-        "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
-        f"{done.config.epochs}.",
-    ]
-    return study.report(done, "Does a tighter bound make a better model?", published, "\n".join(text))
+    more = {"by layer": [units_by_layer(each) for each in finished.values()]}
+    text = [between_bounds(finished), ""]
+    if same_data:
+        known = [PUBLISHED.get(s.name) for s in done.summaries]
+        more["published"] = [f"{each.log_likelihood:.2f}" if each else "" for each in known]
+        more["units there"] = [each.active_units if each else "" for each in known]
+        text.append(
+            "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
+            f"{done.config.epochs}."
+        )
+    return study.report(done, "Does a tighter bound make a better model?", more, "\n".join(text))
+
+
+def units_by_layer(finished: list[compare.Run]) -> str:
+    """Active units of each layer, means over seeds: ``17+5``."""
+    units = np.array([list(run.result["active_units_by_site"].values()) for run in finished])
+    return "+".join(f"{mean:g}" for mean in units.mean(0).round(1))
 
 
 def between_bounds(finished: dict[str, list[compare.Run]]) -> str:

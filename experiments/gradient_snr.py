@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments import plots, runs, svi_mnist
-from pyro_vae import ELBO, IWAE, MIWAE, PIWAE, STL, DReG, Objective
+from pyro_vae import ELBO, IWAE, MIWAE, PIWAE, STL, ContractError, DReG, Objective
 
 PARTS = ("guide", "model")
 
@@ -51,7 +51,7 @@ class Config:
         run: directory of a finished run; may stand first, without --run.
         out: directory to write, new or empty; null: gradient_snr in the run's directory.
         num_particles: the K, each at least 1; MIWAE and PIWAE take those that are squares.
-        num_images: images of the batch, drawn at random from the training images, at least 1.
+        num_images: images of the batch, at least 1, drawn at random from the training images; all, if there are fewer.
         num_draws: gradients of each estimator, at least 20; a multiple of 10.
         seed: of the images and the noise, at least 0.
         device: auto takes a GPU if there is one.
@@ -101,12 +101,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     pairs = [(name, k) for k in dict.fromkeys(config.num_particles) for name in ESTIMATORS]
     objectives = {(name, k): made for name, k in pairs if (made := ESTIMATORS[name](k)) is not None}
     ratios: dict[str, dict[int, dict[str, Ratio]]] = {name: {} for name in ESTIMATORS}
-    with tqdm(total=len(objectives) * config.num_draws, unit="gradient", desc="gradients") as bar:
-        for (name, k), objective in objectives.items():
-            ratios[name][k] = measure(vae, objective, x, parameters, config.num_draws, bar.update)
+    try:
+        with tqdm(total=len(objectives) * config.num_draws, unit="gradient", desc="gradients") as bar:
+            for (name, k), objective in objectives.items():
+                ratios[name][k] = measure(vae, objective, x, parameters, config.num_draws, bar.update)
+    except ContractError as error:
+        raise runs.RunError(f"{config.run}: {error}") from error
     ratios = {name: each for name, each in ratios.items() if each}
     slopes = {name: {part: slope(each, part) for part in PARTS} for name, each in ratios.items()}
-    text = report(ratios, slopes, config)
+    text = report(ratios, slopes, config, len(x))
     try:
         out.mkdir(parents=True, exist_ok=True)
         plot(ratios, out / "gradient_snr.png")
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 for name, each in ratios.items()
             },
             "slopes": slopes,
-            "settings": {name: getattr(config, name) for name in ("num_images", "num_draws", "seed")},
+            "settings": {"num_images": len(x), "num_draws": config.num_draws, "seed": config.seed},
         }
         runs.write_json(out / "result.json", result | runs.provenance(device))
     except OSError as error:
@@ -180,7 +183,9 @@ def slope(ratios: dict[int, dict[str, Ratio]], part: str) -> float:
     return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else math.nan
 
 
-def report(ratios: dict[str, dict[int, dict[str, Ratio]]], slopes: dict[str, dict[str, float]], config: Config) -> str:
+def report(
+    ratios: dict[str, dict[int, dict[str, Ratio]]], slopes: dict[str, dict[str, float]], config: Config, num_images: int
+) -> str:
     """A table for the guide's gradient and one for the model's."""
     ks = list(dict.fromkeys(config.num_particles))
     lines = []
@@ -191,7 +196,7 @@ def report(ratios: dict[str, dict[int, dict[str, Ratio]]], slopes: dict[str, dic
             rows.append((name, *cells, f"{slopes[name][part]:+.2f}" if math.isfinite(slopes[name][part]) else "-"))
         lines += [runs.table(rows), ""]
     lines.append(
-        f"{config.num_images} training images, {config.num_draws} draws of each gradient. Slope: of log ratio over "
+        f"{num_images} training images, {config.num_draws} draws of each gradient. Slope: of log ratio over "
         "log K; -0.5 is 1 / sqrt(K)."
     )
     return "\n".join(lines)

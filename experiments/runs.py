@@ -65,6 +65,7 @@ def parse(config: type[T], argv: Sequence[str] | None = None, first: str | None 
     options = parser(config)
     try:
         _refuse_empty(argv)
+        argv = _joined(argv)
         run_dir, resume, files = _preview(argv)
         if resume:
             if run_dir is None:
@@ -109,6 +110,18 @@ def _refuse_empty(argv: Sequence[str]) -> None:
         name, equals, given = option.partition("=")
         if re.fullmatch(r"--[\w.]+", name) and "" in ((given,) if equals else (value,)):
             raise RunError(f"{name}: the value is empty")
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Arguments in which values such as -.inf and -1e3, which look like options, are joined to their option by =."""
+    result: list[str] = []
+    for argument in argv:
+        after_option = result and re.fullmatch(r"--[\w.]+", result[-1])
+        if after_option and re.fullmatch(r"-(\d*\.?\d+(e[-+]?\d+)?|\.?inf)", argument, re.IGNORECASE):
+            result[-1] += f"={argument}"
+        else:
+            result.append(argument)
+    return result
 
 
 def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
@@ -159,6 +172,8 @@ def _one_line(message: str, config: type, options: ArgumentParser) -> str:
 
 
 def _explain(message: str, config: type, options: ArgumentParser) -> str:
+    if found := re.match(r"the following arguments are required: (\S+)", message):
+        return f"--{found[1]} must be given"
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         name = found[1].split("=")[0]
         known = [option for action in options._actions for option in action.option_strings]
@@ -370,7 +385,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as an aligned Markdown table; the first row is the header, columns of numbers are right-aligned."""
     columns = list(zip(*rows, strict=True))
-    right = [all(re.match(r"[-+.\d]|$", cell) for cell in column[1:]) for column in columns]
+    right = [all(re.fullmatch(r"[-+.,%\de ]*|nan|-?inf", cell) for cell in column[1:]) for column in columns]
     widths = [max(3, *map(len, column)) for column in columns]
 
     def line(row: Sequence[str]) -> str:

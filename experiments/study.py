@@ -37,6 +37,10 @@ class Settings:
         if len(set(slugs)) < len(slugs) or not all(slugs):
             raise ValueError("--contenders: names must differ in their letters and digits, which name directories")
 
+    def arguments(self) -> list[str]:
+        """Arguments of experiments.svi_mnist for all runs."""
+        return shlex.split(self.common)
+
 
 class Summary(NamedTuple):
     """What the seeds of one contender say; every error is a standard error, None if there is but one seed.
@@ -106,12 +110,18 @@ def run_all(settings: Settings, run_dir: Path) -> dict[str, list[Path]]:
         The run directories of each contender, one per seed.
     """
     result: dict[str, list[Path]] = {name: [] for name in settings.contenders}
+    for name, arguments in settings.contenders.items():  # a mistake in the last one is found now, not after hours
+        try:
+            config, _ = runs.parse(svi_mnist.Config, [*settings.arguments(), *shlex.split(arguments)])
+            svi_mnist.make("objective", config.objective)
+        except runs.RunError as error:
+            raise runs.RunError(f"{name}: {error}") from error
     for seed in range(settings.seeds):
         for name, arguments in settings.contenders.items():
             directory = run_dir / f"{slug(name)}-seed{seed}"
             if not (directory / "result.json").exists():
                 print(f"\n=== {name}, seed {seed}")
-                argv = [*shlex.split(settings.common), *shlex.split(arguments), f"--seed={seed}"]
+                argv = [*settings.arguments(), *shlex.split(arguments), f"--seed={seed}"]
                 argv += [f"--run_dir={directory}"] + ["--resume"] * (directory / "config.yaml").exists()
                 try:
                     svi_mnist.main(argv)
@@ -174,9 +184,11 @@ def report(done: Study, title: str, more: dict[str, Sequence[str]] | None = None
         raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:
         forest(summaries, run_dir / "differences.png", title)
+    annealed = all(s.log_likelihood != s.importance_sampled for s in summaries)
     lines = [
         f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
-        "and over images. log p(x) is annealed; importance sampling is too low in images with a bad Pareto k.",
+        f"and over images. log p(x) is {'annealed' if annealed else 'by importance sampling'}; importance sampling is "
+        "too low in images with a bad Pareto k.",
         "",
         table(summaries, more),
         *(["", remarks] if remarks else []),

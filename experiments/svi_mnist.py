@@ -220,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check_pairing(vae.likelihood.head, data, dataset)
     make("prior", vae.initialize, x)
     check_observations(vae, [data.test, data.validation, x], dataset.binarization)
+    if isinstance(objective, Objective):
+        check_objective(objective, vae, x[:2])
     runs.open_run(run_dir, text, config.resume)
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(
@@ -277,7 +279,7 @@ def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T
 
 def _refusal(error: Exception, prefix: str = "") -> str:
     """An error in one line; one that was not raised on purpose says where it was, outside of the libraries."""
-    message = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
+    message = _as_options(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
         raise error
     if isinstance(error, ContractError):  # names the class itself
@@ -366,6 +368,26 @@ def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], b
         raise runs.RunError(f"{problem} ({chosen} --dataset.binarization {binarization})") from error
 
 
+def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tensor) -> None:
+    """Refuse an objective that cannot serve the model, before anything is written; nothing is left changed.
+
+    Raises:
+        RunError: with the option that mends it.
+    """
+    gpus = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(gpus):
+            objective(vae.model, vae.guide, x)
+    except ContractError as error:
+        raise runs.RunError(f"--objective {type(objective).__name__}: {_as_options(error)}") from error
+
+
+def _as_options(error: Exception) -> str:
+    """An error of the library in one line, with its settings named as options of the command line."""
+    message = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
+    return message.replace("PyroSVI", "--engine pyro").replace('kl="sampled"', "--objective.kl sampled")
+
+
 def train(
     config: Config, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path
 ) -> list[Epoch]:
@@ -407,8 +429,9 @@ def train(
     except (ValueError, TypeError, NotImplementedError) as error:
         if not isinstance(error, ContractError) and not _raised_by_a_library(error):
             raise  # an error in somebody's own class: its traceback says where
-        reason = " ".join(str(error).split("Trace Shapes")[0].split()).replace("PyroSVI", "--engine pyro")
-        option = "--engine compiled" if "--engine pyro" in reason else f"--objective {type(objective).__name__}"
+        reason = _as_options(error)
+        refused = config.engine == "compiled" and "--engine pyro" in reason
+        option = "--engine compiled" if refused else f"--objective {type(objective).__name__}"
         raise runs.RunError(f"{option}: {reason}") from error
     finally:
         if writer:
@@ -541,7 +564,7 @@ def report(run_dir: Path) -> None:
         believe = "not to be believed here, see k"
     rows = [
         ("test", result["unit"], ""),
-        ("ELBO", number(result["test_elbo"], 2), "the lower bound that is trained"),
+        ("ELBO", number(result["test_elbo"], 2), "the evidence lower bound, E_q[log p(x, z) - log q(z given x)]"),
         ("log p(x), importance sampling", number(result["test_log_likelihood"], 2), samples),
         ("  Monte Carlo error", number(result["mc_se"]), believe),
         ("  images with bad k", "-", "too few samples to tell")

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_vae.networks import ContractError
 
@@ -48,6 +49,7 @@ def leaf_traces(
     """As :func:`traces`, but with both scored at variables of their own that hold the values drawn.
 
     Derivatives by these leaves, by the model's parameters and by the guide's can so be told apart, and weighed apart.
+    A guide of several sites is run a second time, at the leaves, and must then be the same function: no dropout in it.
 
     Returns:
         The traces; the draws of each latent site, with their gradients; the leaves. ``(K, B, *event_shape)`` both.
@@ -57,8 +59,9 @@ def leaf_traces(
     leaves = {name: draw.detach().requires_grad_(draw.is_floating_point()) for name, draw in draws.items()}
     for name, leaf in leaves.items():
         guide_trace.nodes[name]["value"] = leaf
-    scored = _scored(particle_trace(poutine.replay(guide, trace=guide_trace), x, num_samples), model, x, num_samples)
-    return scored, draws, leaves
+    if len(draws) > 1:  # later sites' distributions must depend on the leaves of the earlier ones
+        guide_trace = particle_trace(poutine.replay(guide, trace=guide_trace), x, num_samples)
+    return _scored(guide_trace, model, x, num_samples), draws, leaves
 
 
 def _draw(guide: Program, x: Tensor, num_samples: int) -> poutine.Trace:
@@ -113,8 +116,13 @@ def log_weights(model: Program, guide: Program, x: Tensor, num_samples: int) -> 
 
     Raises:
         ValueError: see :func:`traces`.
+        ContractError: as :func:`traces`, and if the log-weights are to be differentiated and draws have no gradient.
     """
-    return log_weights_of(traces(model, guide, x, num_samples))
+    both = traces(model, guide, x, num_samples)
+    log_w = log_weights_of(both)
+    if log_w.requires_grad:
+        check_pathwise(both.guide)
+    return log_w
 
 
 def log_weights_of(traces: Traces) -> Tensor:
@@ -130,6 +138,8 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
     """
     for name in sample_sites(guide_trace):
         if not (made := guide_trace.nodes[name]["fn"]).has_rsample:
+            while isinstance(made, Independent):
+                made = made.base_dist
             raise ContractError(
                 f"guide site '{name}' draws from {type(made).__name__}, whose draws have no gradient (has_rsample is "
                 "False), as this bound needs: choose another posterior, TVO, or pyro.infer.Trace_ELBO with PyroSVI"

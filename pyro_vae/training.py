@@ -102,6 +102,7 @@ def fit(
         The history, a row per epoch.
 
     Raises:
+        TypeError: if ``loss`` is a class.
         ValueError: if a setting is out of its range, or model, guide and data break the rules of
             :func:`pyro_vae.check_program`.
         NonFiniteError: if training meets a NaN or an infinity. The message names the site; the module and the
@@ -110,6 +111,8 @@ def fit(
     """
     _check_settings(epochs, lr, patience, weights, validation)
     loss = loss or pyro.infer.Trace_ELBO()
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}: pass an object, such as {loss.__name__}()")
     on_gpu = next(vae.parameters()).is_cuda
     optim = torch.optim.Adam(vae.parameters(), lr=lr, fused=True, capturable=on_gpu)
     steps = len(train)

@@ -192,7 +192,7 @@ class TwoLayerVAE(nn.Module):
         self._into_support = _IntoSupport()
 
     def _prior(self) -> dist.TorchDistribution:
-        made = self.prior(lambda x: self.top_posterior(self.posterior(x).mean))
+        made = self.prior(lambda x: self.top_posterior(_mean(self.posterior(x))))
         return _check_made(self.prior, made, (), self.prior.latent_dim)
 
     def model(self, x: Tensor) -> Tensor:
@@ -212,6 +212,16 @@ class TwoLayerVAE(nn.Module):
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         for part in (self.posterior, self.likelihood, self.prior):
             part.initialize(x)
+
+
+def _mean(posterior: dist.TorchDistribution) -> Tensor:
+    try:
+        return posterior.mean
+    except NotImplementedError as error:
+        raise ContractError(
+            f"a prior made of posteriors, such as the VampPrior, takes the mean of q(z1 | x), which "
+            f"{type(posterior).__name__} has not: choose another prior, or a Gaussian posterior"
+        ) from error
 
 
 class _IntoSupport:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from experiments import gradient_snr, runs, svi_mnist
+from pyro_vae import MLP, Bernoulli, Conditional, MeanField, TwoLayerVAE, VampPrior
 
 
 class KnownGradient:
@@ -76,6 +77,35 @@ def test_bad_settings_are_refused(tmp_path, argv, message):
         gradient_snr.main([str(tmp_path), *argv])
 
 
+def test_parameters_belong_to_the_guide_or_to_the_model():
+    vae = TwoLayerVAE(
+        VampPrior(2, components=3),
+        latent=Conditional(MLP(2, 6, hidden=[4]), MeanField(3)),
+        likelihood=Conditional(MLP(3, 8, hidden=[4]), Bernoulli(8)),
+        posterior=Conditional(MLP(8, 6, hidden=[4]), MeanField(3)),
+        top_posterior=Conditional(MLP(3, 4, hidden=[4]), MeanField(2)),
+    )
+    vae.initialize(torch.bernoulli(torch.full((20, 8), 0.5)))
+    parts = gradient_snr.split(vae)
+    count = {name: sum(p.numel() for p in each) for name, each in parts.items()}
+    encoders = (8 * 4 + 4 + 4 * 6 + 6) + (3 * 4 + 4 + 4 * 4 + 4)
+    assert count == {"guide": encoders, "model": sum(p.numel() for p in vae.parameters()) - encoders}
+
+
+def test_estimators_are_those_of_their_names():
+    made = {name: make(9) for name, make in gradient_snr.ESTIMATORS.items()}
+    assert {name: type(each).__name__ for name, each in made.items()} == {name: name for name in made}
+    assert made["PIWAE"].groups == (3, 3)
+    assert (made["MIWAE"].num_groups, made["MIWAE"].num_particles) == (3, 3)
+    assert {made[name].num_particles for name in ("ELBO", "STL", "IWAE", "DReG")} == {9}
+
+
+def test_more_images_than_there_are(finished, tmp_path):
+    argv = ["--num_images=5000", "--num_particles=[1]", "--num_draws=20", f"--out={tmp_path / 'out'}"]
+    text = (gradient_snr.main([str(finished), *argv]) / "table.md").read_text()
+    assert "1200 training images" in text
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(runs.RunError, match="no trained model"):
+    with pytest.raises(runs.RunError, match="holds no finished run"):
         gradient_snr.main([str(tmp_path)])

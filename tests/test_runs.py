@@ -84,6 +84,13 @@ def test_the_command_line_is_that_of_the_process(monkeypatch):
     assert runs.parse(Config)[0].epochs == 3
 
 
+@pytest.mark.parametrize("alpha", ["-.inf", "-1e3", "-2"])
+def test_a_negative_number_is_a_value(alpha):
+    config, _ = runs.parse(Config, ["--objective", "Renyi", "--objective.alpha", alpha, "--epochs", "3"])
+    assert config.objective().alpha == float(alpha.replace(".inf", "inf"))
+    assert config.epochs == 3
+
+
 def test_saved_settings_give_the_same_settings_again(in_folder):
     argv = shlex.split("--dataset Digits --dataset.num_validation 9 --encoder.hidden [3] --lr 0.1 --objective ELBO")
     _, text = runs.parse(Config, [*argv, "--run_dir", "x", "--tensorboard"])
@@ -455,6 +462,9 @@ def test_table():
         "| a      | -1.50 |",
         "| longer |    12 |",
     ]
+    cells = ("1 layer", "-inf", "+1.5e-05", "3 +- 0.2", "12%", "")
+    right = [runs.table([("header",), (cell,)]).splitlines()[1].endswith(": |") for cell in cells]
+    assert right == [False, True, True, True, True, True]
 
 
 def test_provenance_outside_a_checkout(monkeypatch):

@@ -79,11 +79,16 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
         (["--common=--epochs 0"], "StandardNormal: --epochs must be at least 1"),
         (["--common=--dataset Digits", '--contenders={"a": "--prior Nope"}'], "a: --prior: 'Nope' is no known class"),
         (["--contenders.Own=--epochs 0", "--common=--epochs 0"], "--epochs must be at least 1"),
+        (
+            ["--contenders.Own=--objective IWAE --objective.num_particles 0", "--common=--dataset Digits"],
+            "Own: --objective: num_particles must be a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, argv, message):
     with pytest.raises(runs.RunError, match=message):
         prior_study.main([f"--run_dir={tmp_path / 'study'}", *argv])
+    assert not list(tmp_path.glob("study/*/"))  # nothing was trained before the mistake was found
 
 
 def test_another_study_is_not_overwritten(finished):
@@ -178,7 +183,7 @@ def test_bounds_are_compared_within_layers_and_number_of_samples(tmp_path):
     small = "--model TwoLayerVAE --latent_dim 3 --top.latent_dim 2 --top.hidden [8]"
     every = bound_study.contenders().items()
     given = {name: argv.replace(bound_study.TWO, small) for name, argv in every if name in THREE}
-    common = COMMON.replace("--epochs 1 ", "").replace("--latent_dim 3 ", "") + " --schedule stages --batch_size 200"
+    common = COMMON.replace("--epochs 1 ", "").replace("--latent_dim 3 ", "") + " --batch_size 200"
     bound_study.main([f"--run_dir={run_dir}", "--stages=2", f"--contenders={json.dumps(given)}", common])
     text = (run_dir / "table.md").read_text()
     runs_of = {name: compare.read(run_dir / f"{study.slug(name)}-seed0") for name in given}
@@ -192,7 +197,21 @@ def test_bounds_are_compared_within_layers_and_number_of_samples(tmp_path):
 
 def test_published_figures_belong_to_contenders():
     assert set(bound_study.PUBLISHED) < set(bound_study.contenders())
-    assert len(bound_study.contenders()) == 14
+    contenders = bound_study.contenders()
+    assert len(contenders) == 14
+    objectives = {"VAE": "ELBO", "IWAE": "IWAE", "DReG": "DReG"}
+    for name, argv in contenders.items():
+        layers, bound, k = name.split(", ")
+        assert ("TwoLayerVAE" in argv) == (layers == "2 layers")
+        assert argv.endswith(f"--objective {objectives[bound]} --objective.num_particles {k[2:]}")
+
+
+def test_a_study_of_bounds_has_the_papers_settings():
+    config, _ = runs.parse(svi_mnist.Config, bound_study.Config(stages=3).arguments())
+    assert (config.schedule, config.epochs, config.lr, config.batch_size) == ("stages", 13, 1e-3, 20)
+    assert config.evidence.num_samples == 5000
+    with pytest.raises(ValueError, match="--common: --epochs is that of the study, which --stages sets"):
+        bound_study.Config(common="--epochs 7")
 
 
 def test_engines_train_the_same_model(tmp_path):
