@@ -373,8 +373,8 @@ def report(rows: Sequence[Row], finished: compare.Run) -> str:
     lines = [
         runs.table(table),
         "",
-        f"Nats per image, {len(vae.log_px):,} test images of {result['dataset']}, {result['binarization']} binarization; "
-        f"differences paired by image ({how}).",
+        f"Nats per image, {len(vae.log_px):,} test images of {result['dataset']}, {result['binarization']} "
+        f"binarization; differences paired by image ({how}).",
         f"To draw one image takes, compared with the VAE's time: {slower}.",
     ]
     if result["dataset"] in ("MNIST", "StaticMNIST"):
