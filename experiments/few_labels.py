@@ -1,0 +1,242 @@
+"""Does an encoder trained without labels make a good classifier from few of them?
+
+Usage: python -m experiments.few_labels RUN_DIR [options]
+
+RUN_DIR holds a finished run on labelled images; its decoder is dropped. Some labels of each class are drawn from the
+training images, several times, and what is learned from them is scored on all test images. The measure, fixed before
+anything was run, is the accuracy on test images, with a standard error over draws of the labels; each method is
+compared with logistic regression on the encoder's features, paired by draw. The methods:
+
+- logistic regression, and k nearest neighbours (k = 5, or all labels of one class if there are fewer), on the encoder's
+  features E_q[z], on as many principal components of all training images, and on pixels;
+- the encoder's network with one more layer, all of it trained: from new weights, and, fine-tuned, from its own.
+
+All see the same observations, as binarized as those that the encoder was trained on, and no setting was tuned.
+"""
+
+import copy
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from experiments import plots, runs, svi_mnist
+from experiments.datasets import Data
+from experiments.study import standard_error
+from pyro_vae.log_weights import Program
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one study of a run.
+
+    Args:
+        run: directory of a finished run on labelled images; may stand first, without --run.
+        out: directory to write, new or empty; null: few_labels in the run's directory.
+        labels: of each class, each at least 1.
+        num_draws: of the labels, at least 2.
+        num_steps: of each training of a network, Adam at 0.001, at most 128 images each, at least 1.
+        seed: of the draws and trainings, at least 0.
+        device: auto takes a GPU if there is one.
+    """
+
+    run: Path
+    out: Path | None = None
+    labels: Sequence[int] = (1, 5, 10, 50, 100)
+    num_draws: int = 20
+    num_steps: int = 200
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        if not self.labels or min(self.labels) < 1:
+            raise ValueError(f"--labels must be numbers of at least 1, got {list(self.labels)}")
+        for name, bound in {"num_draws": 2, "num_steps": 1}.items():
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"--{name} must be at least {bound}, got {value}")
+        runs.check_seed(self.seed)
+
+
+FEATURES, COMPONENTS, PIXELS = "encoder's features", "principal components", "pixels"
+LOGISTIC, NEIGHBOURS = "logistic regression", "nearest neighbours"
+SCRATCH, FINE_TUNED = "network, new weights", "network, fine-tuned encoder"
+REFERENCE = f"{FEATURES}, {LOGISTIC}"
+Accuracies = dict[str, dict[int, list[float]]]
+"""By method and labels of each class, one for each draw."""
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Classify as told by ``argv``; return the directory written.
+
+    Raises:
+        RunError: for a mistake in ``argv``, or a run on images without labels or with too few of some class.
+    """
+    config, _ = runs.parse(Config, argv, first="run")
+    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "few_labels", config.device, config.seed)
+    if data.train_labels is None or data.test_labels is None:
+        raise runs.RunError(f"{config.run}: its data set has no labels")
+    rarest = int(data.train_labels.bincount()[data.train_labels.unique()].min())
+    if max(config.labels) > rarest:
+        raise runs.RunError(f"--labels {max(config.labels)}: one class has only {rarest} training images")
+    x = data.observe(torch.arange(len(data.train_pixels), device=device))
+    fresh = svi_mnist.build(svi_mnist.load_config(config.run), data.image_shape).to(device)
+    networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
+    spaces = representations(vae.guide, x, data.test)
+    accuracies = study(config, spaces, networks, x, data)
+    text = report(accuracies, config, spaces)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plot(accuracies, out / "accuracy.png")
+        runs.write_text(out / "table.md", text + "\n")
+        settings = {name: getattr(config, name) for name in ("labels", "num_draws", "num_steps", "seed")}
+        result = {
+            "accuracies": {name: {str(n): each for n, each in by.items()} for name, by in accuracies.items()},
+            "differences": {
+                name: {str(n): against(accuracies, name, n) for n in config.labels}
+                for name in accuracies
+                if name != REFERENCE
+            },
+        }
+        runs.write_json(out / "result.json", result | {"settings": settings} | runs.provenance(device))
+    except OSError as error:
+        raise runs.RunError(f"{out}: {error.strerror or error}") from error
+    print(f"\n{text}\n\n{out}")
+    return out
+
+
+def representations(guide: Program, x: Tensor, test: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training and test images ``(N, X)`` as features, components and pixels: pairs of ``(N, F)``, by name."""
+    features = tuple(encode(guide, each) for each in (x, test))
+    flat = x.cpu().numpy(), test.cpu().numpy()
+    components = PCA(min(features[0].shape[1], *flat[0].shape), random_state=0).fit(flat[0])
+    return {FEATURES: features, COMPONENTS: tuple(components.transform(each) for each in flat), PIXELS: flat}
+
+
+def encode(guide: Program, x: Tensor) -> np.ndarray:
+    """E_q[z] of images ``(N, X)``, all latent sites beside each other: ``(N, D)``."""
+    parts = []
+    for part in x.split(1000):
+        sites = plots.posterior_mean(guide, part)
+        parts.append(torch.cat([site.flatten(1) for site in sites.values()], dim=1).cpu())
+    return torch.cat(parts).numpy()
+
+
+def study(
+    config: Config,
+    spaces: dict[str, tuple[np.ndarray, np.ndarray]],
+    networks: dict[str, nn.Module],
+    x: Tensor,
+    data: Data,
+) -> Accuracies:
+    """The accuracy of every method on test images, for every number of labels and every draw of them."""
+    classes, train_labels = data.train_labels.unique(return_inverse=True)
+    test_labels = torch.searchsorted(classes, data.test_labels)
+    accuracies: Accuracies = {}
+
+    def record(name: str, number: int, predicted: np.ndarray) -> None:
+        right = (predicted == test_labels.numpy()).mean()
+        accuracies.setdefault(name, {}).setdefault(number, []).append(float(right))
+
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in tqdm(range(config.num_draws), desc="draws of labels", unit="draw"):
+        order = torch.randperm(len(train_labels), generator=generator)
+        for number in config.labels:
+            known = torch.cat([order[train_labels[order] == each][:number] for each in range(len(classes))])
+            labels = train_labels[known]
+            for space, (train, test) in spaces.items():
+                for name, make in CLASSIFIERS.items():
+                    with warnings.catch_warnings():  # a thousand steps will do
+                        warnings.simplefilter("ignore", ConvergenceWarning)
+                        fitted = make(number).fit(train[known.numpy()], labels.numpy())
+                    record(f"{space}, {name}", number, fitted.predict(test))
+            for name, network in networks.items():
+                model = supervised(network, len(classes), x[known], labels.to(x.device), config.num_steps)
+                with torch.no_grad():
+                    predicted = torch.cat([model(part).argmax(-1) for part in data.test.split(1000)])
+                record(name, number, predicted.cpu().numpy())
+    return accuracies
+
+
+CLASSIFIERS: dict[str, Callable[[int], LogisticRegression | KNeighborsClassifier]] = {
+    LOGISTIC: lambda number: LogisticRegression(max_iter=1000),
+    NEIGHBOURS: lambda number: KNeighborsClassifier(min(5, number)),
+}
+
+
+def supervised(network: nn.Module, classes: int, x: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
+    """A copy of an encoder's network with one more layer, trained on images ``(N, X)`` and labels ``(N,)``."""
+    network = copy.deepcopy(network)
+    model = nn.Sequential(network, nn.Linear(network.out_features, classes).to(x.device))
+    optim = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(num_steps):
+        few = torch.randint(len(x), (128,), device=x.device) if len(x) > 128 else slice(None)
+        loss = F.cross_entropy(model(x[few]), labels[few])
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    return model
+
+
+def against(accuracies: Accuracies, name: str, number: int) -> tuple[float, float]:
+    """Accuracy of a method minus that of the reference, paired by draw, and its standard error over draws."""
+    pairs = zip(accuracies[name][number], accuracies[REFERENCE][number], strict=True)
+    differences = [ours - theirs for ours, theirs in pairs]
+    return statistics.fmean(differences), standard_error(differences)
+
+
+def report(accuracies: Accuracies, config: Config, spaces: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Accuracies, and differences to the reference, in per cent, as Markdown."""
+    header = "labels of each class", *map(str, config.labels)
+    rows, others = [header], [header]
+    for name, by in accuracies.items():
+        each = ((100 * statistics.fmean(by[n]), 100 * standard_error(by[n])) for n in config.labels)
+        rows.append((name, *(f"{mean:.1f} +- {error:.1f}" for mean, error in each)))
+        if name != REFERENCE:
+            pairs = (against(accuracies, name, n) for n in config.labels)
+            others.append((name, *(f"{100 * mean:+.1f} +- {100 * error:.1f}" for mean, error in pairs)))
+    dims = spaces[FEATURES][0].shape[1]
+    return "\n".join(
+        [
+            f"Accuracy on {len(spaces[PIXELS][1]):,} test images, per cent, with standard errors over "
+            f"{config.num_draws} draws of the labels; {dims} features.",
+            "",
+            runs.table(rows),
+            "",
+            f"Minus that of {REFERENCE}, paired by draw:",
+            "",
+            runs.table(others),
+        ]
+    )
+
+
+def plot(accuracies: Accuracies, path: Path) -> None:
+    """Accuracy against the number of labels; a colour for what is learned from, a line for how."""
+    colours = {FEATURES: "C0", COMPONENTS: "C2", PIXELS: "C1", SCRATCH: "C3", FINE_TUNED: "C4"}
+    with plots.figure(path, 7.2, 4.2) as axes:
+        for name, by in accuracies.items():
+            kind = name if name in colours else name.split(", ")[0]
+            mean = [100 * statistics.fmean(each) for each in by.values()]
+            error = [100 * (standard_error(each) or math.nan) for each in by.values()]
+            style = {"ls": "--" if NEIGHBOURS in name else "-", "marker": "o", "markersize": 3, "capsize": 2}
+            axes.errorbar(list(by), mean, error, color=colours[kind], label=name, **style)
+        axes.set(xscale="log", xlabel="labels of each class", ylabel="accuracy on test images, per cent")
+        axes.set_xticks(list(by), [str(number) for number in by])
+        axes.minorticks_off()
+        axes.legend(fontsize="small", loc="lower right")
+
+
+if __name__ == "__main__":
+    runs.cli(main)
