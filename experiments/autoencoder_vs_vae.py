@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from experiments import plots, runs, svi_mnist
 from experiments.datasets import MNIST, Data, Dataset, cache_folder
-from experiments.judge import Judge
+from experiments.judge import Judge, nearest, pairs_of_classes
 from experiments.study import standard_error
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, fit
 
@@ -266,7 +266,7 @@ def measure(model: Model, latent_dim: int, data: Data, judge: Judge, num_images:
         squared_error.item(),
         **{name: judge.distance(each) for name, each in images.items()},
         **{f"{name}_confidence": judge.confidence(each).mean().item() for name, each in images.items()},
-        holes=nearest(noise, known).median().item() / nearest(fresh, known).median().item(),
+        holes=nearest(noise, known)[0].median().item() / nearest(fresh, known)[0].median().item(),
     )
 
 
@@ -285,15 +285,8 @@ def fitted(codes: Tensor, components: int, size: int) -> Tensor:
 
 def midpoints(codes: Tensor, data: Data, size: int) -> Tensor:
     """Points ``(size, D)`` halfway between codes of two test images of different classes, drawn at random."""
-    labels = data.test_labels
-    one, other = torch.randint(len(codes), (2, 4 * size))
-    differ = (labels[one] != labels[other]).nonzero().squeeze(1)[:size]
-    return (codes[one[differ].to(codes.device)] + codes[other[differ].to(codes.device)]) / 2
-
-
-def nearest(points: Tensor, codes: Tensor) -> Tensor:
-    """Distance of each of ``points`` ``(N, D)`` to the nearest of ``codes``: ``(N,)``."""
-    return torch.cat([torch.cdist(part, codes).amin(-1) for part in points.split(1000)])
+    one, other = pairs_of_classes(data.test_labels, size)
+    return (codes[one] + codes[other]) / 2
 
 
 def report(config: Config, measured: dict[tuple[str, int], list[Measures]], judge: Judge) -> str:

@@ -98,15 +98,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config, _ = runs.parse(Config, argv, first="run")
     device = runs.device(config.device)
-    if not (config.run / "result.json").exists():
-        raise runs.RunError(f"{config.run} holds no finished run (there is no result.json)")
     name = config.name or ("bdmc" if config.estimator == "bdmc" else f"{config.estimator}-{config.split}")
     path = config.run / "evaluations" / f"{name}.json"
     for each in (path, path.with_suffix(".nc")):
         if each.exists():
             raise runs.RunError(f"{each} exists and is never overwritten: choose another --name")
-    vae = svi_mnist.load_run(config.run).to(device)
-    data = svi_mnist.load_data(config.run, device)
+    vae, data = svi_mnist.load_finished(config.run, device)
     x, among = images(data, config.split, config.num_images)
     torch.manual_seed(config.seed)
     start = time.perf_counter()

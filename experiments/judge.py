@@ -93,3 +93,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
     cross = torch.linalg.eigvalsh(root @ of_b @ root).clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + of_a.trace() + of_b.trace() - 2 * cross).item()
+
+
+def pairs_of_classes(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Places of images, by their labels ``(N,)``, and of as many images of other classes, at random: ``(size,)`` each.
+
+    There are fewer, where images of other classes are rare.
+    """
+    one, other = torch.randint(len(labels), (2, 4 * size))
+    differ = (labels[one] != labels[other]).nonzero().squeeze(1)[:size]
+    return one[differ], other[differ]
+
+
+def nearest(points: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance of each of ``points`` ``(N, D)`` to the nearest of ``known``, and which that is: ``(N,)``."""
+    found = [torch.cdist(part, known).min(-1) for part in points.split(100)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])

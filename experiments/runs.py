@@ -44,7 +44,7 @@ def parser(config: type) -> ArgumentParser:
     result.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     types = get_type_hints(config)
     for action in result._actions:
-        if types.get(action.dest) is bool:
+        if bool in (kind := types.get(action.dest), *get_args(kind)):
             action.nargs, action.const = "?", True  # --resume alone means --resume true
     return result
 

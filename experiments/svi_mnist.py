@@ -658,12 +658,20 @@ def open_finished(directory: Path, out: Path | None, name: str, device: str, see
     chosen = runs.device(device)
     out = out or directory / name
     runs.check_empty(out)
-    if not (directory / "result.json").exists():
-        raise runs.RunError(f"{directory} holds no finished run (there is no result.json)")
-    vae = load_run(directory).to(chosen)
-    data = load_data(directory, chosen)
+    vae, data = load_finished(directory, chosen)
     torch.manual_seed(seed)
     return Finished(vae, data, chosen, out)
+
+
+def load_finished(directory: Path, device: torch.device) -> tuple[VAE | TwoLayerVAE, Data]:
+    """Model and data of a finished run, on ``device``.
+
+    Raises:
+        RunError: if ``directory`` holds none, or the data cannot be had.
+    """
+    if not (directory / "result.json").exists():
+        raise runs.RunError(f"{directory} holds no finished run (there is no result.json)")
+    return load_run(directory).to(device), load_data(directory, device)
 
 
 def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:

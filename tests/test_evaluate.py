@@ -136,7 +136,7 @@ def test_nothing_is_overwritten_and_no_run_is_refused(run, tmp_path):
     assert (run / "evaluations" / "half.nc").read_text() == "precious"
     with pytest.raises(runs.RunError, match="holds no finished run"):
         evaluate.main([str(tmp_path)])
-    with pytest.raises(runs.RunError, match="required: run"):
+    with pytest.raises(runs.RunError, match="--run must be given"):
         evaluate.main([])
 
 
