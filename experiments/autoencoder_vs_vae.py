@@ -52,7 +52,8 @@ class Config:
         batch_size: images per gradient step, at least 1.
         lr: peak learning rate of Adam, positive.
         seeds: trainings of each model, at least 1; from 2 on there are errors over seeds.
-        num_images: decoded images of each kind that are judged, at least 100.
+        num_images: decoded images of each kind that are judged, at least 100; as many as test images, if those are
+            fewer.
         device: auto takes a GPU if there is one.
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
     """
@@ -72,8 +73,7 @@ class Config:
         for name, bound in {"epochs": 1, "batch_size": 1, "seeds": 1, "num_images": 100}.items():
             if (value := getattr(self, name)) < bound:
                 raise ValueError(f"--{name} must be at least {bound}, got {value}")
-        if not self.latent_dims or min(self.latent_dims) < 1:
-            raise ValueError(f"--latent_dims must be numbers of at least 1, got {list(self.latent_dims)}")
+        runs.check_numbers("--latent_dims", self.latent_dims)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
 
@@ -174,6 +174,8 @@ TITLES = {
     "midpoints": "midpoints",
     "reconstructions_confidence": "confidence reconstructions",
     "prior_confidence": "confidence N(0, I)",
+    "gaussian_confidence": "confidence, Gaussian",
+    "mixture_confidence": "confidence, mixture",
     "midpoints_confidence": "confidence midpoints",
     "holes": "holes",
 }
@@ -197,29 +199,33 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dataset = svi_mnist.make("dataset", config.dataset, config.data_dir or cache_folder())
     name = type(dataset).__name__
     run_dir = config.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    runs.check_run_dir(run_dir, text, resume=False)
+    runs.check_run_dir(run_dir, text, resume=None)
     device = runs.device(config.device)
     data = svi_mnist.load(dataset, device)
-    if data.encoding != "binary":
-        raise runs.RunError(f"--dataset.binarization {dataset.binarization}: the decoders are for binary pixels")
+    if dataset.binarization not in ("dynamic", "static"):
+        raise runs.RunError(
+            f"--dataset.binarization {dataset.binarization}: binary pixels drawn from grey ones are needed, with which "
+            "decoded means are compared: choose dynamic"
+        )
     torch.manual_seed(0)
     judge = Judge(data)
-    runs.open_run(run_dir, text, resume=False)
+    size = min(config.num_images, len(data.test))
+    runs.open_run(run_dir, text, resume=None)
     measured: dict[tuple[str, int], list[Measures]] = {}
     first: dict[tuple[str, int], Model] = {}
     each = [(kind, dim, seed) for seed in range(config.seeds) for dim in config.latent_dims for kind in KINDS]
     for kind, dim, seed in tqdm(each, desc="models", unit="model"):
         model = train(config, kind, dim, data, seed)
-        measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, config.num_images))
+        measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, size))
         first.setdefault((kind, dim), model)
-    lesson = report(config, measured, judge)
+    lesson = report(config, measured, judge.accuracy, judge.floor(size))
     try:
-        plot_distances(config, measured, judge, run_dir / "distances.png")
+        plot_distances(config, measured, judge.floor(size), run_dir / "distances.png")
         pictures(config, first, data, run_dir)
         runs.write_text(run_dir / "table.md", lesson + "\n")
         result = {
             "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
-            "judge": {"accuracy": judge.accuracy, "floor": judge.floor},
+            "judge": {"accuracy": judge.accuracy, "floor": judge.floor(size)},
         }
         runs.write_json(run_dir / "result.json", result | runs.provenance(device))
     except OSError as error:
@@ -289,7 +295,7 @@ def midpoints(codes: Tensor, data: Data, size: int) -> Tensor:
     return (codes[one] + codes[other]) / 2
 
 
-def report(config: Config, measured: dict[tuple[str, int], list[Measures]], judge: Judge) -> str:
+def report(config: Config, measured: dict[tuple[str, int], list[Measures]], accuracy: float, floor: float) -> str:
     """The comparison in Markdown: every measure, and each claim with its difference."""
     rows = [("code", "model", *TITLES.values())]
     for (kind, dim), each in sorted(measured.items(), key=lambda item: item[0][1]):
@@ -305,8 +311,8 @@ def report(config: Config, measured: dict[tuple[str, int], list[Measures]], judg
         runs.table(rows),
         "",
         "Reconstructions, samples and midpoints: Frechet distance to the training images in the features of a "
-        f"classifier ({judge.accuracy:.1%} right on images held out); two sets of training images have "
-        f"{judge.floor:.2f}. {config.epochs} epochs; means over seeds 0 to {config.seeds - 1}"
+        f"classifier ({accuracy:.1%} right on images held out); as many other training images have "
+        f"{floor:.2f}. {config.epochs} epochs; means over seeds 0 to {config.seeds - 1}"
         + (", with standard errors." if config.seeds > 1 else "."),
         "",
         runs.table(claims),
@@ -319,22 +325,28 @@ def report(config: Config, measured: dict[tuple[str, int], list[Measures]], judg
 
 def with_error(values: Sequence[float]) -> str:
     """A mean over seeds, with its standard error if there is one."""
-    error = standard_error(values)
-    mean = f"{statistics.fmean(values):.3g}"
-    return mean if error is None else f"{mean} +- {float(f'{error:.2g}'):g}"
+    return rounded(statistics.fmean(values), standard_error(values))
+
+
+def rounded(value: float, error: float | None, sign: str = "") -> str:
+    """A number with its error, both to two digits of the error; with three of its own, if it has none."""
+    if not error:
+        return f"{value:{sign}.3g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:{sign}.{digits}f} +- {error:.{digits}f}"
 
 
 def verdict(differences: Sequence[float]) -> str:
     """A claimed negative difference over seeds, and whether it is one."""
     mean, error = statistics.fmean(differences), standard_error(differences)
     if error is None:
-        return f"undecided: {mean:+.3g}"
+        return f"undecided: {rounded(mean, None, '+')}"
     decided = abs(mean) > stats.t.ppf(0.975, len(differences) - 1) * error
     word = ("holds" if mean < 0 else "does not hold") if decided else "undecided"
-    return f"{word}: {mean:+.3g} +- {float(f'{error:.2g}'):g}"
+    return f"{word}: {rounded(mean, error, '+')}"
 
 
-def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures]], judge: Judge, path: Path) -> None:
+def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures]], floor: float, path: Path) -> None:
     """Frechet distances against the size of the code."""
     names = {"prior": "z ~ N(0, I)", "mixture": "z ~ mixture fitted to codes", "midpoints": "halfway between two codes"}
     dims = sorted(set(config.latent_dims))
@@ -344,7 +356,7 @@ def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures
                 values = [[getattr(m, name) for m in measured[kind, dim]] for dim in dims]
                 errors = [standard_error(each) or 0.0 for each in values]
                 axes.errorbar(dims, [statistics.fmean(v) for v in values], errors, marker="o", capsize=2, label=kind)
-            axes.axhline(judge.floor, color="0.4", lw=1, ls=":", label="training images, another set")
+            axes.axhline(floor, color="0.4", lw=1, ls=":", label="training images, another set")
             axes.set(xscale="log", yscale="log", xlabel="size of the code", title=title)
             axes.set_xticks(dims, [str(dim) for dim in dims])
             axes.minorticks_off()

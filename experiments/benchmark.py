@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
     """Run the benchmark as told by ``argv``; return what was measured, by part, group and contender."""
     config, text = runs.parse(Config, argv)
     if config.run_dir:
-        runs.check_run_dir(config.run_dir, text, resume=False)
+        runs.check_run_dir(config.run_dir, text, resume=None)
     device = runs.device(config.device)
     torch.manual_seed(0)
     parts = {"step": training_steps, "models": model_steps, "epoch": epochs, "evidence": importance_throughput}
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
     packages = (package for name, those in LIBRARIES.items() if name in timed for package in those)
     origin["versions"] |= {package: version(package) for package in packages}
     if config.run_dir:
-        runs.open_run(config.run_dir, text, resume=False)
+        runs.open_run(config.run_dir, text, resume=None)
         runs.write_json(config.run_dir / "benchmark.json", measured | {"peak_resident_bytes": memory} | origin)
         plot(measured, config.run_dir / "benchmark.png")
         print(config.run_dir)

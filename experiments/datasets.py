@@ -261,9 +261,9 @@ def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
 def _check_labels(labels: np.ndarray | None, size: int, what: str) -> Tensor | None:
     if labels is None:
         return None
-    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.number):
-        raise DataError(f"{what}: expected {size} numbers, got {labels.dtype} of shape {labels.shape}")
-    return torch.as_tensor(labels)
+    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.number) or (labels != labels.astype(int)).any():
+        raise DataError(f"{what}: expected {size} whole numbers, got {labels.dtype} of shape {labels.shape}")
+    return torch.as_tensor(labels.astype(np.int64))
 
 
 class Digits(Dataset):

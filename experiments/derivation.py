@@ -51,7 +51,7 @@ class Config:
 
     Args:
         tosses: of the bent coin, at least 2.
-        heads: how many of them, at least 1 and fewer than the tosses.
+        heads: how many of them, at least 1 % and at most 99 %.
         num_draws: of each gradient and each log-weight, at least 100.
         dims: latent dimensions of the models on which gradients are drawn, each at least 1.
         steps: of each training by a noisy gradient, at least 1.
@@ -68,12 +68,11 @@ class Config:
     run_dir: Path | None = None
 
     def __post_init__(self):
-        if not 1 <= self.heads < self.tosses:
-            raise ValueError(f"--heads must be at least 1 and below --tosses, got {self.heads} of {self.tosses}")
+        if not 0.01 <= self.heads / max(1, self.tosses) <= 0.99:
+            raise ValueError(f"--heads must be from 1 % to 99 % of --tosses, got {self.heads} of {self.tosses}")
         if self.num_draws < 100:
             raise ValueError(f"--num_draws must be at least 100, got {self.num_draws}")
-        if not self.dims or min(self.dims) < 1:
-            raise ValueError(f"--dims must be numbers of at least 1, got {list(self.dims)}")
+        runs.check_numbers("--dims", self.dims)
         if self.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
         runs.check_seed(self.seed)
@@ -87,14 +86,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config, text = runs.parse(Config, argv)
     run_dir = config.run_dir or Path("runs") / f"derivation-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    runs.open_run(run_dir, text, resume=False)
+    runs.open_run(run_dir, text, resume=None)
     torch.manual_seed(config.seed)
     coin = toss(config.heads, config.tosses)
     truths = {"linear-Gaussian, closed form": linear_gaussian(), "Bernoulli decoder, quadrature": bernoulli()}
     terms = {name: decompose(truth, config.num_draws) for name, truth in truths.items()}
     gradients = [noise(dim, config.num_draws) for dim in config.dims]
     dim = max(config.dims)
-    curves = {name: train(dim, kind, config.steps) for name, kind in NORMALS.items()}
+    vae, x = linear_gaussian_vae(dim, dim)
+    curves = {name: train(vae, x, kind, config.steps) for name, kind in NORMALS.items()}
     shifts, bounds, log_px = touch()
     lesson = report(config, coin, terms, gradients, curves)
     try:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "coin": {name: value for name, value in coin._asdict().items() if isinstance(value, float)},
             "decomposition": {name: [each._asdict() for each in rows] for name, rows in terms.items()},
             "gradients": [each._asdict() for each in gradients],
-            "final_gap": {name: curve[-1] for name, curve in curves.items()},
+            "final_gap": {name: curve[config.steps] for name, curve in curves.items()},
         }
         runs.write_json(run_dir / "result.json", result | runs.provenance(torch.device("cpu")))
     except OSError as error:
@@ -122,7 +122,7 @@ class Coin(NamedTuple):
     """The likelihood of a coin, and where it peaks.
 
     Attributes:
-        grid, log_likelihood: the curve, over theta = 0, 0.001, .., 1, in nats for all tosses together.
+        grid, log_likelihood: the curve, over theta between 0 and 1, in nats for all tosses together.
         peak: where the curve is highest.
         trained: theta after stochastic variational inference.
         exact: heads / tosses.
@@ -155,7 +155,7 @@ class BentCoin(nn.Module):
 
 def toss(heads: int, tosses: int) -> Coin:
     """The likelihood of ``heads`` in ``tosses``, on a grid, by SVI, and by calculus."""
-    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
+    grid = torch.linspace(0, 1, 10 * tosses + 1, dtype=torch.float64)[1:-1]
 
     def log_likelihood(theta: Tensor) -> Tensor:
         return heads * theta.log() + (tosses - heads) * (-theta).log1p()
@@ -169,11 +169,11 @@ def toss(heads: int, tosses: int) -> Coin:
         svi.step(x)
         if abs(coin.logit.item() - before) < 1e-12:
             break
-    trained = coin.logit.sigmoid().detach()
-    curvature = torch.autograd.functional.hessian(log_likelihood, trained)
+    exact = torch.tensor(heads / tosses, dtype=torch.float64)
+    curvature = torch.autograd.functional.hessian(log_likelihood, exact)
     curve = log_likelihood(grid)
     peak = grid[curve.argmax()].item()
-    return Coin(grid, curve, peak, trained.item(), heads / tosses, (-curvature).rsqrt().item())
+    return Coin(grid, curve, peak, coin.logit.sigmoid().item(), exact.item(), (-curvature).rsqrt().item())
 
 
 MOST_STEPS = 10_000
@@ -296,10 +296,16 @@ def bernoulli() -> Truth:
         for name, q in candidates.items():
             log_q = log_posterior if q is None else q.log_prob(z[:, None, None]).squeeze(-1)
             weight = log_q.exp() * width
-            terms = log_likelihood, log_q - log_prior, log_q - log_posterior
-            guesses.append(Guess(name, *((weight * term).sum() for term in terms), q))
+            kl_prior = (weight * (log_q - log_prior)).sum() if q is None else normal_kl(q).sum()
+            kl_posterior = (weight * (log_q - log_posterior)).sum()
+            guesses.append(Guess(name, (weight * log_likelihood).sum(), kl_prior, kl_posterior, q))
         log_px = quadrature(vae.model, vae.guide, x).log_px
     return Truth(vae.model, x, log_px.item(), guesses)
+
+
+def normal_kl(q: dist.Independent) -> Tensor:
+    """KL(q || N(0, I)) of a factorized Gaussian, in closed form: not by the grid of the other terms."""
+    return 0.5 * (q.variance + q.mean.square() - 1 - q.variance.log()).sum(-1)
 
 
 def decompose(truth: Truth, num_draws: int) -> list[Terms]:
@@ -400,19 +406,17 @@ def factorized(normal: type[dist.Normal], loc: Tensor, log_scale: Tensor, x: Ten
         return pyro.sample("z", normal(loc, log_scale.exp()).to_event(1))
 
 
-def train(dim: int, normal: type[dist.Normal], steps: int) -> list[float]:
+def train(vae: LinearGaussianVAE, x: Tensor, normal: type[dist.Normal], steps: int) -> dict[int, float]:
     """KL(q || p(z | x)) above its smallest, after each tenth step of Pyro's SVI, one draw each, from q = p(z)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(dim)  # the same model and noise for each estimator
-        vae, x = linear_gaussian_vae(dim, dim)
-        loc, log_scale = (nn.Parameter(torch.zeros(1, dim, dtype=torch.float64)) for _ in range(2))
-        optim = torch.optim.Adam([loc, log_scale], lr=0.02)
-        svi = PyroSVI(vae.model, partial(factorized, normal, loc, log_scale), optim, Trace_ELBO())
-        curve = []
-        for step in range(steps + 1):
-            if step % 10 == 0 or step == steps:
-                curve.append(vae.gaps(x, loc.detach(), log_scale.detach().exp()).amortization.item())
-            svi.step(x)
+    dim = vae.weight.shape[1]
+    loc, log_scale = (nn.Parameter(torch.zeros(1, dim, dtype=torch.float64)) for _ in range(2))
+    optim = torch.optim.Adam([loc, log_scale], lr=0.02)
+    svi = PyroSVI(vae.model, partial(factorized, normal, loc, log_scale), optim, Trace_ELBO())
+    curve = {}
+    for step in range(steps + 1):
+        if step % 10 == 0 or step == steps:
+            curve[step] = vae.gaps(x, loc.detach(), log_scale.detach().exp()).amortization.item()
+        svi.step(x)
     return curve
 
 
@@ -424,13 +428,13 @@ def report(
     coin: Coin,
     terms: dict[str, list[Terms]],
     gradients: list[Noise],
-    curves: dict[str, list[float]],
+    curves: dict[str, dict[int, float]],
 ) -> str:
     """The lesson in Markdown."""
     rows: list[tuple[str, ...]] = [
         (f"{config.heads} heads in {config.tosses:,} tosses", "theta"),
         ("heads / tosses", f"{coin.exact:.6f}"),
-        ("peak of the curve", f"{coin.peak:.3f}"),
+        ("peak of the curve", f"{coin.peak:.6f}"),
         ("SVI, Pyro program without latents", f"{coin.trained:.6f}"),
         ("standard error, from the curvature", f"{coin.error:.6f}"),
     ]
@@ -455,7 +459,7 @@ def report(
         f"{config.num_draws:,} draws. Noise: root of the summed variances. Off by: distance of their mean to the exact "
         "gradient, in standard errors, about 1 if the estimator is right on average."
     )
-    ends = ", ".join(f"{name} {curve[-1]:.3g}" for name, curve in curves.items())
+    ends = ", ".join(f"{name} {curve[config.steps]:.3g}" for name, curve in curves.items())
     lines.append(
         f"\nAfter {config.steps:,} steps in {max(config.dims)} dimensions, one draw each, q is above the best "
         f"factorized one by (nats of KL): {ends}; at the start {next(iter(curves.values()))[0]:.3g}."
@@ -483,7 +487,7 @@ def plot_bound(shifts: Tensor, bounds: dict[str, Tensor], log_px: float, path: P
         axes.legend(fontsize="small")
 
 
-def plot_gradients(gradients: list[Noise], curves: dict[str, list[float]], dim: int, path: Path) -> None:
+def plot_gradients(gradients: list[Noise], curves: dict[str, dict[int, float]], dim: int, path: Path) -> None:
     """Noise against dimensions; and trainings by the two gradients."""
     with plots.figure(path, 9.5, 3.4, columns=2) as (noise, training):
         dims = [g.dim for g in gradients]
@@ -493,7 +497,7 @@ def plot_gradients(gradients: list[Noise], curves: dict[str, list[float]], dim: 
         noise.set_title("One draw of the gradient")
         noise.legend()
         for name, curve in curves.items():
-            training.plot([10 * i for i in range(len(curve))], curve, label=name)
+            training.plot(list(curve), list(curve.values()), label=name)
         training.set(yscale="log", xlabel="step", ylabel="nats above the best factorized q")
         training.set_title(f"Training in {dim} dimensions")
         training.legend()

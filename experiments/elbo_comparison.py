@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise runs.RunError(" ".join(str(error).split())) from error
     name = type(dataset).__name__
     run_dir = config.run_dir or Path("runs") / f"elbo_comparison-{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    runs.open_run(run_dir, text, resume=False)
+    runs.open_run(run_dir, text, resume=None)
     print(f"{name} on {device}: {config.seeds} seeds, {config.epochs} epochs, run directory {run_dir}")
 
     start = time.perf_counter()

@@ -9,7 +9,8 @@ compared with logistic regression on the encoder's features, paired by draw. The
 
 - logistic regression, and k nearest neighbours (k = 5, or all labels of one class if there are fewer), on the encoder's
   features E_q[z], on as many principal components of all training images, and on pixels;
-- the encoder's network with one more layer, all of it trained: from new weights, and, fine-tuned, from its own.
+- the encoder's network, down to its raw outputs, with one more layer, all of it trained: from new weights, and,
+  fine-tuned, from its own.
 
 All see the same observations, as binarized as those that the encoder was trained on, and no setting was tuned.
 """
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from experiments import plots, runs, svi_mnist
 from experiments.datasets import Data
+from experiments.judge import classes
 from experiments.study import standard_error
 from pyro_vae.log_weights import Program
 
@@ -62,8 +64,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self):
-        if not self.labels or min(self.labels) < 1:
-            raise ValueError(f"--labels must be numbers of at least 1, got {list(self.labels)}")
+        runs.check_numbers("--labels", self.labels)
         for name, bound in {"num_draws": 2, "num_steps": 1}.items():
             if (value := getattr(self, name)) < bound:
                 raise ValueError(f"--{name} must be at least {bound}, got {value}")
@@ -86,19 +87,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     config, _ = runs.parse(Config, argv, first="run")
     vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "few_labels", config.device, config.seed)
-    if data.train_labels is None or data.test_labels is None:
-        raise runs.RunError(f"{config.run}: its data set has no labels")
-    rarest = int(data.train_labels.bincount()[data.train_labels.unique()].min())
+    rarest = int(classes(data)[0].bincount().min())
     if max(config.labels) > rarest:
         raise runs.RunError(f"--labels {max(config.labels)}: one class has only {rarest} training images")
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
     fresh = svi_mnist.build(svi_mnist.load_config(config.run), data.image_shape).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
+    runs.make(out)
     spaces = representations(vae.guide, x, data.test)
     accuracies = study(config, spaces, networks, x, data)
     text = report(accuracies, config, spaces)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         plot(accuracies, out / "accuracy.png")
         runs.write_text(out / "table.md", text + "\n")
         settings = {name: getattr(config, name) for name in ("labels", "num_draws", "num_steps", "seed")}
@@ -142,8 +141,8 @@ def study(
     data: Data,
 ) -> Accuracies:
     """The accuracy of every method on test images, for every number of labels and every draw of them."""
-    classes, train_labels = data.train_labels.unique(return_inverse=True)
-    test_labels = torch.searchsorted(classes, data.test_labels)
+    train_labels, test_labels = classes(data)
+    num_classes = int(train_labels.max()) + 1
     accuracies: Accuracies = {}
 
     def record(name: str, number: int, predicted: np.ndarray) -> None:
@@ -154,7 +153,7 @@ def study(
     for _ in tqdm(range(config.num_draws), desc="draws of labels", unit="draw"):
         order = torch.randperm(len(train_labels), generator=generator)
         for number in config.labels:
-            known = torch.cat([order[train_labels[order] == each][:number] for each in range(len(classes))])
+            known = torch.cat([order[train_labels[order] == each][:number] for each in range(num_classes)])
             labels = train_labels[known]
             for space, (train, test) in spaces.items():
                 for name, make in CLASSIFIERS.items():
@@ -163,7 +162,7 @@ def study(
                         fitted = make(number).fit(train[known.numpy()], labels.numpy())
                     record(f"{space}, {name}", number, fitted.predict(test))
             for name, network in networks.items():
-                model = supervised(network, len(classes), x[known], labels.to(x.device), config.num_steps)
+                model = supervised(network, num_classes, x[known], labels.to(x.device), config.num_steps)
                 with torch.no_grad():
                     predicted = torch.cat([model(part).argmax(-1) for part in data.test.split(1000)])
                 record(name, number, predicted.cpu().numpy())
@@ -176,10 +175,10 @@ CLASSIFIERS: dict[str, Callable[[int], LogisticRegression | KNeighborsClassifier
 }
 
 
-def supervised(network: nn.Module, classes: int, x: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
+def supervised(network: nn.Module, num_classes: int, x: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
     """A copy of an encoder's network with one more layer, trained on images ``(N, X)`` and labels ``(N,)``."""
     network = copy.deepcopy(network)
-    model = nn.Sequential(network, nn.Linear(network.out_features, classes).to(x.device))
+    model = nn.Sequential(network, nn.Linear(network.out_features, num_classes).to(x.device))
     optim = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(num_steps):
         few = torch.randint(len(x), (128,), device=x.device) if len(x) > 128 else slice(None)

@@ -66,8 +66,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self):
-        if not self.num_particles or min(self.num_particles) < 1:
-            raise ValueError(f"--num_particles must be numbers of at least 1, got {list(self.num_particles)}")
+        runs.check_numbers("--num_particles", self.num_particles)
         if self.num_images < 1:
             raise ValueError(f"--num_images must be at least 1, got {self.num_images}")
         if self.num_draws < 20 or self.num_draws % BLOCKS:
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "gradient_snr", config.device, config.seed)
     x = data.observe(torch.randperm(len(data.train_pixels))[: config.num_images].to(device))
     parameters = split(vae)
-    pairs = [(name, k) for k in dict.fromkeys(config.num_particles) for name in ESTIMATORS]
+    pairs = [(name, k) for k in config.num_particles for name in ESTIMATORS]
     objectives = {(name, k): made for name, k in pairs if (made := ESTIMATORS[name](k)) is not None}
     ratios: dict[str, dict[int, dict[str, Ratio]]] = {name: {} for name in ESTIMATORS}
     try:
@@ -187,7 +186,7 @@ def report(
     ratios: dict[str, dict[int, dict[str, Ratio]]], slopes: dict[str, dict[str, float]], config: Config, num_images: int
 ) -> str:
     """A table for the guide's gradient and one for the model's."""
-    ks = list(dict.fromkeys(config.num_particles))
+    ks = list(config.num_particles)
     lines = []
     for part in PARTS:
         rows = [(f"signal-to-noise of the {part}'s gradient", *(f"K = {k}" for k in ks), "slope")]

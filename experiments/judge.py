@@ -27,16 +27,14 @@ class Judge:
     Attributes:
         accuracy: share of right answers on the images held out.
         reference: features of up to 10,000 training images ``(N, 32)``, drawn at random: those of the data.
-        floor: Frechet distance to as many other training images: what no model can beat but by copying.
+        others: features of as many other training images, at most.
 
     Raises:
-        RunError: if the data have no labels.
+        RunError: if the data have no labels, or as :func:`classes`.
     """
 
     def __init__(self, data: Data, num_steps: int = 1200):
-        if data.train_labels is None:
-            raise runs.RunError("the data set has no labels, from which a judge of images could learn")
-        images, labels = grey(data), data.train_labels.to(data.train_pixels.device)
+        images, labels = grey(data), classes(data)[0].to(data.train_pixels.device)
         held_out = len(images) // 10
         self.data = data
         encoder = ConvEncoder(images.shape[1], FEATURES, channels=(16, 32), image_shape=data.image_shape)
@@ -54,8 +52,7 @@ class Judge:
         self.accuracy = 1 - wrong.double().mean().item()
         order = torch.randperm(len(images), device=images.device)
         half = min(10_000, len(images) // 2)
-        self.reference = self.features(images[order[:half]])
-        self.floor = frechet_distance(self.features(images[order[half : 2 * half]]), self.reference)
+        self.reference, self.others = (self.features(images[each]) for each in order[: 2 * half].split(half))
 
     def features(self, images: Tensor) -> Tensor:
         """Features ``(N, 32)`` of images ``(N, X)`` with intensities in [0, 1]."""
@@ -74,6 +71,26 @@ class Judge:
     def distance(self, images: Tensor) -> float:
         """Frechet distance of images ``(N, X)`` to the training images, in the classifier's features."""
         return frechet_distance(self.features(images), self.reference)
+
+    def floor(self, size: int) -> float:
+        """The distance of so many training images to others; that of a perfect model, which is not 0 for few images."""
+        return frechet_distance(self.others[:size], self.reference)
+
+
+def classes(data: Data) -> tuple[Tensor, Tensor]:
+    """Labels of training and test images as places 0, 1, .. in the list of classes, ``(N,)`` each, on the CPU.
+
+    Raises:
+        RunError: if labels are missing, there are fewer than two classes, or some are in the test set alone.
+    """
+    if data.train_labels is None or data.test_labels is None:
+        raise runs.RunError("the data set has no labels, which this needs of training and test images")
+    known, train = data.train_labels.unique(return_inverse=True)
+    if len(known) < 2:
+        raise runs.RunError("the data set has a single class: there is nothing to tell apart")
+    if not torch.isin(data.test_labels, known).all():
+        raise runs.RunError("some test images are of classes that no training image has")
+    return train, torch.searchsorted(known, data.test_labels)
 
 
 def grey(data: Data) -> Tensor:

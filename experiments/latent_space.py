@@ -82,18 +82,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     space = Space(vae.model, vae.guide, data)
     if config.manifold and space.dim != 2:
         raise runs.RunError(f"--manifold: {config.run} has {space.dim} latent dimensions, the manifold needs 2")
-    others = [open_other(each, data) for each in config.others]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's numbers are as without others
+        others = [open_other(each, data) for each in config.others]
+    judge = None if data.train_labels is None else Judge(data)
+    runs.make(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if space.dim == 2 and config.manifold is not False:
             manifold(space, out / "manifold.png")
         units = traversals(space, out / "traversals.png")
         interpolations(space, out / "interpolations.png")
         nearest_images(space, out / "nearest.png")
-        between = None if data.train_labels is None else halfway(space, Judge(data), config.num_images)
+        between = None if judge is None else halfway(space, judge, config.num_images)
         copied = copying(space, config.num_images)
-        blurs = {str(path): blur(each, config.num_images) for path, each in zip(config.others, others, strict=True)}
-        blurs = {str(config.run): blur(space, config.num_images)} | blurs
+        spaces = {config.run: space} | dict(zip(config.others, others, strict=True))
+        blurs = {str(path): blur(each, config.num_images) for path, each in spaces.items()}
         text = report(units, between, copied, blurs)
         runs.write_text(out / "table.md", text + "\n")
         result = {
@@ -298,7 +300,8 @@ def report(
     if between is not None:
         rows = [("confidence in decoded images", "mean", "+-")]
         rows += [(name, number(each.value), number(each.error)) for name, each in between.items()]
-        lines += [runs.table(rows), "", "Halfway between test images of different classes.", ""]
+        note = "Halfway between test images of different classes; the errors are over images, for this one classifier."
+        lines += [runs.table(rows), "", note, ""]
     rows = [("distance to the nearest training image", "")]
     rows += [(name, f"{value:.1%}" if "share" in name else f"{value:.2f}") for name, value in copied.items()]
     lines += [runs.table(rows), ""]

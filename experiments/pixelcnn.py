@@ -9,6 +9,7 @@ anything was run: log p(x) in nats per test image, with the VAE's annealed estim
 to draw one image in a batch of 16, one pass of the network per pixel, nothing cached.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class Config:
         run: directory of a finished run on binary images of one channel; may stand first, without --run.
         out: directory to write, new or empty; null: pixelcnn in the run's directory.
         channels: of the PixelCNN, at least 1.
-        layers: gated layers of the PixelCNN, at least 1.
+        layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, each of the others 1 further.
         epochs: of the PixelCNN, at least 1.
         hidden: width of each hidden layer of MADE; at least as many units as pixels, or some see too little.
         made_epochs: of MADE, at least 1.
@@ -268,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise runs.RunError(f"{config.run}: its images must be binary and of one channel, as MNIST's")
     finished = compare.read(config.run)
     test = data.test[: finished.result["num_images"]]
+    runs.make(out)
     draw = lambda: plots.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
     seconds, samples = clock(draw, repetitions=20)
     parameters = sum(p.numel() for p in vae.parameters())
@@ -277,7 +279,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows.append(train(name, network.to(device), epochs, config, data, test))
     lesson = report(rows, finished)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         plot(rows, finished, data, out)
         runs.write_text(out / "table.md", lesson + "\n")
         result = {
@@ -318,13 +319,18 @@ def train(name: str, network: Network, epochs: int, config: Config, data: Data, 
     batches = data.batches(config.batch_size)
     # a step here takes some ten times as long as a VAE's, so that compiling pays after a tenth of the steps
     engine = svi_mnist.compiled_engine(10 * epochs * len(batches), precision=config.precision)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"{name}: {num_parameters(network):,} parameters")
     history = fit(model, batches, data.validation, epochs=epochs, lr=config.lr, engine=engine)
     model.eval()
     log_px = model.log_px(test).double().cpu().numpy()
     seconds, samples = clock(lambda: Autoregressive(network).sample([DRAWN]), repetitions=1)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Row(name, parameters, log_px, sum(row.seconds for row in history), seconds, samples)
+    return Row(name, num_parameters(network), log_px, sum(row.seconds for row in history), seconds, samples)
+
+
+def num_parameters(network: Network) -> int:
+    """How many a network has, without the weights that a mask removes."""
+    removed = sum(int((~mask.bool()).sum()) for name, mask in network.named_buffers() if name.endswith("mask"))
+    return sum(p.numel() for p in network.parameters()) - removed
 
 
 def clock(draw: Callable[[], Tensor], repetitions: int) -> tuple[float, Tensor]:
@@ -360,12 +366,13 @@ def report(rows: Sequence[Row], finished: compare.Run) -> str:
         error = f"{row.log_px.std(ddof=1) / len(row.log_px) ** 0.5:.2f}"
         tail = f"{row.parameters:,}", f"{row.train_seconds:.0f}", f"{1000 * row.draw_seconds:.3g}"
         if row is rows[0]:
-            table.append(("VAE, importance sampling", f"{row.log_px.mean():.2f}", error, "", "", *tail))
+            name = "VAE, importance sampling" + (", too low" if result.get("reliable") is False else "")
+            table.append((name, f"{row.log_px.mean():.2f}", error, "", "", *tail))
             if finished.annealed is not None:
                 table.append(("VAE, annealed", f"{result['annealed_log_likelihood']:.2f}", error, *[""] * 5))
         else:
             d, _ = against(row, finished)
-            numbers = f"{row.log_px.mean():.2f}", error, f"{d.mean:+.2f}", f"{d.se:.2f}"
+            numbers = f"{row.log_px.mean():.2f}", error, f"{d.mean:+.2f}", f"{math.hypot(d.se, d.mc_se):.2f}"
             table.append((f"{row.name}, exact", *numbers, *tail))
     _, how = against(rows[1], finished)
     vae, *others = rows
@@ -379,15 +386,17 @@ def report(rows: Sequence[Row], finished: compare.Run) -> str:
     ]
     if result["dataset"] in ("MNIST", "StaticMNIST"):
         lines.append(
-            "Published, on the static binarization: PixelCNN -81.30 (van den Oord et al. 2016), MADE with two hidden "
-            "layers and 32 masks -86.64, with one layer and one mask -88.40 (Germain et al. 2015)."
+            'Published, on the static binarization: PixelCNN -81.30 (van den Oord et al. 2016, "Pixel recurrent neural '
+            'networks"), MADE with two hidden layers and 32 masks -86.64, with one layer and one mask -88.40 (Germain '
+            "et al. 2015)."
         )
     return "\n".join(lines)
 
 
 def plot(rows: Sequence[Row], finished: compare.Run, data: Data, out: Path) -> None:
     """Samples side by side, and log p(x) against the time that a sample takes."""
-    images = torch.stack([data.test[:DRAWN], *(row.samples for row in rows)])
+    shown = min(DRAWN, len(data.test))
+    images = torch.stack([data.test[:shown], *(row.samples[:shown] for row in rows)])
     labels = ["test images", *(row.name for row in rows)]
     plots.image_grid(data.picture(images), data.image_shape, out / "samples.png", "Draws of x", labels)
     with plots.figure(out / "likelihood_and_speed.png", 5.6, 3.6) as axes:

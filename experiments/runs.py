@@ -271,8 +271,8 @@ def device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def open_run(directory: Path, config: str, resume: bool) -> None:
-    """Make ``directory`` the home of the run described by ``config``, or check that it is.
+def open_run(directory: Path, config: str, resume: bool | None) -> None:
+    """Make ``directory`` the home of the run described by ``config``, or check that it is; None: it cannot be resumed.
 
     Raises:
         RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be written.
@@ -286,7 +286,7 @@ def open_run(directory: Path, config: str, resume: bool) -> None:
         raise RunError(f"--run_dir {directory}: {error.strerror}") from error
 
 
-def check_run_dir(directory: Path, config: str, resume: bool) -> None:
+def check_run_dir(directory: Path, config: str, resume: bool | None) -> None:
     """Check that ``directory`` can become, or with ``resume`` is, the home of the run described by ``config``.
 
     Nothing is written, so that a wrong directory is found before the data are fetched.
@@ -298,10 +298,8 @@ def check_run_dir(directory: Path, config: str, resume: bool) -> None:
     try:
         if not resume:
             if saved.exists():
-                raise RunError(
-                    f"--run_dir: {directory} holds another run, which is never overwritten: "
-                    "choose another directory, or --resume"
-                )
+                hint = "choose another directory" + ("" if resume is None else ", or --resume")
+                raise RunError(f"--run_dir: {directory} holds another run, which is never overwritten: {hint}")
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise RunError(f"--run_dir: {directory} exists and is no empty directory: choose another")
             return
@@ -318,6 +316,16 @@ def check_run_dir(directory: Path, config: str, resume: bool) -> None:
         raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
 
 
+def check_numbers(option: str, numbers: Sequence[int], least: int = 1) -> None:
+    """Refuse a list of settings that is empty, names one twice, or holds one that is too small.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{option} must be different numbers of at least {least}, got {list(numbers)}")
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that torch does not take.
 
@@ -326,6 +334,18 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be at least 0 and below 2^63, got {seed}")
+
+
+def make(out: Path) -> None:
+    """Make the directory ``out``, before work is done whose result is written there.
+
+    Raises:
+        RunError: if it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out}: {error.strerror or error}") from error
 
 
 def check_empty(out: Path) -> None:

@@ -35,8 +35,10 @@ def test_the_judge_tells_digits_from_noise(data):
     images = judge.grey(data)
     assert found.accuracy > 0.85
     noise = torch.rand(500, 64)
-    assert found.distance(noise) > 20 * found.floor
-    assert found.distance(images[-500:]) < 3 * found.floor
+    floor = found.floor(500)
+    assert found.distance(noise) > 20 * floor
+    assert found.distance(images[-500:]) < 3 * floor
+    assert found.floor(100) > 1.5 * floor  # few images seem further away
     assert found.confidence(images).mean() > found.confidence(noise).mean() + 0.1
     assert found.classify(noise).sum(-1) == pytest.approx(torch.ones(500), abs=1e-5)
 
@@ -90,6 +92,9 @@ def test_the_comparison(tmp_path, capsys):
     assert measures[f"{AE_CE}, 10"]["cross_entropy"] < measures[f"{OURS}, 10"]["cross_entropy"] - 1
     assert measures[f"{AE_CE}, 10"]["cross_entropy"] < measures[f"{AE_CE}, 2"]["cross_entropy"] - 3
     assert 0 < result["judge"]["floor"] < measures[f"{OURS}, 10"]["prior"]
+    ours, theirs = measures[f"{OURS}, 10"], measures[f"{AE_CE}, 10"]
+    assert abs(ours["holes"] - 1) < 0.15 < abs(theirs["holes"] - 1)
+    assert theirs["gaussian"] != theirs["mixture"]
     for name in ("samples.png", "interpolations.png", "codes.png", "distances.png"):
         assert (out / name).stat().st_size > 1000
     printed = capsys.readouterr().out
@@ -99,21 +104,32 @@ def test_the_comparison(tmp_path, capsys):
 
 
 def test_a_verdict():
-    assert autoencoder_vs_vae.verdict([-1.0, -1.1, -0.9]).startswith("holds: -1 +- 0.058")
-    assert autoencoder_vs_vae.verdict([1.0, 1.1, 0.9]).startswith("does not hold: +1 +- 0.058")
+    assert autoencoder_vs_vae.verdict([-1.0, -1.1, -0.9]).startswith("holds: -1.000 +- 0.058")
+    assert autoencoder_vs_vae.verdict([1.0, 1.1, 0.9]).startswith("does not hold: +1.000 +- 0.058")
     assert autoencoder_vs_vae.verdict([-1.0, 1.1, -0.9]).startswith("undecided")
     assert autoencoder_vs_vae.verdict([-1.0, -1.5]).startswith("undecided")  # t = 5, below 12.7
     assert autoencoder_vs_vae.verdict([-1.0]) == "undecided: -1"
+    assert autoencoder_vs_vae.verdict([-131.0, -128.0, -125.0]) == "holds: -128.0 +- 1.7"
+
+
+def test_claims_say_that_the_first_number_is_smaller():
+    claims = autoencoder_vs_vae.CLAIMS
+    assert claims["the autoencoder reconstructs better (nats)"] == (AE_CE, "cross_entropy", OURS, "cross_entropy")
+    assert claims["the VAE's midpoints are nearer to the data"] == (OURS, "midpoints", AE_CE, "midpoints")
+    for claim, (one, _, other, _) in claims.items():
+        assert (one, other) == ((AE_CE, OURS) if claim.startswith("the autoencoder") else (OURS, AE_CE))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--epochs=0"], "--epochs must be at least 1"),
-        (["--latent_dims=[]"], "--latent_dims must be numbers of at least 1"),
+        (["--latent_dims=[]"], "--latent_dims must be different numbers of at least 1"),
+        (["--latent_dims=[2, 2]"], "--latent_dims must be different numbers"),
         (["--num_images=5"], "--num_images must be at least 100"),
         (["--lr=-1"], "--lr must be positive"),
-        (["--dataset=Digits", "--dataset.binarization=none"], "the decoders are for binary pixels"),
+        (["--dataset=Digits", "--dataset.binarization=none"], "binary pixels drawn from grey ones are needed"),
+        (["--dataset=Digits", "--dataset.binarization=threshold"], "choose dynamic"),
     ],
 )
 def test_bad_settings_are_refused(argv, message):
@@ -121,8 +137,26 @@ def test_bad_settings_are_refused(argv, message):
         autoencoder_vs_vae.main(argv)
 
 
-def test_data_without_labels_are_refused(data):
-    unlabelled = Digits("unused").load()
-    unlabelled.train_labels = None
-    with pytest.raises(runs.RunError, match="no labels"):
-        judge.Judge(unlabelled)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": None}, "no labels"),
+        ({"test_labels": None}, "no labels"),
+        ({"train_labels": torch.zeros(10, dtype=torch.int64)}, "a single class"),
+        ({"train_labels": torch.arange(5).repeat(10)}, "classes that no training image has"),
+    ],
+)
+def test_labels_that_will_not_do_are_refused(change, message):
+    other = Digits("unused").load()
+    for name, value in change.items():
+        setattr(other, name, value)
+    with pytest.raises(runs.RunError, match=message):
+        judge.classes(other)
+
+
+def test_classes_are_numbered_from_zero():
+    other = Digits("unused").load()
+    expected = other.train_labels, other.test_labels
+    other.train_labels, other.test_labels = (7 * each - 3 for each in expected)
+    for found, usual in zip(judge.classes(other), expected, strict=True):
+        assert torch.equal(found, usual)

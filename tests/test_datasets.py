@@ -561,8 +561,8 @@ GOOD = {"train": real(20, 4, 4), "test": real(6, 4, 4)}
         ({"train": real(20, 4, 5)}, ["(1, 4, 5)", "(1, 4, 4)"]),
         ({"train": real(20, 3, 4, 4)}, ["(3, 4, 4)", "(1, 4, 4)"]),
         ({"train": real(20, 4, 4).astype(object)}, ["no readable .npz archive"]),
-        ({"train_labels": np.arange(19)}, ["training labels", "expected 20 numbers", "(19,)"]),
-        ({"test_labels": np.array(list("abcdef"))}, ["test labels", "expected 6 numbers"]),
+        ({"train_labels": np.arange(19)}, ["training labels", "expected 20 whole numbers", "(19,)"]),
+        ({"test_labels": np.array(list("abcdef"))}, ["test labels", "expected 6 whole numbers"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

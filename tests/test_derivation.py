@@ -86,13 +86,45 @@ def test_the_variance_of_both_gradients_in_one_dimension():
     assert found.score**2 == pytest.approx(score.item(), rel=0.05)
 
 
+def test_a_seed_reaches_the_trainings(tmp_path):
+    gaps = []
+    for seed in (1, 2):
+        argv = f"--seed={seed} --dims=[2] --steps=13 --num_draws=100 --run_dir={tmp_path / str(seed)}"
+        gaps.append(json.loads((derivation.main(argv.split()) / "result.json").read_text())["final_gap"]["pathwise"])
+    assert gaps[0] != gaps[1]
+    with pytest.raises(runs.RunError, match=r"never overwritten: choose another directory$"):  # it has no --resume
+        derivation.main(argv.split())
+
+
+def test_the_bound_touches_only_at_the_posterior():
+    shifts, bounds, log_px = derivation.touch()
+    own, factorized = bounds.values()
+    assert own[shifts.abs().argmin()].item() == pytest.approx(log_px, abs=1e-9)
+    assert (own <= log_px + 1e-9).all()
+    assert (factorized < log_px - 0.05).all()
+    assert own[0] < log_px - 1
+
+
+def test_what_is_merely_drawn_would_be_seen_to_have_a_gradient(monkeypatch):
+    """The column of the table is measured: a draw that has a gradient after all is reported."""
+    monkeypatch.setattr(derivation.dist.Normal, "sample", derivation.dist.Normal.rsample)
+    assert derivation.noise(2, 100).drawn
+
+
+def test_a_training_is_recorded_at_its_steps():
+    vae, x = derivation.linear_gaussian_vae(2, 2)
+    curve = derivation.train(vae, x, derivation.dist.Normal, 25)
+    assert list(curve) == [0, 10, 20, 25]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--heads=0"], "--heads must be at least 1"),
-        (["--heads=1000"], "below --tosses"),
+        (["--heads=0"], "--heads must be from 1 % to 99 % of --tosses, got 0 of 1000"),
+        (["--heads=1000"], "--heads must be from 1 % to 99 %"),
         (["--num_draws=5"], "--num_draws must be at least 100"),
-        (["--dims=[0]"], "--dims must be numbers of at least 1"),
+        (["--dims=[0]"], "--dims must be different numbers of at least 1"),
+        (["--dims=[2, 2]"], "--dims must be different numbers"),
         (["--steps=0"], "--steps must be at least 1"),
     ],
 )

@@ -64,10 +64,45 @@ def test_training_a_network_leaves_the_encoder_alone(finished):
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
+def test_each_method_learns_from_what_it_should(finished, monkeypatch):
+    """As many labels of each class; k by their number; new weights and the encoder's own, each under its name."""
+    seen = {}
+
+    def supervised(network, num_classes, x, labels, num_steps):
+        seen.setdefault(len(x), []).append((network, labels.bincount().tolist()))
+        return torch.nn.Sequential(network, torch.nn.Linear(network.out_features, num_classes))
+
+    monkeypatch.setattr(few_labels, "supervised", supervised)
+    vae, data = svi_mnist.load_run(finished), svi_mnist.load_data(finished)
+    x = data.observe(torch.arange(len(data.train_pixels)))
+    fresh = svi_mnist.build(svi_mnist.load_config(finished), data.image_shape)
+    networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
+    spaces = {PIXELS: (x.numpy(), data.test.numpy())}
+    config = few_labels.Config(finished, labels=(2, 7), num_draws=2)
+    found = few_labels.study(config, spaces, networks, x, data)
+    assert set(found) == {f"{PIXELS}, {each}" for each in few_labels.CLASSIFIERS} | set(networks)
+    for size, calls in seen.items():
+        assert [network for network, _ in calls] == [*networks.values()] * 2
+        assert all(counts == [size // 10] * 10 for _, counts in calls)
+    assert [few_labels.CLASSIFIERS["nearest neighbours"](number).n_neighbors for number in (1, 3, 50)] == [1, 3, 5]
+
+
+def test_names_of_networks(finished, monkeypatch, tmp_path):
+    vae = svi_mnist.load_run(finished)
+    given = {}
+    monkeypatch.setattr(few_labels, "study", lambda config, spaces, networks, x, data: given.update(networks) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        few_labels.main([str(finished), f"--out={tmp_path / 'out'}"])
+    weights = {name: network.layers[0].weight for name, network in given.items()}
+    assert torch.equal(weights[FINE_TUNED], vae.posterior.network.layers[0].weight)
+    assert not torch.equal(weights[SCRATCH], weights[FINE_TUNED])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--labels=[0]"], "--labels must be numbers of at least 1"),
+        (["--labels=[0]"], "--labels must be different numbers of at least 1"),
+        (["--labels=[5, 5]"], "--labels must be different numbers"),
         (["--num_draws=1"], "--num_draws must be at least 2"),
         (["--labels=[500]"], "--labels 500: one class has only"),
     ],
@@ -83,5 +118,5 @@ def test_images_without_labels_are_refused(tmp_path):
     argv = f"--dataset Npy --dataset.path {tmp_path / 'images.npy'} --epochs 1 --latent_dim 2 --encoder.hidden [4] "
     argv += "--decoder.hidden [4] --evidence.num_samples 2 --evidence.annealed_images 0"
     svi_mnist.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
-    with pytest.raises(runs.RunError, match="its data set has no labels"):
+    with pytest.raises(runs.RunError, match="the data set has no labels"):
         few_labels.main([str(tmp_path / "run")])

@@ -67,7 +67,7 @@ def test_a_trained_run(finished, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num_particles=[0]"], "--num_particles must be numbers of at least 1"),
+        (["--num_particles=[0]"], "--num_particles must be different numbers of at least 1"),
         (["--num_draws=25"], "--num_draws must be a multiple of 10"),
         (["--num_images=0"], "--num_images must be at least 1"),
     ],

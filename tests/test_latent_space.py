@@ -89,6 +89,35 @@ def test_codes_are_decoded_by_the_decoder(space, planar):
     assert set(space.decode(z, draw=True).unique().tolist()) <= {0.0, 1.0}
 
 
+def test_what_is_drawn(space, tmp_path, monkeypatch):
+    """Traversals start from the code of the first test image; each row of interpolations follows its own line."""
+    drawn = {}
+    monkeypatch.setattr(Space, "picture", lambda self, x, rows, path, title, labels=None: drawn.update({path.stem: x}))
+    units = latent_space.traversals(space, tmp_path / "traversals.png", columns=5)
+    z = space.codes[0].repeat(len(units), 5, 1)
+    torch.manual_seed(0)
+    for row, unit in enumerate(units):
+        z[row, :, unit] = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.01, 0.99, 5))
+    expected = space.decode(z.flatten(0, 1))
+    torch.testing.assert_close(drawn["traversals"], expected, atol=0.05, rtol=0)
+    latent_space.interpolations(space, tmp_path / "interpolations.png", pairs=2, columns=3)
+    rows = drawn["interpolations"].unflatten(0, (4, 3))
+    half = torch.tensor(0.5)
+    for row, (pair, line) in enumerate([(0, straight), (0, spherical), (1, straight), (1, spherical)]):
+        middle = space.decode(line(space.codes[[pair]], space.codes[[pair + 2]], half))
+        torch.testing.assert_close(rows[row, 1], middle[0])
+
+
+def test_other_runs_leave_the_numbers_of_the_first_alone(planar, gaussian, tmp_path):
+    results = []
+    for name, others in (("alone", "[]"), ("beside", f"[{gaussian}]")):
+        argv = [str(planar), f"--others={others}", "--num_images=50", f"--out={tmp_path / name}"]
+        results.append(json.loads((latent_space.main(argv) / "result.json").read_text()))
+    for name in ("halfway", "copying", "active_units"):
+        assert results[0][name] == results[1][name]
+    assert results[0]["blur"][str(planar)] == results[1]["blur"][str(planar)]
+
+
 def test_lines():
     start, end = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     half = torch.tensor(0.5)
@@ -119,6 +148,11 @@ def test_sharpness_agrees_with_scipy():
 def test_blur_is_one_for_the_data_and_less_for_what_is_smoothed(space, monkeypatch):
     found = blur(space, 500)
     assert found["samples, mean"].value < 0.9 < found["samples, draw"].value
+    with torch.no_grad():
+        truth = sharpness(space.data.train_pixels.float() / space.data.max_value, space.data.image_shape).mean()
+        decoded = sharpness(space.decode(space.codes[:500]), space.data.image_shape).mean()
+    reconstructed = found["reconstructions, mean"]
+    assert abs(reconstructed.value - (decoded / truth).item()) < 4 * reconstructed.error
     stored = space.data.train_pixels.float() / space.data.max_value
     monkeypatch.setattr(space.data, "observe", lambda index: stored[index])
     same = blur(space, 500)["training observations"]

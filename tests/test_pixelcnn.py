@@ -98,6 +98,22 @@ def test_the_comparison(finished, capsys):
         pixelcnn.main([str(finished)])
 
 
+def test_seconds_are_those_of_one_image(monkeypatch):
+    ticks = iter([0.0, 8.0, 10.0, 34.0, 40.0, 56.0])
+    monkeypatch.setattr(pixelcnn.time, "perf_counter", lambda: next(ticks))
+    seconds, drawn = pixelcnn.clock(lambda: torch.zeros(8, 3), repetitions=3)
+    assert seconds == 2.0  # the median of 1, 3 and 2
+    assert drawn.shape == (8, 3)
+
+
+def test_masked_weights_are_not_counted():
+    # from the first pixels to hidden units that see 1, 2 and 3 of four, and on to the pixels after them
+    made = MADE(4, 4, hidden=[3])
+    assert pixelcnn.num_parameters(made) == (1 + 2 + 3) + 3 + (0 + 1 + 2 + 3) + 4
+    plain = PixelCNN(4, 4, channels=2, layers=1, image_shape=(1, 2, 2))
+    assert pixelcnn.num_parameters(plain) == sum(p.numel() for p in plain.parameters())
+
+
 def test_differences_are_paired_by_image(finished):
     run = compare.read(finished)
     log_px = np.random.default_rng(0).normal(size=run.result["num_images"])
