@@ -4,8 +4,8 @@ Usage: python -m experiments.few_labels RUN_DIR [options]
 
 RUN_DIR holds a finished run on labelled images; its decoder is dropped. Some labels of each class are drawn from the
 training images, several times, and what is learned from them is scored on all test images. The measure, fixed before
-anything was run, is the accuracy on test images, with a standard error over draws of the labels; each method is
-compared with logistic regression on the encoder's features, paired by draw. The methods:
+anything was run, is the accuracy on test images, with a standard error over draws of the labels; each method on the
+encoder's features is compared, paired by draw, with the same on other features, and fine-tuning with new weights:
 
 - logistic regression, and k nearest neighbours (k = 5, or all labels of one class if there are fewer), on the encoder's
   features E_q[z], on as many principal components of all training images, and on pixels;
@@ -74,7 +74,13 @@ class Config:
 FEATURES, COMPONENTS, PIXELS = "encoder's features", "principal components", "pixels"
 LOGISTIC, NEIGHBOURS = "logistic regression", "nearest neighbours"
 SCRATCH, FINE_TUNED = "network, new weights", "network, fine-tuned encoder"
-REFERENCE = f"{FEATURES}, {LOGISTIC}"
+PAIRS = [
+    *((f"{FEATURES}, {how}", f"{what}, {how}") for how in (LOGISTIC, NEIGHBOURS) for what in (PIXELS, COMPONENTS)),
+    (f"{FEATURES}, {LOGISTIC}", SCRATCH),
+    (FINE_TUNED, SCRATCH),
+    (FINE_TUNED, f"{PIXELS}, {LOGISTIC}"),
+]
+"""What the claim is about: that the first is better than the second."""
 Accuracies = dict[str, dict[int, list[float]]]
 """By method and labels of each class, one for each draw."""
 
@@ -104,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         result = {
             "accuracies": {name: {str(n): each for n, each in by.items()} for name, by in accuracies.items()},
             "differences": {
-                name: {str(n): against(accuracies, name, n) for n in config.labels}
-                for name in accuracies
-                if name != REFERENCE
+                f"{name} minus {other}": {str(n): against(accuracies, name, other, n) for n in config.labels}
+                for name, other in PAIRS
             },
         }
         runs.write_json(out / "result.json", result | {"settings": settings} | runs.provenance(device))
@@ -189,9 +194,9 @@ def supervised(network: nn.Module, num_classes: int, x: Tensor, labels: Tensor, 
     return model
 
 
-def against(accuracies: Accuracies, name: str, number: int) -> tuple[float, float]:
-    """Accuracy of a method minus that of the reference, paired by draw, and its standard error over draws."""
-    pairs = zip(accuracies[name][number], accuracies[REFERENCE][number], strict=True)
+def against(accuracies: Accuracies, name: str, other: str, number: int) -> tuple[float, float]:
+    """Accuracy of a method minus that of another, paired by draw, and its standard error over draws."""
+    pairs = zip(accuracies[name][number], accuracies[other][number], strict=True)
     differences = [ours - theirs for ours, theirs in pairs]
     return statistics.fmean(differences), standard_error(differences)
 
@@ -199,13 +204,13 @@ def against(accuracies: Accuracies, name: str, number: int) -> tuple[float, floa
 def report(accuracies: Accuracies, config: Config, spaces: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """Accuracies, and differences to the reference, in per cent, as Markdown."""
     header = "labels of each class", *map(str, config.labels)
-    rows, others = [header], [header]
+    rows, others = [header], [("the first", "minus the second", *header[1:])]
     for name, by in accuracies.items():
         each = ((100 * statistics.fmean(by[n]), 100 * standard_error(by[n])) for n in config.labels)
         rows.append((name, *(f"{mean:.1f} +- {error:.1f}" for mean, error in each)))
-        if name != REFERENCE:
-            pairs = (against(accuracies, name, n) for n in config.labels)
-            others.append((name, *(f"{100 * mean:+.1f} +- {100 * error:.1f}" for mean, error in pairs)))
+    for name, other in PAIRS:
+        pairs = (against(accuracies, name, other, n) for n in config.labels)
+        others.append((name, other, *(f"{100 * mean:+.1f} +- {100 * error:.1f}" for mean, error in pairs)))
     dims = spaces[FEATURES][0].shape[1]
     return "\n".join(
         [
@@ -214,7 +219,7 @@ def report(accuracies: Accuracies, config: Config, spaces: dict[str, tuple[np.nd
             "",
             runs.table(rows),
             "",
-            f"Minus that of {REFERENCE}, paired by draw:",
+            "Differences, paired by draw, for each number of labels of each class:",
             "",
             runs.table(others),
         ]
