@@ -229,7 +229,7 @@ def test_nothing_is_overwritten(trained, written, tmp_path):
 
 def test_an_unfinished_run_is_refused(trained, tmp_path):
     shutil.copy(trained / "config.yaml", tmp_path)
-    assert "holds no trained model" in complaint(tmp_path, *SHORT)
+    assert "holds no finished run" in complaint(tmp_path, *SHORT)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

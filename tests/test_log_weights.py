@@ -209,7 +209,7 @@ def test_no_samples_are_refused():
     vae = small_vae()
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         log_weights(vae.model, vae.guide, binary(2), 0)
-    with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_particles must be a whole number of at least 1, got 0"):
         ELBO(0)
 
 
