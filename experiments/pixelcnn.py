@@ -54,11 +54,11 @@ class Config:
 
     run: Path
     out: Path | None = None
-    channels: int = 16
-    layers: int = 4
+    channels: int = 12
+    layers: int = 3
     epochs: int = 1
     hidden: Sequence[int] = (1600,)
-    made_epochs: int = 5
+    made_epochs: int = 3
     batch_size: int = 100
     lr: float = 5e-3
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -128,8 +128,8 @@ class PixelCNN(Network):
         self,
         in_features: int,
         out_features: int,
-        channels: int = 16,
-        layers: int = 4,
+        channels: int = 12,
+        layers: int = 3,
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
