@@ -184,7 +184,7 @@ def supervised(network: nn.Module, num_classes: int, x: Tensor, labels: Tensor, 
     """A copy of an encoder's network with one more layer, trained on images ``(N, X)`` and labels ``(N,)``."""
     network = copy.deepcopy(network)
     model = nn.Sequential(network, nn.Linear(network.out_features, num_classes).to(x.device))
-    optim = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optim = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     for _ in range(num_steps):
         few = torch.randint(len(x), (128,), device=x.device) if len(x) > 128 else slice(None)
         loss = F.cross_entropy(model(x[few]), labels[few])
