@@ -210,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     torch.manual_seed(0)
     judge = Judge(data)
     size = min(config.num_images, len(data.test))
+    floor = judge.floor(size)
     runs.open_run(run_dir, text, resume=None)
     measured: dict[tuple[str, int], list[Measures]] = {}
     first: dict[tuple[str, int], Model] = {}
@@ -218,14 +219,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         model = train(config, kind, dim, data, seed)
         measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, size))
         first.setdefault((kind, dim), model)
-    lesson = report(config, measured, judge.accuracy, judge.floor(size))
+    lesson = report(config, measured, judge.accuracy, floor)
     try:
-        plot_distances(config, measured, judge.floor(size), run_dir / "distances.png")
+        plot_distances(config, measured, floor, run_dir / "distances.png")
         pictures(config, first, data, run_dir)
         runs.write_text(run_dir / "table.md", lesson + "\n")
         result = {
             "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
-            "judge": {"accuracy": judge.accuracy, "floor": judge.floor(size)},
+            "judge": {"accuracy": judge.accuracy, "floor": floor},
         }
         runs.write_json(run_dir / "result.json", result | runs.provenance(device))
     except OSError as error:
