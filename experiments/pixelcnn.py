@@ -41,7 +41,8 @@ class Config:
         run: directory of a finished run on binary images of one channel; may stand first, without --run.
         out: directory to write, new or empty; null: pixelcnn in the run's directory.
         channels: of the PixelCNN, at least 1.
-        layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, each of the others 1 further.
+        layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, the others 1, 2, 4, 1, 2, 4, ..
+            further, and what lies beyond is not used.
         epochs: of the PixelCNN, at least 1.
         hidden: width of each hidden layer of MADE; at least as many units as pixels, or some see too little.
         made_epochs: of MADE, at least 1.
@@ -54,12 +55,12 @@ class Config:
 
     run: Path
     out: Path | None = None
-    channels: int = 12
-    layers: int = 3
+    channels: int = 16
+    layers: int = 4
     epochs: int = 1
     hidden: Sequence[int] = (1600,)
     made_epochs: int = 3
-    batch_size: int = 100
+    batch_size: int = 50
     lr: float = 5e-3
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -117,7 +118,7 @@ class PixelCNN(Network):
         in_features: pixels X of an image of one channel.
         out_features: X as well.
         channels: of both stacks.
-        layers: gated layers; the first looks 3 pixels far, each of the others 1.
+        layers: gated layers; the first looks 3 pixels far, the others, dilated (Yu and Koltun 2016), 1, 2, 4, 1, ...
         image_shape: shape ``(1, H, W)``.
 
     Raises:
@@ -128,21 +129,22 @@ class PixelCNN(Network):
         self,
         in_features: int,
         out_features: int,
-        channels: int = 12,
-        layers: int = 3,
+        channels: int = 16,
+        layers: int = 4,
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
         if image_shape is None or image_shape[0] != 1:
             raise ValueError(f"a PixelCNN is for images of one channel, got image_shape {image_shape}")
         self.image_shape = tuple(image_shape)
-        first = [_GatedLayer(1, channels, reach=3, sees_itself=False)]
-        rest = [_GatedLayer(channels, channels, reach=1, sees_itself=True) for _ in range(layers - 1)]
+        first = [_GatedLayer(1, channels, width=3, sees_itself=False)]
+        rest = [_GatedLayer(channels, channels, dilation=(1, 2, 4)[i % 3]) for i in range(layers - 1)]
         self.layers = nn.ModuleList(first + rest)
         self.output = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+        self.to(memory_format=torch.channels_last)  # a step then takes three quarters of the time on a CPU
 
     def forward(self, features: Tensor) -> Tensor:
-        above = left = features.reshape(-1, *self.image_shape)
+        above = left = features.reshape(-1, *self.image_shape).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             above, left = layer(above, left)
         return self.output(left).reshape(features.shape)
@@ -151,11 +153,11 @@ class PixelCNN(Network):
 class _GatedLayer(nn.Module):
     """tanh(a) sigmoid(b) in both stacks; the right one is shown the row above and adds what it was given."""
 
-    def __init__(self, inputs: int, channels: int, reach: int, sees_itself: bool):
+    def __init__(self, inputs: int, channels: int, width: int = 1, dilation: int = 1, sees_itself: bool = True):
         super().__init__()
-        self.reach, self.sees_itself = reach, sees_itself
-        self.above = nn.Conv2d(inputs, 2 * channels, (reach + 1, 2 * reach + 1))
-        self.left = nn.Conv2d(inputs, 2 * channels, (1, reach + sees_itself))
+        self.reach, self.sees_itself = width * dilation, sees_itself
+        self.above = nn.Conv2d(inputs, 2 * channels, (width + 1, 2 * width + 1), dilation=dilation)
+        self.left = nn.Conv2d(inputs, 2 * channels, (1, width + sees_itself), dilation=dilation)
         self.down = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
