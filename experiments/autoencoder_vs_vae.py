@@ -220,19 +220,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, size))
         first.setdefault((kind, dim), model)
     lesson = report(config, measured, judge.accuracy, floor)
-    try:
+    with runs.writing(run_dir):
         plot_distances(config, measured, floor, run_dir / "distances.png")
         pictures(config, first, data, run_dir)
-        runs.write_text(run_dir / "table.md", lesson + "\n")
-        result = {
-            "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
-            "judge": {"accuracy": judge.accuracy, "floor": floor},
-        }
-        runs.write_json(run_dir / "result.json", result | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
-    print(f"\n{lesson}\n\n{run_dir}")
-    return run_dir
+    result = {
+        "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
+        "judge": {"accuracy": judge.accuracy, "floor": floor},
+    }
+    return runs.conclude(run_dir, lesson, result, device)
 
 
 KINDS = (AE_L2, AE_CE, OURS)

@@ -97,22 +97,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     curves = {name: train(vae, x, kind, config.steps) for name, kind in NORMALS.items()}
     shifts, bounds, log_px = touch()
     lesson = report(config, coin, terms, gradients, curves)
-    try:
+    with runs.writing(run_dir):
         plot_coin(coin, run_dir / "coin.png")
         plot_bound(shifts, bounds, log_px, run_dir / "bound.png")
         plot_gradients(gradients, curves, dim, run_dir / "gradients.png")
-        runs.write_text(run_dir / "table.md", lesson + "\n")
-        result = {
-            "coin": {name: value for name, value in coin._asdict().items() if isinstance(value, float)},
-            "decomposition": {name: [each._asdict() for each in rows] for name, rows in terms.items()},
-            "gradients": [each._asdict() for each in gradients],
-            "final_gap": {name: curve[config.steps] for name, curve in curves.items()},
-        }
-        runs.write_json(run_dir / "result.json", result | runs.provenance(torch.device("cpu")))
-    except OSError as error:
-        raise runs.RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
-    print(f"{lesson}\n\n{run_dir}")
-    return run_dir
+    result = {
+        "coin": {name: value for name, value in coin._asdict().items() if isinstance(value, float)},
+        "decomposition": {name: [each._asdict() for each in rows] for name, rows in terms.items()},
+        "gradients": [each._asdict() for each in gradients],
+        "final_gap": {name: curve[config.steps] for name, curve in curves.items()},
+    }
+    return runs.conclude(run_dir, lesson, result, torch.device("cpu"))
 
 
 # 1. Maximum likelihood

@@ -120,13 +120,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "seed": config.seed,
         **runs.provenance(device),
     }
-    try:
+    with runs.writing(path):
         path.parent.mkdir(exist_ok=True)
         groups = {group: each.to_dataset(image=among) for group, each in evidence.items()}
         xr.DataTree.from_dict(groups).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf")
         runs.write_json(path, result)
-    except OSError as error:
-        raise runs.RunError(f"{path}: {error.strerror or error}") from error
     report(result)
     print(f"\n{path}")
     return path

@@ -125,16 +125,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     title = f"## Bidirectional Monte Carlo, {simulated:,} images drawn from the model"
     sections.append(f"{title}\n\n{sandwich_table(sandwiches)}")
     text = "\n\n".join(sections)
-    try:
+    with runs.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         figure(rows, unit, out / "evidence.png")
         runs.write_text(out / "config.yaml", settings)
-        runs.write_text(out / "table.md", text + "\n")
-        runs.write_json(out / "result.json", content | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{text}\n\n{out}")
-    return out
+    return runs.conclude(out, text, content, device)
 
 
 def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> list[Row]:

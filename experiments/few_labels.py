@@ -103,22 +103,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     spaces = representations(vae.guide, x, data.test)
     accuracies = study(config, spaces, networks, x, data)
     text = report(accuracies, config, spaces)
-    try:
+    with runs.writing(out):
         plot(accuracies, out / "accuracy.png")
-        runs.write_text(out / "table.md", text + "\n")
-        settings = {name: getattr(config, name) for name in ("labels", "num_draws", "num_steps", "seed")}
-        result = {
-            "accuracies": {name: {str(n): each for n, each in by.items()} for name, by in accuracies.items()},
-            "differences": {
-                f"{name} minus {other}": {str(n): against(accuracies, name, other, n) for n in config.labels}
-                for name, other in PAIRS
-            },
-        }
-        runs.write_json(out / "result.json", result | {"settings": settings} | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{text}\n\n{out}")
-    return out
+    result = {
+        "accuracies": {name: {str(n): each for n, each in by.items()} for name, by in accuracies.items()},
+        "differences": {
+            f"{name} minus {other}": {str(n): against(accuracies, name, other, n) for n in config.labels}
+            for name, other in PAIRS
+        },
+        "settings": {name: getattr(config, name) for name in ("labels", "num_draws", "num_steps", "seed")},
+    }
+    return runs.conclude(out, text, result, device)
 
 
 def representations(guide: Program, x: Tensor, test: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -109,23 +109,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     ratios = {name: each for name, each in ratios.items() if each}
     slopes = {name: {part: slope(each, part) for part in PARTS} for name, each in ratios.items()}
     text = report(ratios, slopes, config, len(x))
-    try:
+    with runs.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         plot(ratios, out / "gradient_snr.png")
-        runs.write_text(out / "table.md", text + "\n")
-        result = {
-            "ratios": {
-                name: {str(k): {part: r._asdict() for part, r in parts.items()} for k, parts in each.items()}
-                for name, each in ratios.items()
-            },
-            "slopes": slopes,
-            "settings": {"num_images": len(x), "num_draws": config.num_draws, "seed": config.seed},
-        }
-        runs.write_json(out / "result.json", result | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{text}\n\n{out}")
-    return out
+    result = {
+        "ratios": {
+            name: {str(k): {part: r._asdict() for part, r in parts.items()} for k, parts in each.items()}
+            for name, each in ratios.items()
+        },
+        "slopes": slopes,
+        "settings": {"num_images": len(x), "num_draws": config.num_draws, "seed": config.seed},
+    }
+    return runs.conclude(out, text, result, device)
 
 
 def split(vae: nn.Module) -> dict[str, list[nn.Parameter]]:

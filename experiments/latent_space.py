@@ -86,30 +86,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
         others = [open_other(each, data) for each in config.others]
     judge = None if data.train_labels is None else Judge(data)
     runs.make(out)
-    try:
+    with runs.writing(out):
         if space.dim == 2 and config.manifold is not False:
             manifold(space, out / "manifold.png")
         units = traversals(space, out / "traversals.png")
         interpolations(space, out / "interpolations.png")
         nearest_images(space, out / "nearest.png")
-        between = None if judge is None else halfway(space, judge, config.num_images)
-        copied = copying(space, config.num_images)
-        spaces = {config.run: space} | dict(zip(config.others, others, strict=True))
-        blurs = {str(path): blur(each, config.num_images) for path, each in spaces.items()}
-        text = report(units, between, copied, blurs)
-        runs.write_text(out / "table.md", text + "\n")
-        result = {
-            "active_units": units,
-            "halfway": None if between is None else {name: each._asdict() for name, each in between.items()},
-            "copying": copied,
-            "blur": {path: {name: each._asdict() for name, each in by.items()} for path, by in blurs.items()},
-            "settings": {"num_images": config.num_images, "seed": config.seed},
-        }
-        runs.write_json(out / "result.json", result | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{text}\n\n{out}")
-    return out
+    between = None if judge is None else halfway(space, judge, config.num_images)
+    copied = copying(space, config.num_images)
+    spaces = {config.run: space} | dict(zip(config.others, others, strict=True))
+    blurs = {str(path): blur(each, config.num_images) for path, each in spaces.items()}
+    result = {
+        "active_units": units,
+        "halfway": None if between is None else {name: each._asdict() for name, each in between.items()},
+        "copying": copied,
+        "blur": {path: {name: each._asdict() for name, each in by.items()} for path, by in blurs.items()},
+        "settings": {"num_images": config.num_images, "seed": config.seed},
+    }
+    return runs.conclude(out, report(units, between, copied, blurs), result, device)
 
 
 class Space:

@@ -279,30 +279,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows = [Row("VAE", parameters, importance, finished.result["train_seconds"], seconds, samples)]
     for name, network, epochs in networks(config, data):
         rows.append(train(name, network.to(device), epochs, config, data, test))
-    lesson = report(rows, finished)
-    try:
+    with runs.writing(out):
         plot(rows, finished, data, out)
-        runs.write_text(out / "table.md", lesson + "\n")
-        result = {
-            "models": [
-                {
-                    "name": row.name,
-                    "parameters": row.parameters,
-                    "log_likelihood": float(row.log_px.mean()),
-                    "train_seconds": row.train_seconds,
-                    "draw_seconds": row.draw_seconds,
-                }
-                for row in rows
-            ],
-            "vae": {name: finished.result[name] for name in ("test_log_likelihood", "annealed_log_likelihood")},
-            "differences": {row.name: against(row, finished)[0]._asdict() for row in rows[1:]},
-            "settings": {name: getattr(config, name) for name in SETTINGS},
-        }
-        runs.write_json(out / "result.json", result | runs.provenance(device))
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{lesson}\n\n{out}")
-    return out
+    result = {
+        "models": [
+            {
+                "name": row.name,
+                "parameters": row.parameters,
+                "log_likelihood": float(row.log_px.mean()),
+                "train_seconds": row.train_seconds,
+                "draw_seconds": row.draw_seconds,
+            }
+            for row in rows
+        ],
+        "vae": {name: finished.result[name] for name in ("test_log_likelihood", "annealed_log_likelihood")},
+        "differences": {row.name: against(row, finished)[0]._asdict() for row in rows[1:]},
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+    }
+    return runs.conclude(out, report(rows, finished), result, device)
 
 
 SETTINGS = ("channels", "layers", "epochs", "hidden", "made_epochs", "batch_size", "lr", "precision", "seed")

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -278,12 +279,10 @@ def open_run(directory: Path, config: str, resume: bool | None) -> None:
         RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be written.
     """
     check_run_dir(directory, config, resume)
-    try:
+    with writing(f"--run_dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         if not resume:
             write_text(directory / "config.yaml", config)
-    except OSError as error:
-        raise RunError(f"--run_dir {directory}: {error.strerror}") from error
 
 
 def check_run_dir(directory: Path, config: str, resume: bool | None) -> None:
@@ -342,10 +341,8 @@ def make(out: Path) -> None:
     Raises:
         RunError: if it cannot be made.
     """
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out}: {error.strerror or error}") from error
 
 
 def check_empty(out: Path) -> None:
@@ -354,11 +351,9 @@ def check_empty(out: Path) -> None:
     Raises:
         RunError: if ``out`` is no directory, or not empty.
     """
-    try:
+    with writing(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(f"{out} exists and is never overwritten: choose another directory by --out")
-    except OSError as error:
-        raise RunError(f"{out}: {error.strerror}") from error
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
@@ -370,6 +365,28 @@ def _difference(old: Any, new: Any, name: str = "") -> str | None:
                 return found
         return None
     return None if old == new else f"--{name} ({old}, now {new})"
+
+
+@contextmanager
+def writing(where: Path | str) -> Iterator[None]:
+    """What the system refuses here is a :class:`RunError` that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{where}: {error.strerror or error}") from error
+
+
+def conclude(out: Path, text: str, result: dict[str, Any], device: torch.device) -> Path:
+    """Write the text of an experiment as table.md, its numbers as result.json; print text and directory; return it.
+
+    Raises:
+        RunError: if they cannot be written.
+    """
+    with writing(out):
+        write_text(out / "table.md", text + "\n")
+        write_json(out / "result.json", result | provenance(device))
+    print(f"\n{text}\n\n{out}")
+    return out
 
 
 def write_text(path: Path, text: str) -> None:

@@ -50,7 +50,8 @@ class Summary(NamedTuple):
         reference: the contender that it is compared with.
         unit: of all log-likelihoods.
         elbo: mean over seeds.
-        log_likelihood: mean over seeds; annealed, where the runs have that.
+        estimator: of ``log_likelihood`` and the differences: annealed, where the runs have that, or importance.
+        log_likelihood: mean over seeds.
         importance_sampled: the same by importance sampling from the guide.
         seed_error: of ``log_likelihood``, over seeds.
         differences: log-likelihood minus that of the reference, for each seed.
@@ -68,6 +69,7 @@ class Summary(NamedTuple):
     reference: str
     unit: str
     elbo: float
+    estimator: str
     log_likelihood: float
     importance_sampled: float
     seed_error: float | None
@@ -151,13 +153,15 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
         estimator = "annealed" if compare.annealed_alike([*finished, *others]) else "importance"
         pairs = list(zip(finished, others, strict=True))
         paired = difference(pairs, estimator)
-        likelihoods = [svi_mnist.best(r) for r in results]
+        key = "annealed_log_likelihood" if estimator == "annealed" else "test_log_likelihood"
+        likelihoods = [r[key] for r in results]
         summaries.append(
             Summary(
                 name=name,
                 reference=reference,
                 unit=results[0]["unit"],
                 elbo=_mean(results, "test_elbo"),
+                estimator=estimator,
                 log_likelihood=statistics.fmean(likelihoods),
                 importance_sampled=_mean(results, "test_log_likelihood"),
                 seed_error=standard_error(likelihoods),
@@ -184,7 +188,7 @@ def report(done: Study, title: str, more: dict[str, Sequence[str]] | None = None
         raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:
         forest(summaries, run_dir / "differences.png", title)
-    annealed = all(s.log_likelihood != s.importance_sampled for s in summaries)
+    annealed = all(s.estimator == "annealed" for s in summaries)
     lines = [
         f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
         f"and over images. log p(x) is {'annealed' if annealed else 'by importance sampling'}; importance sampling is "

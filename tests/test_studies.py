@@ -37,6 +37,7 @@ def test_differences_are_paired_by_seed_and_image(finished):
     paired = log_px["Mixture-of-3"] - log_px["Normal"]
     assert (first["name"], second["name"], second["reference"]) == ("Normal", "Mixture, of 3", "Normal")
     annealed = [run.result["annealed_log_likelihood"] for run in read["Normal"]]
+    assert first["estimator"] == "annealed"
     assert first["log_likelihood"] == pytest.approx(np.mean(annealed), abs=1e-5)
     sampled = [run.importance["log_px"].values.mean() for run in read["Normal"]]
     assert first["importance_sampled"] == pytest.approx(np.mean(sampled), abs=1e-5)
