@@ -178,13 +178,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "total_seconds": time.perf_counter() - start,
         **runs.provenance(device),
     }
-    plot_curves(training, run_dir / "curves.png")
-    plot_gradient_noise(result["gradients"], run_dir / "gradient_variance.png")
-    runs.write_json(run_dir / "result.json", result)
-    tables = report(result)
-    runs.write_text(run_dir / "table.md", tables)
-    print(f"\n{tables}\n{run_dir}")
-    return run_dir
+    with runs.writing(run_dir):
+        plot_curves(training, run_dir / "curves.png")
+        plot_gradient_noise(result["gradients"], run_dir / "gradient_variance.png")
+    return runs.conclude(run_dir, report(result), result, device)
 
 
 def by_hand(vae: VAE, x: Tensor, sampled_kl: bool) -> Tensor:
@@ -544,8 +541,8 @@ def report(result: dict[str, Any]) -> str:
     parts = []
     for title, make in tables.items():
         line, rows = make(result)
-        parts.append(f"## {title}\n\n{line}\n\n{runs.table(rows)}\n")
-    return "\n".join(parts)
+        parts.append(f"## {title}\n\n{line}\n\n{runs.table(rows)}")
+    return "\n\n".join(parts)
 
 
 def _value_table(result: dict[str, Any]) -> Table:

@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise runs.RunError(f"{each} exists and is never overwritten: choose another --name")
     vae, data = svi_mnist.load_finished(config.run, device)
     x, among = images(data, config.split, config.num_images)
+    runs.make(path.parent)
     torch.manual_seed(config.seed)
     start = time.perf_counter()
     try:
@@ -121,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         **runs.provenance(device),
     }
     with runs.writing(path):
-        path.parent.mkdir(exist_ok=True)
         groups = {group: each.to_dataset(image=among) for group, each in evidence.items()}
         xr.DataTree.from_dict(groups).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf")
         runs.write_json(path, result)

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     opened = svi_mnist.open_finished(config.run, config.out, "evidence_comparison", config.device, config.seed)
     vae, data, device, out = opened
     vae.requires_grad_(False)
+    runs.make(out)
     try:
         rows = [
             row
@@ -126,7 +127,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     sections.append(f"{title}\n\n{sandwich_table(sandwiches)}")
     text = "\n\n".join(sections)
     with runs.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         figure(rows, unit, out / "evidence.png")
         runs.write_text(out / "config.yaml", settings)
     return runs.conclude(out, text, content, device)

@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     pairs = [(name, k) for k in config.num_particles for name in ESTIMATORS]
     objectives = {(name, k): made for name, k in pairs if (made := ESTIMATORS[name](k)) is not None}
     ratios: dict[str, dict[int, dict[str, Ratio]]] = {name: {} for name in ESTIMATORS}
+    runs.make(out)
     try:
         with tqdm(total=len(objectives) * config.num_draws, unit="gradient", desc="gradients") as bar:
             for (name, k), objective in objectives.items():
@@ -110,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     slopes = {name: {part: slope(each, part) for part in PARTS} for name, each in ratios.items()}
     text = report(ratios, slopes, config, len(x))
     with runs.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
         plot(ratios, out / "gradient_snr.png")
     result = {
         "ratios": {

@@ -106,21 +106,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config, _ = runs.parse(Config, argv, first="run")
     opened = svi_mnist.open_finished(config.run, config.out, "inference_gaps", config.device, config.seed)
     vae, data, device, out = opened
+    runs.make(out)
+    splits = {}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        splits = {}
         for name in SPLITS:
             x, among = evaluate.images(data, name, config.num_images)
             print(f"{len(x):,} {name} images")
             splits[name] = study(config, vae.model, vae.guide, x, among)
-        result = summarize(config, splits, vae.likelihood.head.unit) | runs.provenance(device)
-        write(out, result, splits)
     except (ContractError, ValueError) as error:
         raise runs.RunError(f"{config.run}: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise runs.RunError(f"{out}: {error.strerror or error}") from error
-    print(f"\n{report(result)}\n{out}")
-    return out
+    result = summarize(config, splits, vae.likelihood.head.unit) | runs.provenance(device)
+    with runs.writing(out):
+        groups = {name: dataset(split, result["unit"]) for name, split in splits.items()}
+        xr.DataTree.from_dict(groups).to_netcdf(out / "gaps.nc", engine="h5netcdf")
+        plot(result, splits, out / "gaps.png")
+    return runs.conclude(out, report(result), result, device)
 
 
 def study(config: Config, model: Program, guide: Program, x: Tensor, among: Tensor) -> Split:
@@ -182,15 +182,6 @@ def _estimate(mean: float, se: float, mc_se: float) -> dict[str, Any]:
     return {"mean": mean, "se": se, "mc_se": mc_se}
 
 
-def write(out: Path, result: dict[str, Any], splits: dict[str, Split]) -> None:
-    """All files; the JSON file last, as the sign that the others are there."""
-    groups = {name: dataset(split, result["unit"]) for name, split in splits.items()}
-    xr.DataTree.from_dict(groups).to_netcdf(out / "gaps.nc", engine="h5netcdf")
-    plot(result, splits, out / "gaps.png")
-    runs.write_text(out / "table.md", report(result))
-    runs.write_json(out / "result.json", result)
-
-
 def dataset(split: Split, unit: str) -> xr.Dataset:
     """Values of each image, along the dimension ``image``, numbered by its place in the split."""
     values = split.gaps._asdict()
@@ -234,7 +225,7 @@ def report(result: dict[str, Any]) -> str:
         *(f"- {line}" for line in _doubts(result)),
         f"- {_command(result)}: {result['seconds']:.0f} seconds on {result['device']}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _source(name: str, split: dict[str, Any]) -> str:

@@ -127,16 +127,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
         columns = {"no latent": [f"{free[s.name]:.2f}" for s in group]}
         sections.append(f"## {unit[0].upper()}{unit[1:]}\n\n{study.table(group, columns)}")
         if len(group) > 1:
-            study.forest(group, run_dir / f"differences-to-{study.slug(reference)}.png", unit)
+            with runs.writing(run_dir):
+                study.forest(group, run_dir / f"differences-to-{study.slug(reference)}.png", unit)
     sections += [_explain(name, each) for name, each in scores.items()]
     title = "Prior samples: means of p(x | z) (left) and draws from it (right)"
     rows = torch.stack(list(pictures.values()))
-    plots.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
+    with runs.writing(run_dir):
+        plots.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
     title = (
         f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
-        "log p(x) is annealed; importance sampling is too low in images with a bad Pareto k. 'No latent' is the\n"
-        "same likelihood with free parameters for each pixel. A density's bits per dimension bound those of the mass\n"
-        "that it makes, from above."
+        f"log p(x) is {study.estimators(summaries)}; importance sampling is too low in images with a bad Pareto k.\n"
+        "'No latent' is the same likelihood with free parameters for each pixel. A density's bits per dimension bound\n"
+        "those of the mass that it makes, from above."
     )
     extra = {"without_latent": free, "scores": {name: each._asdict() for name, each in scores.items()}}
     study.write(run_dir, "\n\n".join([title, *sections]), summaries, directories, **extra)

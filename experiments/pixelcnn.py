@@ -3,10 +3,11 @@
 Usage: python -m experiments.pixelcnn RUN_DIR [options]
 
 RUN_DIR holds a finished VAE. On its data two models without latent variables are trained, which give each pixel a
-probability given those before it, row by row, so that log p(x) is exact: the gated PixelCNN (van den Oord et al. 2016,
-"Conditional image generation with PixelCNN decoders") and MADE (Germain et al. 2015). The measures, fixed before
-anything was run: log p(x) in nats per test image, with the VAE's annealed estimate paired image by image; and seconds
-to draw one image in a batch of 16, one pass of the network per pixel, nothing cached.
+probability given those before it, row by row, so that log p(x) is exact: a gated PixelCNN (van den Oord et al. 2016,
+"Conditional image generation with PixelCNN decoders"), small, with dilated layers so that few of them see far (Yu and
+Koltun 2016), and MADE (Germain et al. 2015). The measures, fixed before anything was run: log p(x) in nats per test
+image, paired image by image with the VAE's annealed estimate, or the importance-sampled one if the run has no other;
+and seconds to draw one image in a batch of 16, for which these two pass the network once per pixel, nothing cached.
 """
 
 import math
@@ -41,8 +42,8 @@ class Config:
         run: directory of a finished run on binary images of one channel; may stand first, without --run.
         out: directory to write, new or empty; null: pixelcnn in the run's directory.
         channels: of the PixelCNN, at least 1.
-        layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, the others 1, 2, 4, 1, 2, 4, ..
-            further, and what lies beyond is not used.
+        layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, the others 1, 2, 4, 1, 2, 4, ...
+            further: four of them 10 pixels to the sides and 11 rows up. What lies beyond is not seen.
         epochs: of the PixelCNN, at least 1.
         hidden: width of each hidden layer of MADE; at least as many units as pixels, or some see too little.
         made_epochs: of MADE, at least 1.
@@ -118,7 +119,7 @@ class PixelCNN(Network):
         in_features: pixels X of an image of one channel.
         out_features: X as well.
         channels: of both stacks.
-        layers: gated layers; the first looks 3 pixels far, the others, dilated (Yu and Koltun 2016), 1, 2, 4, 1, ...
+        layers: gated layers; the first looks 3 pixels far, the others, dilated, 1, 2, 4, 1, 2, 4, ... further.
         image_shape: shape ``(1, H, W)``.
 
     Raises:
@@ -141,7 +142,7 @@ class PixelCNN(Network):
         rest = [_GatedLayer(channels, channels, dilation=(1, 2, 4)[i % 3]) for i in range(layers - 1)]
         self.layers = nn.ModuleList(first + rest)
         self.output = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        self.to(memory_format=torch.channels_last)  # a step then takes three quarters of the time on a CPU
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def forward(self, features: Tensor) -> Tensor:
         above = left = features.reshape(-1, *self.image_shape).contiguous(memory_format=torch.channels_last)
@@ -151,7 +152,10 @@ class PixelCNN(Network):
 
 
 class _GatedLayer(nn.Module):
-    """tanh(a) sigmoid(b) in both stacks; the right one is shown the row above and adds what it was given."""
+    """tanh(a) sigmoid(b) in both stacks; ``left`` is also shown what the other has seen of the rows above it.
+
+    The first layer, which is given pixels, does not see the pixel itself; later ones add what they were given.
+    """
 
     def __init__(self, inputs: int, channels: int, width: int = 1, dilation: int = 1, sees_itself: bool = True):
         super().__init__()
@@ -165,7 +169,7 @@ class _GatedLayer(nn.Module):
         reach = self.reach
         rows = self.above(F.pad(above, (reach, reach, reach, 0)))  # row i sees rows up to i
         shifted = F.pad(rows, (0, 0, 1, 0))[:, :, :-1]  # row i is shown what sees rows up to i - 1
-        seen = left if self.sees_itself else left[..., :-1]
+        seen = left if self.sees_itself else left[..., :-1]  # the first layer is not dilated
         both = self.left(F.pad(seen, (reach, 0))) + self.down(shifted)
         out = self.out(_gate(both))
         return _gate(rows), left + out if self.sees_itself else out

@@ -50,7 +50,8 @@ class Summary(NamedTuple):
         reference: the contender that it is compared with.
         unit: of all log-likelihoods.
         elbo: mean over seeds.
-        estimator: of ``log_likelihood`` and the differences: annealed, where the runs have that, or importance.
+        estimator: of ``log_likelihood`` and the differences: ``annealed`` if these runs and those of the reference have
+            that, of the same images, else ``importance``.
         log_likelihood: mean over seeds.
         importance_sampled: the same by importance sampling from the guide.
         seed_error: of ``log_likelihood``, over seeds.
@@ -154,7 +155,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
         pairs = list(zip(finished, others, strict=True))
         paired = difference(pairs, estimator)
         key = "annealed_log_likelihood" if estimator == "annealed" else "test_log_likelihood"
-        likelihoods = [r[key] for r in results]
+        likelihoods = _values(results, key)
         summaries.append(
             Summary(
                 name=name,
@@ -187,18 +188,26 @@ def report(done: Study, title: str, more: dict[str, Sequence[str]] | None = None
     if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
         raise runs.RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:
-        forest(summaries, run_dir / "differences.png", title)
-    annealed = all(s.estimator == "annealed" for s in summaries)
+        with runs.writing(run_dir):
+            forest(summaries, run_dir / "differences.png", title)
     lines = [
         f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
-        f"and over images. log p(x) is {'annealed' if annealed else 'by importance sampling'}; importance sampling is "
-        "too low in images with a bad Pareto k.",
+        f"and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with a bad "
+        "Pareto k.",
         "",
         table(summaries, more),
         *(["", remarks] if remarks else []),
     ]
     write(run_dir, "\n".join(lines), summaries, directories)
     return run_dir
+
+
+def estimators(summaries: Sequence[Summary]) -> str:
+    """How log p(x) was estimated: of all alike, or of each contender."""
+    titles = {"annealed": "annealed", "importance": "by importance sampling"}
+    names = {each: [s.name for s in summaries if s.estimator == each] for each in titles}
+    found = [each for each in titles if names[each]]
+    return " and ".join(titles[each] + f" for {', '.join(names[each])}" * (len(found) > 1) for each in found)
 
 
 class Difference(NamedTuple):
@@ -263,15 +272,23 @@ def write(run_dir: Path, text: str, summaries: Sequence[Summary], directories: d
     origins = {}
     for name in ("device", "versions", "commit"):
         origins[name] = [each for i, r in enumerate(results) if (each := r[name]) not in [s[name] for s in results[:i]]]
-    runs.write_text(run_dir / "table.md", text + "\n")
-    runs.write_json(run_dir / "summary.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
+    with runs.writing(run_dir):
+        runs.write_text(run_dir / "table.md", text + "\n")
+        runs.write_json(run_dir / "summary.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
     print(f"\n{text}\n\n{run_dir}")
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of ``values``; None for a single one."""
+    """Of the mean of ``values``; None for a single one, NaN if one of them is."""
+    if len(values) > 1 and not all(map(math.isfinite, values)):  # which the standard library cannot
+        return math.nan
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _mean(results: Sequence[dict[str, Any]], name: str) -> float:
-    return statistics.fmean(math.nan if r[name] is None else r[name] for r in results)
+    return statistics.fmean(_values(results, name))
+
+
+def _values(results: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """One number of each result; JSON has null for NaN."""
+    return [math.nan if r[name] is None else r[name] for r in results]

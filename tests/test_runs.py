@@ -324,6 +324,21 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match=r"--run_dir .*Not a directory"):
         runs.open_run(tmp_path / "file" / "run", "epochs: 3\n", resume=False)
+    with pytest.raises(RunError, match=r"file/run: Not a directory"):
+        runs.make(tmp_path / "file" / "run")
+
+
+def test_an_experiment_ends_with_its_table_its_numbers_and_where_they_are(tmp_path, capsys):
+    assert runs.conclude(tmp_path, "a table", {"a": 1.5}, torch.device("cpu")) == tmp_path
+    assert (tmp_path / "table.md").read_text() == "a table\n"
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["a"] == 1.5
+    assert found["device"] == runs.provenance(torch.device("cpu"))["device"]
+    assert capsys.readouterr().out == f"\na table\n\n{tmp_path}\n"
+    with pytest.raises(RunError, match=r"elsewhere: No such file or directory"):
+        runs.conclude(tmp_path / "elsewhere", "a table", {}, torch.device("cpu"))
+    with pytest.raises(RunError, match=r"^first$"), runs.writing(tmp_path):  # stays as it is
+        raise RunError("first")
 
 
 @pytest.mark.parametrize(

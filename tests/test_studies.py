@@ -92,6 +92,22 @@ def test_mistakes_are_named(tmp_path, argv, message):
     assert not list(tmp_path.glob("study/*/"))  # nothing was trained before the mistake was found
 
 
+def test_a_study_says_how_log_likelihoods_were_estimated(finished):
+    summaries = study.summarize({name: [finished / f"{study.slug(name)}-seed0"] for name in json.loads(TWO)})
+    assert study.estimators(summaries) == "annealed"
+    other = summaries[1]._replace(estimator="importance")
+    assert study.estimators([summaries[0], other]) == "annealed for Normal and by importance sampling for Mixture, of 3"
+    assert study.estimators([other]) == "by importance sampling"
+
+
+def test_one_run_without_a_number_leaves_none_for_the_mean():
+    values = study._values([{"a": 1.0}, {"a": None}], "a")  # JSON has no NaN
+    assert math.isnan(values[1])
+    assert math.isnan(study.standard_error(values))
+    assert study.standard_error([1.0, 3.0]) == pytest.approx(1)
+    assert study.standard_error([1.0]) is None
+
+
 def test_another_study_is_not_overwritten(finished):
     with pytest.raises(runs.RunError, match="holds another run, which is never overwritten"):
         prior_study.main([f"--run_dir={finished}"])
