@@ -61,7 +61,7 @@ class Config:
     dataset: Callable[[Path], Dataset] = MNIST
     data_dir: Path | None = None
     latent_dims: Sequence[int] = (2, 10, 50)
-    epochs: int = 4
+    epochs: int = 2
     batch_size: int = 256
     lr: float = 5e-3
     seeds: int = 2

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ COMPILED = {PYRO, "CompiledSVI", "CompiledSVI, bfloat16", "by hand, torch.compil
 
 def test_every_contender_is_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)  # no other libraries
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor is slow,
+    monkeypatch.setattr("pyro_vae.svi.compile_graph", lambda graph, tensors: graph)  # and compiles in other tests
     # steps of the epoch's batch size, whose graphs are then compiled but once
     argv = "--repeats 3 --steps 1 --batch_sizes [256] --models [K=50] --model_batch_size 4 --epoch_images 300"
     argv += f" --num_images 2 --num_samples 20 --device cpu --run_dir={tmp_path / 'run'}"
