@@ -33,11 +33,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import plots, runs, svi_mnist
-from experiments.datasets import MNIST, Data, Dataset, cache_folder
-from experiments.judge import Judge, nearest, pairs_of_classes
-from experiments.study import standard_error
-from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, fit
+from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, fit, runs
+from pyro_vae.data.fetched import MNIST, cache_folder
+from pyro_vae.data.images import Data, Dataset
+from pyro_vae.runs import figures
+from pyro_vae.runs.judge import Judge, nearest, pairs_of_classes
+from pyro_vae.runs.studies import standard_error
 
 
 @dataclass(frozen=True)
@@ -196,12 +197,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or data without labels or not binary.
     """
     config, text = runs.parse(Config, argv)
-    dataset = svi_mnist.make("dataset", config.dataset, config.data_dir or cache_folder())
+    dataset = runs.make("dataset", config.dataset, config.data_dir or cache_folder())
     name = type(dataset).__name__
     run_dir = config.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     runs.check_run_dir(run_dir, text, resume=None)
-    device = runs.device(config.device)
-    data = svi_mnist.load(dataset, device)
+    device = runs.choose_device(config.device)
+    data = runs.load_dataset(dataset, device)
     if dataset.binarization not in ("dynamic", "static"):
         raise runs.RunError(
             f"--dataset.binarization {dataset.binarization}: binary pixels drawn from grey ones are needed, with which "
@@ -239,7 +240,7 @@ def train(config: Config, kind: str, latent_dim: int, data: Data, seed: int) -> 
     model = build(kind, latent_dim, data.test.shape[1]).to(data.test.device)
     model.initialize(data.observe(torch.arange(len(data.train_pixels), device=data.test.device)))
     batches = data.batches(config.batch_size)
-    engine = svi_mnist.compiled_engine(config.epochs * len(batches))
+    engine = runs.compiled_engine(config.epochs * len(batches))
     fit(model, batches, epochs=config.epochs, lr=config.lr, engine=engine, progress=False)
     return model.eval()
 
@@ -346,7 +347,7 @@ def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures
     """Frechet distances against the size of the code."""
     names = {"prior": "z ~ N(0, I)", "mixture": "z ~ mixture fitted to codes", "midpoints": "halfway between two codes"}
     dims = sorted(set(config.latent_dims))
-    with plots.figure(path, 11, 3.4, columns=3, sharey=True) as panels:
+    with figures.figure(path, 11, 3.4, columns=3, sharey=True) as panels:
         for axes, (name, title) in zip(panels, names.items(), strict=True):
             for kind in KINDS:
                 values = [[getattr(m, name) for m in measured[kind, dim]] for dim in dims]
@@ -365,7 +366,7 @@ def pictures(config: Config, models: dict[tuple[str, int], Model], data: Data, r
     shape, order = data.image_shape, sorted(models, key=lambda key: key[1])
     labels = [f"{kind}, {dim}" for kind, dim in order]
     draws = [decode(models[key], torch.randn(12, key[1], device=data.test.device)) for key in order]
-    plots.image_grid(torch.stack(draws), shape, run_dir / "samples.png", "Decoded z ~ N(0, I)", labels)
+    figures.image_grid(torch.stack(draws), shape, run_dir / "samples.png", "Decoded z ~ N(0, I)", labels)
     classes = data.test_labels
     other = int((classes != classes[0]).nonzero()[0])
     steps = torch.linspace(0, 1, 12, device=data.test.device)[:, None]
@@ -375,9 +376,9 @@ def pictures(config: Config, models: dict[tuple[str, int], Model], data: Data, r
             start, end = models[key].posterior(data.test[[0, other]]).mean
         between.append(decode(models[key], (1 - steps) * start + steps * end))
     title = "From one test image to another, straight through the code"
-    plots.image_grid(torch.stack(between), shape, run_dir / "interpolations.png", title, labels)
+    figures.image_grid(torch.stack(between), shape, run_dir / "interpolations.png", title, labels)
     dim = min(config.latent_dims)
-    with plots.figure(run_dir / "codes.png", 11, 3.8, columns=3) as panels:
+    with figures.figure(run_dir / "codes.png", 11, 3.8, columns=3) as panels:
         for axes, kind in zip(panels, KINDS, strict=True):
             x = data.test[:5000]
             with torch.no_grad():

@@ -51,23 +51,23 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
-from experiments import plots, runs
-from experiments.datasets import Dataset, Images
 from pyro_vae import (
     MLP,
     VAE,
     Bernoulli,
     CompiledSVI,
     Conditional,
-    ConvDecoder,
-    ConvEncoder,
-    FlowPosterior,
     MeanField,
     StandardNormal,
-    VampPrior,
     handrolled,
     importance_sampling,
+    runs,
 )
+from pyro_vae.data.images import Dataset, Images
+from pyro_vae.parts.networks import ConvDecoder, ConvEncoder
+from pyro_vae.parts.posteriors import FlowPosterior
+from pyro_vae.parts.priors import VampPrior
+from pyro_vae.runs import figures
 from pyro_vae.vae import num_outputs
 
 REFERENCE = "Pyro SVI, Trace_ELBO"
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
     config, text = runs.parse(Config, argv)
     if config.run_dir:
         runs.check_run_dir(config.run_dir, text, resume=None)
-    device = runs.device(config.device)
+    device = runs.choose_device(config.device)
     torch.manual_seed(0)
     parts = {"step": training_steps, "models": model_steps, "epoch": epochs, "evidence": importance_throughput}
     measured: dict[str, dict[str, dict[str, Measured]]] = {}
@@ -655,7 +655,7 @@ def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: Path) -> Non
     """Times relative to the reference's median, a panel for each part: medians, and lines from lowest to highest."""
     names = {part: list(next(iter(groups.values()))) for part, groups in measured.items()}
     heights = [len(each) for each in names.values()]
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(9, 0.4 * sum(heights) + 0.9 * len(heights)), layout="constrained")
         panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (part, groups) in zip(panels, measured.items(), strict=True):

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import compare, runs, study
-from experiments.study import number
+from pyro_vae import runs
+from pyro_vae.runs.scoring import number
 
 TWO = "--model TwoLayerVAE --latent_dim 100 --top.latent_dim 50 --top.hidden [100,100]"
 
@@ -58,7 +58,7 @@ def contenders() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Config(study.Settings):
+class Config(runs.StudySettings):
     """Settings of the study.
 
     Args:
@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    done = study.run_study(Config, argv, "bound_study")
-    finished = {name: [compare.read(path) for path in paths] for name, paths in done.directories.items()}
+    done = runs.run_study(Config, argv, "bound_study")
+    finished = {name: [runs.read(path) for path in paths] for name, paths in done.directories.items()}
     same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
     more = {"by layer": [units_by_layer(each) for each in finished.values()]}
     text = [between_bounds(finished), ""]
@@ -114,24 +114,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
             f"{done.config.epochs}."
         )
-    return study.report(done, "Does a tighter bound make a better model?", more, "\n".join(text))
+    return runs.report_study(done, "Does a tighter bound make a better model?", more, "\n".join(text))
 
 
-def units_by_layer(finished: list[compare.Run]) -> str:
+def units_by_layer(finished: list[runs.Run]) -> str:
     """Active units of each layer, means over seeds: ``17+5``."""
     units = np.array([list(run.result["active_units_by_site"].values()) for run in finished])
     return "+".join(f"{mean:g}" for mean in units.mean(0).round(1))
 
 
-def between_bounds(finished: dict[str, list[compare.Run]]) -> str:
+def between_bounds(finished: dict[str, list[runs.Run]]) -> str:
     """A table of the differences between bounds of the same layers and K, paired by seed and image."""
     rows = [("difference of log p(x)", "nats", "+- seeds", "+- images")]
     for layers, k in dict.fromkeys((name.split(", ")[0], name.split(", ")[-1]) for name in finished):
         for other, bound in itertools.combinations(OBJECTIVES, 2):
             ours, reference = (finished.get(f"{layers}, {each}, {k}") for each in (bound, other))
             if ours and reference:
-                estimator = "annealed" if compare.annealed_alike([*ours, *reference]) else "importance"
-                d = study.difference(list(zip(ours, reference, strict=True)), estimator)
+                estimator = "annealed" if runs.annealed_alike([*ours, *reference]) else "importance"
+                d = runs.difference(list(zip(ours, reference, strict=True)), estimator)
                 errors = number(d.difference_seed_error, 2), number(d.difference_image_error, 2)
                 rows.append((f"{layers}, {k}: {bound} minus {other}", f"{d.difference:+.2f}", *errors))
     return runs.table(rows)

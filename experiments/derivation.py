@@ -29,7 +29,6 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from experiments import plots, runs
 from pyro_vae import (
     MLP,
     VAE,
@@ -41,8 +40,10 @@ from pyro_vae import (
     StandardNormal,
     log_weights,
     quadrature,
+    runs,
 )
-from pyro_vae.log_weights import Program
+from pyro_vae.infer.programs import Program
+from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
@@ -464,7 +465,7 @@ def report(
 
 def plot_coin(coin: Coin, path: Path) -> None:
     """The likelihood against theta, relative to its peak."""
-    with plots.figure(path, 5.2, 3.2) as axes:
+    with figures.figure(path, 5.2, 3.2) as axes:
         axes.plot(coin.grid, (coin.log_likelihood - coin.log_likelihood.max()).exp())
         axes.axvline(coin.trained, color="C3", lw=1, label=f"SVI: {coin.trained:.4f} +- {coin.error:.4f}")
         axes.set_xlim(max(0, coin.exact - 10 * coin.error), min(1, coin.exact + 10 * coin.error))
@@ -474,7 +475,7 @@ def plot_coin(coin: Coin, path: Path) -> None:
 
 def plot_bound(shifts: Tensor, bounds: dict[str, Tensor], log_px: float, path: Path) -> None:
     """Bounds against the distance between q and the posterior."""
-    with plots.figure(path, 5.2, 3.2) as axes:
+    with figures.figure(path, 5.2, 3.2) as axes:
         axes.axhline(log_px, color="0.3", lw=1, label="log p(x)")
         for name, values in bounds.items():
             axes.plot(shifts, values, label=name)
@@ -484,7 +485,7 @@ def plot_bound(shifts: Tensor, bounds: dict[str, Tensor], log_px: float, path: P
 
 def plot_gradients(gradients: list[Noise], curves: dict[str, dict[int, float]], dim: int, path: Path) -> None:
     """Noise against dimensions; and trainings by the two gradients."""
-    with plots.figure(path, 9.5, 3.4, columns=2) as (noise, training):
+    with figures.figure(path, 9.5, 3.4, columns=2) as (noise, training):
         dims = [g.dim for g in gradients]
         for name, values in zip(NORMALS, zip(*((g.pathwise, g.score) for g in gradients), strict=True), strict=True):
             noise.plot(dims, values, marker="o", markersize=4, label=name)

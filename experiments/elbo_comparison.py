@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm, trange
 
-from experiments import plots, runs, svi_mnist
-from experiments.datasets import MNIST, Data, DataError, Dataset, cache_folder
-from pyro_vae import VAE, NonFiniteError, PyroSVI, check_program, estimate_elbo, log_weights
+from pyro_vae import VAE, NonFiniteError, PyroSVI, check_program, estimate_elbo, log_weights, runs
+from pyro_vae.data.fetched import MNIST, cache_folder
+from pyro_vae.data.images import Data, Dataset
+from pyro_vae.errors import DataError
 from pyro_vae.handrolled import elbo
-from pyro_vae.log_weights import find_non_finite
+from pyro_vae.infer.programs import find_non_finite
+from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv`` or in what it points to.
     """
     config, text = runs.parse(Config, argv)
-    device = runs.device(config.device)
+    device = runs.choose_device(config.device)
     try:
         dataset = config.dataset(config.data_dir or cache_folder())
         data = dataset.load(device)
@@ -193,7 +195,7 @@ def initial_vae(data: Data, seed: int) -> VAE:
     """The untrained VAE of ``seed``: the default one of svi_mnist, for the images of ``data``, on their device."""
     device = data.train_pixels.device
     with noise(seed, device):
-        vae = svi_mnist.build(svi_mnist.Config(), data.image_shape).to(device)
+        vae = runs.build(runs.Config(), data.image_shape).to(device)
         vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
     return vae
 
@@ -648,7 +650,7 @@ def _pm(estimate: Estimate) -> str:
 def plot_curves(training: Training, path: Path) -> None:
     """Validation ELBO against epochs, and the sizes of its paired differences, a thin line per seed."""
     epochs = np.arange(1, training.validation[SAMPLED].shape[1] + 1)
-    with plots.figure(path, width=11, height=4.2, columns=2) as (curves, differences):
+    with figures.figure(path, width=11, height=4.2, columns=2) as (curves, differences):
         for name, values in training.validation.items():
             curves.plot(epochs, values.T, color=LINES[name]["color"], linewidth=0.4, alpha=0.5)
             curves.plot(epochs, values.mean(0), label=name, marker=".", **LINES[name])
@@ -671,7 +673,7 @@ def plot_curves(training: Training, path: Path) -> None:
 
 def plot_gradient_noise(stages: dict[str, Any], path: Path) -> None:
     """Noise-to-signal ratio of each contender's gradient, encoder and decoder apart."""
-    with plots.figure(path, width=11, height=4.2, columns=2, sharey=True) as panels:
+    with figures.figure(path, width=11, height=4.2, columns=2, sharey=True) as panels:
         for axes, part in zip(panels, ("encoder", "decoder"), strict=True):
             for shift, (stage, each) in zip((-0.1, 0.1), stages.items(), strict=True):
                 values, errors = np.array([each[part]["noise_to_signal"][name] for name in CONTENDERS]).T

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments import runs, study
+from pyro_vae import runs
 
 ENGINES = {
     "Pyro SVI": "--engine pyro",
@@ -19,7 +19,7 @@ ENGINES = {
 
 
 @dataclass(frozen=True)
-class Config(study.Settings):
+class Config(runs.StudySettings):
     """Settings of the study.
 
     Args:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    return study.report(study.run_study(Config, argv, "engine_study"), "Do the engines train the same VAE?")
+    return runs.report_study(runs.run_study(Config, argv, "engine_study"), "Do the engines train the same VAE?")
 
 
 if __name__ == "__main__":

@@ -20,21 +20,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experiments import plots, runs, svi_mnist
-from experiments.evaluate import images
-from experiments.svi_mnist import number
 from pyro_vae import (
     VAE,
     Annealing,
     ContractError,
     Evidence,
-    Latents,
     TwoLayerVAE,
     annealed_importance_sampling,
     bidirectional_monte_carlo,
     estimate_elbo,
     importance_sampling,
+    runs,
 )
+from pyro_vae.infer.supports import Latents
+from pyro_vae.runs import figures
+from pyro_vae.runs.scoring import number
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
     config, settings = runs.parse(Config, argv, first="run")
-    opened = svi_mnist.open_finished(config.run, config.out, "evidence_comparison", config.device, config.seed)
+    opened = runs.open_finished(config.run, config.out, "evidence_comparison", config.device, config.seed)
     vae, data, device, out = opened
     vae.requires_grad_(False)
-    runs.make(out)
+    runs.make_directory(out)
     try:
         rows = [
             row
             for split in ("test", "train")
-            for row in compare(config, vae, images(data, split, config.num_images)[0], split)
+            for row in compare(config, vae, runs.some_images(data, split, config.num_images)[0], split)
         ]
         sandwiches = bidirectional(config, vae, data.test[: config.num_images])
     except ContractError as error:
@@ -243,7 +243,7 @@ def sandwich_table(sandwiches: Sequence[dict[str, float]]) -> str:
 
 def figure(rows: Sequence[Row], unit: str, path: Path) -> None:
     """Estimates against evaluations of the decoder, test and training images side by side."""
-    with plots.figure(path, 10, 4.2, columns=2) as both:
+    with figures.figure(path, 10, 4.2, columns=2) as both:
         for axes, split in zip(both, ("test", "train"), strict=True):
             here = [row for row in rows if row.split == split]
             for estimator in dict.fromkeys(row.estimator for row in here if row.estimator != "ELBO"):

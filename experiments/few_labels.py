@@ -34,11 +34,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import plots, runs, svi_mnist
-from experiments.datasets import Data
-from experiments.judge import classes
-from experiments.study import standard_error
-from pyro_vae.log_weights import Program
+from pyro_vae import runs
+from pyro_vae.data.images import Data
+from pyro_vae.infer.programs import Program
+from pyro_vae.runs import figures
+from pyro_vae.runs.judge import classes
+from pyro_vae.runs.studies import standard_error
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or a run on images without labels or with too few of some class.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "few_labels", config.device, config.seed)
+    vae, data, device, out = runs.open_finished(config.run, config.out, "few_labels", config.device, config.seed)
     rarest = int(classes(data)[0].bincount().min())
     if max(config.labels) > rarest:
         raise runs.RunError(f"--labels {max(config.labels)}: one class has only {rarest} training images")
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    fresh = svi_mnist.build(svi_mnist.load_config(config.run), data.image_shape).to(device)
+    fresh = runs.build(runs.load_config(config.run), data.image_shape).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
-    runs.make(out)
+    runs.make_directory(out)
     spaces = representations(vae.guide, x, data.test)
     accuracies = study(config, spaces, networks, x, data)
     text = report(accuracies, config, spaces)
@@ -128,7 +129,7 @@ def encode(guide: Program, x: Tensor) -> np.ndarray:
     """E_q[z] of images ``(N, X)``, all latent sites beside each other: ``(N, D)``."""
     parts = []
     for part in x.split(1000):
-        sites = plots.posterior_mean(guide, part)
+        sites = figures.posterior_mean(guide, part)
         parts.append(torch.cat([site.flatten(1) for site in sites.values()], dim=1).cpu())
     return torch.cat(parts).numpy()
 
@@ -224,7 +225,7 @@ def report(accuracies: Accuracies, config: Config, spaces: dict[str, tuple[np.nd
 def plot(accuracies: Accuracies, path: Path) -> None:
     """Accuracy against the number of labels; a colour for what is learned from, a line for how."""
     colours = {FEATURES: "C0", COMPONENTS: "C2", PIXELS: "C1", SCRATCH: "C3", FINE_TUNED: "C4"}
-    with plots.figure(path, 7.2, 4.2) as axes:
+    with figures.figure(path, 7.2, 4.2) as axes:
         for name, by in accuracies.items():
             kind = name if name in colours else name.split(", ")[0]
             mean = [100 * statistics.fmean(each) for each in by.values()]

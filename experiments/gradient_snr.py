@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import plots, runs, svi_mnist
-from pyro_vae import ELBO, IWAE, MIWAE, PIWAE, STL, ContractError, DReG, Objective
+from pyro_vae import ELBO, IWAE, ContractError, DReG, Objective, runs
+from pyro_vae.infer.objectives import MIWAE, PIWAE, STL
+from pyro_vae.runs import figures
 
 PARTS = ("guide", "model")
 
@@ -94,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "gradient_snr", config.device, config.seed)
+    vae, data, device, out = runs.open_finished(config.run, config.out, "gradient_snr", config.device, config.seed)
     x = data.observe(torch.randperm(len(data.train_pixels))[: config.num_images].to(device))
     parameters = split(vae)
     pairs = [(name, k) for k in config.num_particles for name in ESTIMATORS]
     objectives = {(name, k): made for name, k in pairs if (made := ESTIMATORS[name](k)) is not None}
     ratios: dict[str, dict[int, dict[str, Ratio]]] = {name: {} for name in ESTIMATORS}
-    runs.make(out)
+    runs.make_directory(out)
     try:
         with tqdm(total=len(objectives) * config.num_draws, unit="gradient", desc="gradients") as bar:
             for (name, k), objective in objectives.items():
@@ -198,7 +199,7 @@ def report(
 
 def plot(ratios: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
     """Ratios against K, the guide's and the model's side by side."""
-    with plots.figure(path, 9, 3.6, columns=2) as panels:
+    with figures.figure(path, 9, 3.6, columns=2) as panels:
         for axes, part in zip(panels, PARTS, strict=True):
             for name, each in ratios.items():
                 values = [r[part] for r in each.values()]

@@ -23,18 +23,21 @@ from typing import Any, Literal, NamedTuple
 import xarray as xr
 from torch import Tensor
 
-from experiments import evaluate, plots, runs, svi_mnist
-from experiments.svi_mnist import number
 from pyro_vae import (
     Annealing,
     ContractError,
     Evidence,
     annealed_importance_sampling,
     importance_sampling,
-    pareto_k_threshold,
+    inference_gaps,
+    runs,
 )
-from pyro_vae.evidence.gaps import Family, InferenceGaps, inference_gaps, local_flow, local_mean_field
-from pyro_vae.log_weights import Program
+from pyro_vae.infer.diagnostics import pareto_k_threshold
+from pyro_vae.infer.evidence.gaps import Family, InferenceGaps
+from pyro_vae.infer.evidence.local import local_flow, local_mean_field
+from pyro_vae.infer.programs import Program
+from pyro_vae.runs import figures
+from pyro_vae.runs.scoring import number
 
 SPLITS = ("test", "train")
 FAMILIES: dict[Family, str] = {"mean_field": "mean field", "flow": "flow"}
@@ -104,13 +107,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    opened = svi_mnist.open_finished(config.run, config.out, "inference_gaps", config.device, config.seed)
+    opened = runs.open_finished(config.run, config.out, "inference_gaps", config.device, config.seed)
     vae, data, device, out = opened
-    runs.make(out)
+    runs.make_directory(out)
     splits = {}
     try:
         for name in SPLITS:
-            x, among = evaluate.images(data, name, config.num_images)
+            x, among = runs.some_images(data, name, config.num_images)
             print(f"{len(x):,} {name} images")
             splits[name] = study(config, vae.model, vae.guide, x, among)
     except (ContractError, ValueError) as error:
@@ -156,7 +159,7 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
     threshold = pareto_k_threshold(config.num_samples)
     result: dict[str, Any] = {"run": str(config.run), "unit": unit, "family": config.family, "splits": {}}
     for name, split in splits.items():
-        estimates = {key: _estimate(*each.mean()) for key, each in split.evidence.items()}
+        estimates = {key: mean_log_weight(*each.mean()) for key, each in split.evidence.items()}
         for key, each in split.evidence.items():
             estimates[key]["num_invalid"] = int(each.num_invalid.sum())
         bad = split.evidence["importance"].share_bad_k(config.num_samples)
@@ -166,7 +169,7 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
             "num_images": len(split.among),
             "log_px_from": split.chosen,
             "log_px": estimates,
-            "gaps": {key: _estimate(*each) for key, each in split.gaps.mean().items()},
+            "gaps": {key: mean_log_weight(*each) for key, each in split.gaps.mean().items()},
             "seconds": split.seconds,
         }
     settings = {name: getattr(config, name) for name in ("num_images", "num_samples", "num_steps", "seed")}
@@ -178,7 +181,7 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
     )
 
 
-def _estimate(mean: float, se: float, mc_se: float) -> dict[str, Any]:
+def mean_log_weight(mean: float, se: float, mc_se: float) -> dict[str, Any]:
     return {"mean": mean, "se": se, "mc_se": mc_se}
 
 
@@ -268,7 +271,7 @@ def plot(result: dict[str, Any], splits: dict[str, Split], path: Path) -> None:
     """Bars from the encoder's ELBO up to log p(x), for each split and family; and the gaps of each image."""
     family: Family = result["family"]
     families = sorted(FAMILIES, key=lambda key: key != family)
-    with plots.figure(path, width=12, height=4.6, columns=2, width_ratios=(1.9, 1)) as (bars, each):
+    with figures.figure(path, width=12, height=4.6, columns=2, width_ratios=(1.9, 1)) as (bars, each):
         places, labels, whose = [], [], ("for comparison", "the encoder's")
         for row, (name, split) in enumerate(result["splits"].items()):
             gaps = split["gaps"]

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 
-from experiments import evaluate, plots, runs, svi_mnist
-from experiments.datasets import Data
-from experiments.judge import Judge, grey, nearest, pairs_of_classes
-from experiments.svi_mnist import number
-from pyro_vae import active_units
-from pyro_vae.log_weights import Program
+from pyro_vae import active_units, runs
+from pyro_vae.data.images import Data
+from pyro_vae.infer.programs import Program
+from pyro_vae.runs import figures
+from pyro_vae.runs.judge import Judge, grey, nearest, pairs_of_classes
+from pyro_vae.runs.scoring import number
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             another run is on another data set.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    opened = svi_mnist.open_finished(config.run, config.out, "latent_space", config.device, config.seed)
+    opened = runs.open_finished(config.run, config.out, "latent_space", config.device, config.seed)
     vae, data, device, out = opened
     space = Space(vae.model, vae.guide, data)
     if config.manifold and space.dim != 2:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's numbers are as without others
         others = [open_other(each, data) for each in config.others]
     judge = None if data.train_labels is None else Judge(data)
-    runs.make(out)
+    runs.make_directory(out)
     with runs.writing(out):
         if space.dim == 2 and config.manifold is not False:
             manifold(space, out / "manifold.png")
@@ -121,7 +121,7 @@ class Space:
 
     def __init__(self, model: Program, guide: Program, data: Data):
         self.model, self.guide, self.data = model, guide, data
-        codes = plots.posterior_mean(guide, data.test[:5000])
+        codes = figures.posterior_mean(guide, data.test[:5000])
         self.site = next(iter(codes))
         self.codes = codes[self.site].flatten(1)
         self.dim = self.codes.shape[1]
@@ -138,11 +138,11 @@ class Space:
 
     def decode(self, z: Tensor, draw: bool = False) -> Tensor:
         """Means of p(x | z), or draws of x, for codes ``(N, D)``: ``(N, X)``."""
-        return plots.decode(self.model, len(z), self.data.test, {self.site: z}, draw)
+        return figures.decode(self.model, len(z), self.data.test, {self.site: z}, draw)
 
     def picture(self, x: Tensor, rows: int, path: Path, title: str, labels: Sequence[str] | None = None) -> None:
         """Images ``(N, X)`` in so many rows, as a file."""
-        plots.image_grid(self.data.picture(x).unflatten(0, (rows, -1)), self.data.image_shape, path, title, labels)
+        figures.image_grid(self.data.picture(x).unflatten(0, (rows, -1)), self.data.image_shape, path, title, labels)
 
 
 def open_other(directory: Path, data: Data) -> Space:
@@ -151,7 +151,7 @@ def open_other(directory: Path, data: Data) -> Space:
     Raises:
         RunError: if it is unfinished, or on other images.
     """
-    vae, its_data = svi_mnist.load_finished(directory, data.test.device)
+    vae, its_data = runs.load_finished(directory, data.test.device)
     if not (its_data.train_pixels.shape == data.train_pixels.shape and its_data.train_pixels.equal(data.train_pixels)):
         raise runs.RunError(f"--others: {directory} was trained on other images")
     return Space(vae.model, vae.guide, its_data)
@@ -231,7 +231,7 @@ def mean(values: Tensor) -> Mean:
 
 def training_observations(space: Space) -> Tensor:
     """All training images ``(N, X)``, noisy ones drawn once."""
-    return evaluate.images(space.data, "train", None)[0]
+    return runs.some_images(space.data, "train", None)[0]
 
 
 def nearest_images(space: Space, path: Path, columns: int = 12) -> None:

@@ -22,9 +22,11 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import plots, runs, study, svi_mnist
-from experiments.datasets import Data
-from pyro_vae import ContinuousBernoulli, Likelihood, distributions, importance_sampling
+from pyro_vae import Likelihood, importance_sampling, runs
+from pyro_vae.data.images import Data
+from pyro_vae.parts import distributions
+from pyro_vae.parts.likelihoods import ContinuousBernoulli
+from pyro_vae.runs import figures
 from pyro_vae.vae import num_outputs
 
 DENSITY = "--dataset.binarization dequantized --likelihood"
@@ -43,7 +45,7 @@ LIKELIHOODS = {
 
 
 @dataclass(frozen=True)
-class Config(study.Settings):
+class Config(runs.StudySettings):
     """Settings of the study.
 
     Args:
@@ -109,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, run_dir, directories, summaries = study.run_study(Config, argv, "likelihood_study")
+    config, run_dir, directories, summaries = runs.run_study(Config, argv, "likelihood_study")
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
-        settings, data = svi_mnist.load_config(first), svi_mnist.load_data(first)
+        settings, data = runs.load_config(first), runs.load_data(first)
         head = settings.likelihood(data.test.shape[1])
         free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
         if head.is_density is None:
@@ -125,23 +127,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
         group = [s for s in summaries if s.reference == reference]
         unit = group[0].unit
         columns = {"no latent": [f"{free[s.name]:.2f}" for s in group]}
-        sections.append(f"## {unit[0].upper()}{unit[1:]}\n\n{study.table(group, columns)}")
+        sections.append(f"## {unit[0].upper()}{unit[1:]}\n\n{runs.summary_table(group, columns)}")
         if len(group) > 1:
             with runs.writing(run_dir):
-                study.forest(group, run_dir / f"differences-to-{study.slug(reference)}.png", unit)
+                runs.forest(group, run_dir / f"differences-to-{runs.slug(reference)}.png", unit)
     sections += [_explain(name, each) for name, each in scores.items()]
     title = "Prior samples: means of p(x | z) (left) and draws from it (right)"
     rows = torch.stack(list(pictures.values()))
     with runs.writing(run_dir):
-        plots.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
+        figures.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
     title = (
         f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
-        f"log p(x) is {study.estimators(summaries)}; importance sampling is too low in images with a bad Pareto k.\n"
+        f"log p(x) is {runs.estimators(summaries)}; importance sampling is too low in images with a bad Pareto k.\n"
         "'No latent' is the same likelihood with free parameters for each pixel. A density's bits per dimension bound\n"
         "those of the mass that it makes, from above."
     )
     extra = {"without_latent": free, "scores": {name: each._asdict() for name, each in scores.items()}}
-    study.write(run_dir, "\n\n".join([title, *sections]), summaries, directories, **extra)
+    runs.write_study(run_dir, "\n\n".join([title, *sections]), summaries, directories, **extra)
     return run_dir
 
 
@@ -179,10 +181,10 @@ def without_latent(
         )
 
 
-def score(run: Path, settings: svi_mnist.EvidenceSettings, data: Data) -> Score:
+def score(run: Path, settings: runs.EvidenceSettings, data: Data) -> Score:
     """What the number of a run with ``CrossEntropy`` means, scored as the run was."""
     claimed = json.loads((run / "result.json").read_text())["test_log_likelihood"]
-    vae, x = svi_mnist.load_run(run), data.test[: settings.num_images]
+    vae, x = runs.load_run(run), data.test[: settings.num_images]
     torch.manual_seed(0)
     with torch.no_grad():
         logits = vae.likelihood.network(vae.posterior(x).mean)
@@ -203,9 +205,9 @@ def _explain(name: str, each: Score) -> str:
 
 def samples(run: Path, data: Data, columns: int = 8) -> Tensor:
     """Means of p(x | z) and draws from it, z from the prior, as one row of pictures."""
-    vae = svi_mnist.load_run(run)
+    vae = runs.load_run(run)
     torch.manual_seed(0)
-    return side_by_side(data, *(plots.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True)))
+    return side_by_side(data, *(figures.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True)))
 
 
 def side_by_side(data: Data, left: Tensor, right: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from tqdm import trange
 from zuko.nn import MaskedMLP
 
-from experiments import compare, plots, runs, svi_mnist
-from experiments.datasets import Data
-from pyro_vae import Network, fit
-from pyro_vae.networks import check_widths
+from pyro_vae import Network, fit, runs
+from pyro_vae.data.images import Data
+from pyro_vae.errors import check_widths
+from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
@@ -270,13 +270,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, or a run on other than binary images of one channel.
     """
     config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = svi_mnist.open_finished(config.run, config.out, "pixelcnn", config.device, config.seed)
+    vae, data, device, out = runs.open_finished(config.run, config.out, "pixelcnn", config.device, config.seed)
     if data.encoding != "binary" or data.image_shape[0] != 1:
         raise runs.RunError(f"{config.run}: its images must be binary and of one channel, as MNIST's")
-    finished = compare.read(config.run)
+    finished = runs.read(config.run)
     test = data.test[: finished.result["num_images"]]
-    runs.make(out)
-    draw = lambda: plots.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
+    runs.make_directory(out)
+    draw = lambda: figures.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
     seconds, samples = clock(draw, repetitions=20)
     parameters = sum(p.numel() for p in vae.parameters())
     importance = finished.importance["log_px"].values
@@ -318,7 +318,7 @@ def train(name: str, network: Network, epochs: int, config: Config, data: Data, 
     model = AutoregressiveModel(network)
     batches = data.batches(config.batch_size)
     # a PixelCNN's step takes some ten times as long as a VAE's, so that compiling pays after a tenth of the steps
-    engine = svi_mnist.compiled_engine(10 * epochs * len(batches), precision=config.precision)
+    engine = runs.compiled_engine(10 * epochs * len(batches), precision=config.precision)
     print(f"{name}: {num_parameters(network):,} parameters")
     history = fit(model, batches, data.validation, epochs=epochs, lr=config.lr, engine=engine)
     model.eval()
@@ -345,7 +345,7 @@ def clock(draw: Callable[[], Tensor], repetitions: int) -> tuple[float, Tensor]:
     return statistics.median(seconds), samples
 
 
-def against(row: Row, finished: compare.Run) -> tuple[compare.Difference, str]:
+def against(row: Row, finished: runs.Run) -> tuple[runs.Difference, str]:
     """log p(x) of an exact model minus the VAE's, on the same images; and how the VAE's was estimated."""
     vae = finished.importance if finished.annealed is None else finished.annealed
     places = vae["image"].values if finished.annealed is not None else np.arange(len(row.log_px))
@@ -354,10 +354,10 @@ def against(row: Row, finished: compare.Run) -> tuple[compare.Difference, str]:
     mc_se = float(np.sqrt((vae["mc_se"].values ** 2).sum())) / size
     se = float(difference.std(ddof=1)) / size**0.5
     how = "importance sampling" if finished.annealed is None else f"annealed, {size:,} images"
-    return compare.Difference(float(difference.mean()), se, mc_se), how
+    return runs.Difference(float(difference.mean()), se, mc_se), how
 
 
-def report(rows: Sequence[Row], finished: compare.Run) -> str:
+def report(rows: Sequence[Row], finished: runs.Run) -> str:
     """The comparison in Markdown."""
     result = finished.result
     header = ("", "log p(x)", "error over images", "minus the VAE", "error", "parameters", "train s", "ms per sample")
@@ -395,15 +395,15 @@ def report(rows: Sequence[Row], finished: compare.Run) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], finished: compare.Run, data: Data, out: Path) -> None:
+def plot(rows: Sequence[Row], finished: runs.Run, data: Data, out: Path) -> None:
     """Samples side by side, and log p(x) against the time that a sample takes."""
     shown = min(DRAWN, len(data.test))
     images = torch.stack([data.test[:shown], *(row.samples[:shown] for row in rows)])
     labels = ["test images", *(row.name for row in rows)]
-    plots.image_grid(data.picture(images), data.image_shape, out / "samples.png", "Draws of x", labels)
-    with plots.figure(out / "likelihood_and_speed.png", 5.6, 3.6) as axes:
+    figures.image_grid(data.picture(images), data.image_shape, out / "samples.png", "Draws of x", labels)
+    with figures.figure(out / "likelihood_and_speed.png", 5.6, 3.6) as axes:
         for number, row in enumerate(rows):
-            value = svi_mnist.best(finished.result) if number == 0 else row.log_px.mean()
+            value = runs.best(finished.result) if number == 0 else row.log_px.mean()
             axes.plot(1000 * row.draw_seconds, value, "o", color=f"C{number}")
             axes.annotate(row.name, (1000 * row.draw_seconds, value), xytext=(6, 4), textcoords="offset points")
         axes.margins(0.2)

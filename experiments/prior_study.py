@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments import runs, study
+from pyro_vae import runs
 
 PRIORS = {
     "StandardNormal": "--prior StandardNormal",
@@ -25,7 +25,7 @@ PRIORS = {
 
 
 @dataclass(frozen=True)
-class Config(study.Settings):
+class Config(runs.StudySettings):
     """Settings of the study.
 
     Args:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    return study.report(study.run_study(Config, argv, "prior_study"), "Which prior is best?")
+    return runs.report_study(runs.run_study(Config, argv, "prior_study"), "Which prior is best?")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.diagnostics import estimate_elbo
-from pyro_vae.log_weights import check_program, find_non_finite
-from pyro_vae.objectives import Objective
-from pyro_vae.svi import Engine, NonFiniteError, PyroSVI
+from pyro_vae.errors import CheckpointError, NonFiniteError
+from pyro_vae.infer.diagnostics import estimate_elbo
+from pyro_vae.infer.engines import Engine, PyroSVI
+from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.programs import check_program, find_non_finite
 
 FORMAT = "pyro_vae.training/2"
 """Marks a checkpoint; another layout gets another number."""
@@ -56,10 +57,6 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Tensor]: ...
 
     def __len__(self) -> int: ...
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or belongs to something else."""
 
 
 def fit(

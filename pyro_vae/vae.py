@@ -7,11 +7,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.distributions import innermost, into_support, is_whole_space
-from pyro_vae.likelihoods import Likelihood
-from pyro_vae.networks import ContractError, Network
-from pyro_vae.posteriors import Posterior
-from pyro_vae.priors import Prior
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.supports import innermost, into_support, is_whole_space
+from pyro_vae.parts.likelihoods import Likelihood
+from pyro_vae.parts.networks import Network
+from pyro_vae.parts.posteriors import Posterior
+from pyro_vae.parts.priors import Prior
 
 
 class Conditional(nn.Module):

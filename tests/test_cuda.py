@@ -9,9 +9,8 @@ import torch
 from oracles import binary, linear_gaussian, small_vae
 from torch import nn
 
-from experiments import svi_mnist
-from experiments.datasets import Digits
-from pyro_vae import ELBO, Annealing, CompiledSVI, PyroSVI, annealed_importance_sampling, fit, importance_sampling
+from pyro_vae import ELBO, Annealing, CompiledSVI, PyroSVI, annealed_importance_sampling, fit, importance_sampling, runs
+from pyro_vae.data.fetched import Digits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STEPS = 8  # of which CompiledSVI records the third
@@ -148,7 +147,7 @@ def test_the_main_job_runs(tmp_path):
     argv = "--dataset Digits --epochs 3 --latent_dim 5 --evidence.num_samples 100 --evidence.annealed_images 20"
     results = {}
     for device in ("cpu", "cuda"):
-        svi_mnist.main([*argv.split(), "--device", device, "--run_dir", str(tmp_path / device)])
+        runs.main([*argv.split(), "--device", device, "--run_dir", str(tmp_path / device)])
         results[device] = json.loads((tmp_path / device / "result.json").read_text())
     assert results["cuda"]["test_set"] == results["cpu"]["test_set"]
     # other noise, and so another model of the same quality

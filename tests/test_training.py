@@ -15,7 +15,6 @@ from pyro_vae import (
     MLP,
     VAE,
     Bernoulli,
-    CheckpointError,
     CompiledSVI,
     Conditional,
     MeanField,
@@ -24,6 +23,7 @@ from pyro_vae import (
     log_weights,
 )
 from pyro_vae import fit as plain_fit
+from pyro_vae.errors import CheckpointError
 
 
 class Fixed:

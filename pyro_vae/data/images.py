@@ -1,0 +1,246 @@
+"""Image data sets, kept whole on the device as pixels, and the binarization that turns pixels into observations.
+
+Validation images are the last of the training images. Binarized validation and test images are drawn once, from a
+seed of the data set's own, so that runs with different seeds share them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import DataError
+
+Binarization = Literal["dynamic", "static", "threshold", "dequantized", "integers", "none"]
+
+
+ENCODINGS = {
+    "dynamic": "binary",
+    "static": "binary",
+    "threshold": "binary",
+    "dequantized": "dequantized",
+    "integers": "integers",
+    "none": "grey",
+}
+"""What observations are, by the setting that makes them; see ``pyro_vae.likelihoods.Encoding``."""
+
+
+class Images(NamedTuple):
+    """Images as they are stored: ``(N, H, W)`` or ``(N, C, H, W)``, pixels from 0 to ``max_value``; labels ``(N,)``."""
+
+    train: np.ndarray
+    test: np.ndarray
+    max_value: int
+    train_labels: np.ndarray | None = None
+    test_labels: np.ndarray | None = None
+
+
+class Dataset(ABC):
+    """A source of images. ``load`` brings them to a device.
+
+    Args:
+        data_dir: folder that holds the files of all data sets; downloads go there.
+        binarization: how pixels in [0, 1] become observations. dynamic: Bernoulli(pixel), drawn anew each time a
+            training image is used; static: training images are drawn once; threshold: 1 above half intensity.
+            Other observations: dequantized: (pixel + uniform noise) / levels, drawn anew likewise, for densities;
+            integers: pixels as stored, for masses of whole numbers; none: grey values pixel / maximum.
+        binarization_seed: seed of the validation and test images, and of static training images, at least 0.
+        num_validation: images held out from the end of the training set, at least 1; null: the usual split.
+    """
+
+    usual_validation: int | None = None
+    """Images held out if nobody says how many; None: a tenth."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        binarization: Binarization = "dynamic",
+        binarization_seed: int = 777,
+        num_validation: int | None = None,
+    ):
+        self.data_dir = Path(data_dir)
+        self.binarization: Binarization = binarization
+        self.binarization_seed = binarization_seed
+        self.num_validation = self.usual_validation if num_validation is None else num_validation
+        if self.num_validation is not None and self.num_validation < 1:
+            raise ValueError(f"num_validation must be at least 1, got {num_validation}")
+        if not 0 <= binarization_seed < 2**63:
+            raise ValueError(f"binarization_seed must be at least 0 and below 2^63, got {binarization_seed}")
+
+    @abstractmethod
+    def read(self) -> Images:
+        """Read the images, fetching them first if need be.
+
+        Raises:
+            DataError: if they cannot be had, or are damaged.
+        """
+
+    def load(self, device: torch.device | str = "cpu") -> "Data":
+        """Read the images and bring them to ``device``.
+
+        Raises:
+            DataError: if they cannot be had, are damaged, or do not hold pixels in their range.
+        """
+        images = self.read()
+        if not isinstance(images, Images):
+            raise DataError(f"{type(self).__name__}.read must return Images(...), it made {type(images).__name__}")
+        return Data(self, images, device)
+
+
+class Data:
+    """A data set on a device.
+
+    Args:
+        dataset: the settings.
+        images: the images as stored.
+        device: where all tensors live.
+
+    Attributes:
+        image_shape: ``(C, H, W)``.
+        train_pixels: training images as stored, ``(N, X)``.
+        validation: observations ``(N, X)``, float32, fixed.
+        test: observations ``(N, X)``, float32, fixed.
+        train_labels: class of each training image, ``(N,)``, or None.
+        test_labels: class of each test image, ``(N,)``, or None.
+    """
+
+    def __init__(self, dataset: Dataset, images: Images, device: torch.device | str):
+        name = type(dataset).__name__
+        train = _check_pixels(images.train, images.max_value, f"{name}, training images")
+        test = _check_pixels(images.test, images.max_value, f"{name}, test images")
+        if train.shape[1:] != test.shape[1:]:
+            raise DataError(f"{name}: training images have shape {train.shape[1:]}, test images {test.shape[1:]}")
+        if len(test) < 2:
+            raise DataError(f"{name}: a mean over test images with its error needs at least 2 of them, there is 1")
+        extremes = ((train == 0) | (train == 1)).mean()
+        if dataset.binarization == "dequantized" and train.dtype == np.float32 and extremes > 1e-3:
+            raise DataError(
+                f"{name}: {extremes:.0%} of the real-valued pixels are exactly 0 or 1, where a density grows without "
+                "bound: save whole numbers in 0..255, to which noise is added, or add noise yourself"
+            )
+        held_out = max(1, len(train) // 10) if dataset.num_validation is None else dataset.num_validation
+        if held_out >= len(train):
+            raise DataError(f"{name}: num_validation is {held_out}, of only {len(train)} training images")
+        self.image_shape: tuple[int, ...] = train.shape[1:]
+        self.max_value = images.max_value
+        self.levels = images.max_value + 1
+        self.encoding = ENCODINGS[dataset.binarization]
+        self._redrawn = "static" if dataset.binarization == "dynamic" else dataset.binarization
+        redraw = dataset.binarization in ("dynamic", "dequantized")
+        # Drawn on the CPU, the test set first: it is the same on every device and for every split.
+        generator = torch.Generator().manual_seed(dataset.binarization_seed)
+        fixed = self._redrawn
+        pixels = torch.from_numpy(train).flatten(1)
+        self.test = self._observe(torch.from_numpy(test).flatten(1), fixed, generator).to(device)
+        self.validation = self._observe(pixels[-held_out:], fixed, generator).to(device)
+        pixels = pixels[:-held_out]
+        self.train_pixels = pixels.to(device)
+        self._train = None if redraw else self._observe(pixels, fixed, generator).to(device)
+        train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
+        self.train_labels = None if train_labels is None else train_labels[:-held_out]
+        self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
+
+    def observe(self, index: Tensor) -> Tensor:
+        """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
+        if self._train is not None:
+            return self._train[index]
+        return self._observe(self.train_pixels[index], self._redrawn, None)
+
+    def picture(self, x: Tensor) -> Tensor:
+        """Observations, or their means, as intensities from 0 to 1."""
+        return x / self.max_value if self.encoding == "integers" else x
+
+    def batches(self, batch_size: int) -> "Batches":
+        """Mini-batches of training observations, in a new random order each epoch."""
+        return Batches(self, batch_size)
+
+    def _observe(self, pixels: Tensor, binarization: Binarization, generator: torch.Generator | None) -> Tensor:
+        if binarization == "none":
+            return pixels.float() / self.max_value
+        if binarization == "integers":
+            if pixels.is_floating_point():
+                raise DataError("real-valued pixels have no integers: save the images as whole numbers in 0..255")
+            return pixels.float()
+        if binarization == "dequantized":
+            if not pixels.is_floating_point():
+                noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+                pixels = (pixels + noise) / self.levels
+            return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
+        if binarization == "threshold":
+            return (pixels > self.max_value / 2).float()
+        if pixels.is_floating_point():
+            noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+        else:  # noise in 0 .. max - 1, so that P(pixel > noise) = pixel / max exactly, at half the cost of floats
+            noise = _whole_numbers(pixels.shape, self.max_value, generator, pixels.device)
+        return (pixels > noise).float()
+
+
+def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draws from 0 .. below - 1, of type uint8."""
+    if below != 255 or generator is not None or device.type != "cpu":
+        return torch.randint(below, shape, generator=generator, dtype=torch.uint8, device=device)
+    # eight bytes for one draw, a sixth of the time; the bytes that are 255 are drawn again
+    size = shape.numel()
+    noise = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)[:size]
+    again = (noise == 255).nonzero().squeeze(1)
+    noise[again] = torch.randint(255, again.shape, dtype=torch.uint8)
+    return noise.view(shape)
+
+
+PIXELS_AT_ONCE = 2**22
+"""So many pixels, 16 MiB of observations, are drawn together: small batches would else wait for Python."""
+
+
+class Batches:
+    """Each iteration is one epoch of shuffled mini-batches ``(B, X)``; the last one may be smaller."""
+
+    def __init__(self, data: Data, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.data = data
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.data.train_pixels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        pixels = self.data.train_pixels
+        together = self.batch_size * max(1, PIXELS_AT_ONCE // pixels[0].numel() // self.batch_size)
+        for index in torch.randperm(len(pixels), device=pixels.device).split(together):
+            yield from self.data.observe(index).split(self.batch_size)
+
+
+def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
+    """Pixels as ``(N, C, H, W)``, uint8 from 0 to ``max_value`` or float32 from 0 to 1."""
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        hint = "; flat images need --dataset.image_shape '[C, H, W]'" if images.ndim == 2 else ""
+        raise DataError(f"{what}: expected an array (N, H, W) or (N, C, H, W), got shape {images.shape}{hint}")
+    if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and min(images.shape[1:3]) > 4:
+        raise DataError(f"{what}: channels come first, as in (N, C, H, W), got shape {images.shape}: transpose it")
+    if images.ndim == 3:
+        images = images[:, None]
+    if not np.issubdtype(images.dtype, np.number) or np.issubdtype(images.dtype, np.complexfloating):
+        raise DataError(f"{what}: expected numbers, got {images.dtype}")
+    if np.isnan(images).any():
+        raise DataError(f"{what}: {np.isnan(images).sum()} pixels are NaN")
+    if images.min() < 0 or images.max() > max_value:
+        raise DataError(f"{what}: pixels must be in 0..{max_value}, they are in {images.min()}..{images.max()}")
+    return images.astype(np.float32 if np.issubdtype(images.dtype, np.floating) else np.uint8)
+
+
+def _check_labels(labels: np.ndarray | None, size: int, what: str) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.number) or (labels != labels.astype(int)).any():
+        raise DataError(f"{what}: expected {size} whole numbers, got {labels.dtype} of shape {labels.shape}")
+    return torch.as_tensor(labels.astype(np.int64))
+
+
+def shuffled(seed: int, images: np.ndarray, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images and their labels in an order that depends on the seed and their number alone."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    return images[order], None if labels is None else labels[order]

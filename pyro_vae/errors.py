@@ -1,0 +1,50 @@
+"""What is refused: the exceptions of this library, and checks that raise them."""
+
+from collections.abc import Sequence
+
+
+class ContractError(ValueError):
+    """A part, a program or an observation is not what it promises to be."""
+
+
+def check_widths(name: str, widths: Sequence[int]) -> None:
+    """Refuse layers without units.
+
+    Raises:
+        ValueError: naming the argument, if a width is below 1.
+    """
+    if any(width < 1 for width in widths):
+        raise ValueError(f"{name}: every width must be at least 1, got {list(widths)}")
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient was NaN or infinite; the parameters are as they were before the step."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or belongs to something else."""
+
+
+def check_at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse, with a ValueError, a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value}")
+
+
+class DataError(ValueError):
+    """A data set is unreachable or damaged, or is not what it should be."""
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+class RunError(Exception):
+    """A user's mistake, told in one line."""

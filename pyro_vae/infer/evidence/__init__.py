@@ -1,0 +1,38 @@
+"""Estimators of log p(x), each with its error and diagnostics."""
+
+from pyro_vae.infer.evidence.annealed import (
+    CREMER_2018,
+    WU_2017,
+    Annealing,
+    Sandwich,
+    annealed_importance_sampling,
+    bidirectional_monte_carlo,
+)
+from pyro_vae.infer.evidence.exact import enumeration, quadrature
+from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
+from pyro_vae.infer.evidence.importance import importance_sampling, reduce_log_weights
+from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation
+from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
+from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+
+__all__ = [
+    "CREMER_2018",
+    "WU_2017",
+    "Annealing",
+    "Coordinates",
+    "Evidence",
+    "InferenceGaps",
+    "LocalPosterior",
+    "Sandwich",
+    "annealed_importance_sampling",
+    "bidirectional_monte_carlo",
+    "difference_estimate",
+    "enumeration",
+    "importance_sampling",
+    "inference_gaps",
+    "laplace_approximation",
+    "local_flow",
+    "local_mean_field",
+    "quadrature",
+    "reduce_log_weights",
+]

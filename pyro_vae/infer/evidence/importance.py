@@ -1,0 +1,229 @@
+"""log p(x) by importance sampling, from the guide or from a Laplace approximation."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from pyro_vae.infer.diagnostics import pareto_smooth, pareto_tail_length
+from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, whitened_log_joint
+from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.programs import Program, check_program, log_weights
+from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.tracing import Compiled
+
+SAMPLES_PER_CHUNK = 64
+"""Samples of one observation scored together: enough that the encoder, run once per chunk, costs next to nothing."""
+
+
+def importance_sampling(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    num_samples: int,
+    proposal: Literal["guide", "laplace"] = "guide",
+    widening: float = 1.0,
+    df: float | None = None,
+    smooth: bool = False,
+    memory: int | None = None,
+    compiled: bool = True,
+    progress: bool = False,
+) -> Evidence:
+    """Estimate log p(x) of each observation from K importance samples of a proposal.
+
+    log p_hat(x) = log 1/K sum_k w_k, with w_k = p(x, z_k) / q(z_k | x) and z_k ~ q(z | x): p_hat is unbiased, and its
+    logarithm is low in expectation, the less the larger K (Burda, Grosse & Salakhutdinov 2016, theorem 1).
+
+    Exactly K samples are drawn, in chunks of bounded memory; only running sums and the largest weights are kept.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`.
+        x: observations, shape ``(N, X)``, on the programs' device.
+        num_samples: K, at least 1.
+        proposal: guide, or laplace: :func:`pyro_vae.laplace_approximation`, for any number of continuous sites.
+        widening: factor of the Laplace proposal's standard deviations, positive.
+        df: degrees of freedom, positive, of a Student t in place of the Laplace proposal's normal; None: normal.
+        smooth: replace the largest weights by quantiles of the Pareto distribution fitted to them: less noise for some
+            bias; where k is above its threshold, still not to be trusted.
+        memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
+            128 MiB on a CPU.
+        compiled: compile what is called often, see :class:`pyro_vae.svi.Compiled`; not for programs with side effects.
+        progress: show a progress bar.
+
+    Returns:
+        Evidence of the N observations, in nats per datum. ``acceptance`` is NaN.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        ContractError: as :func:`pyro_vae.traces` and :func:`pyro_vae.check_program`, and for the Laplace proposal if a
+            site is discrete.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if proposal not in ("guide", "laplace"):
+        raise ValueError(f"proposal must be guide or laplace, got {proposal}")
+    if not widening > 0 or (df is not None and not df > 0):
+        raise ValueError(f"widening and df must be positive, got {widening} and {df}")
+    if proposal == "guide" and (widening != 1 or df is not None):
+        raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
+    with torch.no_grad(), pyro.validation_enabled(False):
+        check_program(model, guide, x[:1000])
+        rows = rows_per_chunk(model, guide, x, memory)
+        samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
+        size = max(1, rows // samples)
+        if proposal == "guide":
+            parts = _from_guide(model, guide, x, size, compiled)
+        else:
+            parts = _from_laplace(model, guide, x, rows, size, widening, df, compiled)
+        total = num_samples * x.shape[0]
+        with tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)") as bar:
+
+            def chunks(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
+                for start in range(0, num_samples, samples):
+                    log_w = draw(min(samples, num_samples - start))
+                    bar.update(log_w.numel())
+                    yield log_w
+
+            results = [reduce_log_weights(chunks(draw), num_samples, smooth) for draw in parts]
+    return concatenate(results)
+
+
+def _from_guide(
+    model: Program, guide: Program, x: Tensor, size: int, compiled: bool
+) -> Iterator[Callable[[int], Tensor]]:
+    """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
+    weigh = _per_number(lambda num_samples, x: log_weights(model, guide, x, num_samples), compiled)
+    for part in x.split(size):
+        check_program(model, guide, part)
+        yield lambda num_samples, part=part: weigh(num_samples)(part)
+
+
+def _from_laplace(
+    model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None, compiled: bool
+) -> Iterator[Callable[[int], Tensor]]:
+    """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
+    latents = Latents(model, guide, x[:1])
+    zero = torch.zeros(latents.dim, dtype=x.dtype, device=x.device)
+    if df is None:
+        base = dist.Normal(zero, widening).to_event(1)
+    else:
+        base = dist.MultivariateStudentT(torch.full_like(zero[0], df), zero, widening * torch.diag_embed(zero + 1))
+
+    def log_weights(num_samples: int, x: Tensor, *coordinates: Tensor) -> Tensor:
+        e = base.sample((num_samples, len(x)))
+        return whitened_log_joint(latents.of(x), Coordinates(*coordinates), e) - base.log_prob(e)
+
+    weigh = _per_number(log_weights, compiled)
+    for part in x.split(max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
+        check_program(model, guide, part)
+        approximation = laplace_approximation(latents.of(part))
+        for first in range(0, len(part), size):
+            among = slice(first, first + size)
+            given = part[among], *approximation.select(among)
+            yield lambda num_samples, given=given: weigh(num_samples)(*given)
+
+
+def _per_number(function: Callable[..., Tensor], compiled: bool) -> Callable[[int], Callable[..., Tensor]]:
+    """The function of tensors for each number of samples, which is a part of its shape."""
+    return cache(lambda k: Compiled(partial(function, k)) if compiled else partial(function, k))
+
+
+def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:
+    """Reduce log-weights that arrive in chunks ``(k_i, B)``, with sum_i k_i = K, to evidence of B observations.
+
+    However they are chunked, the result is the same up to rounding in float64. Memory does not grow with K but for
+    the square root of K largest weights, which the Pareto fit needs.
+
+    The Monte Carlo error is that of the delta method, se^2 = Var(w) / (K mean(w)^2), with the sample variance of w.
+    With ``smooth``, the weights are those smoothed by :func:`pyro_vae.pareto_smooth`.
+
+    Raises:
+        ValueError: if the chunks do not hold K log-weights.
+    """
+    length = pareto_tail_length(num_samples) + 1
+    total = total_square = invalid = None
+    seen = 0
+    largest: list[Tensor] = []
+    for chunk in chunks:
+        log_w = chunk.double()
+        seen += log_w.shape[0]
+        sums = (log_w.logsumexp(0), (2 * log_w).logsumexp(0), (~log_w.isfinite()).sum(0))
+        if total is None:
+            total, total_square, invalid = sums
+        else:
+            total, total_square, invalid = (
+                torch.logaddexp(total, sums[0]),
+                torch.logaddexp(total_square, sums[1]),
+                invalid + sums[2],
+            )
+        largest.append(log_w)
+        if sum(part.shape[0] for part in largest) > 8 * length:
+            largest = [torch.cat(largest).topk(length, dim=0).values]
+    if seen != num_samples:
+        raise ValueError(f"expected {num_samples} log-weights per observation, got {seen}")
+    khat, raw, smoothed = pareto_smooth(torch.cat(largest), num_samples)
+    if smooth and len(raw):
+        total = _replace(total, raw, smoothed)
+        total_square = _replace(total_square, 2 * raw, 2 * smoothed)
+    ess = torch.exp(2 * total - total_square)
+    variance = (
+        (1 / ess - 1 / num_samples).clamp(min=0) * num_samples / (num_samples - 1)
+        if num_samples > 1
+        else ess * math.nan
+    )
+    return Evidence(
+        log_px=total - math.log(num_samples),
+        mc_se=variance.sqrt(),
+        ess=ess,
+        khat=khat,
+        num_invalid=invalid,
+        acceptance=torch.full_like(total, math.nan),
+    )
+
+
+def _replace(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The logarithm of a sum in which the terms exp(old) are replaced by exp(new), given that of the sum."""
+    rest = -torch.expm1((old.logsumexp(0) - total).clamp(max=0))  # of the sum, the part that stays
+    return torch.logaddexp(total + rest.log(), new.logsumexp(0))
+
+
+def rows_per_chunk(model: Program, guide: Program, x: Tensor, memory: int | None) -> int:
+    """How many z may be scored at once in ``memory`` bytes; None: half of what a GPU has free, 128 MiB on a CPU.
+
+    Raises:
+        ValueError: if ``memory`` is below 1.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(x.device)[0] // 2 if x.device.type == "cuda" else 2**27
+    if memory < 1:
+        raise ValueError(f"memory must be at least 1 byte, got {memory}")
+    return max(1, memory // _bytes_per_sample(model, guide, x[:1]))
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the sizes of all results of tensor operations."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.total += result.nbytes
+        return result
+
+
+def _bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
+    """Bytes of intermediate results that one more sample of z brings, an upper bound of what it holds at a time."""
+    sizes = []
+    for num_samples in (64, 128):
+        with _CountBytes() as count:
+            log_weights(model, guide, x, num_samples)
+        sizes.append(count.total)
+    return max(1, (sizes[1] - sizes[0]) // 64)

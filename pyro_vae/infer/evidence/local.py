@@ -1,0 +1,355 @@
+"""Posteriors of single observations, amortized over none: the best of their family."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from tqdm import tqdm
+
+from pyro_vae.errors import ContractError, check_widths
+from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK
+from pyro_vae.infer.flows import import_zuko
+from pyro_vae.infer.programs import Program, check_program
+from pyro_vae.infer.supports import Latents
+
+SAMPLES_OF_START = 256
+"""Draws of the guide whose mean and standard deviation a local posterior starts from."""
+
+
+SAMPLES_OF_CHOICE = 256
+"""Draws on which the end of an optimization is compared with its start."""
+
+
+class LocalPosterior(NamedTuple):
+    """A posterior for each of B observations, amortized over none: u = loc + scale * f(eps), with eps ~ N(0, I).
+
+    u is the vector of all latent variables of :class:`pyro_vae.evidence.latents.Latents`, on the whole space.
+
+    Attributes:
+        loc: shape ``(B, D)``.
+        scale: positive, shape ``(B, D)``.
+        flow: the architecture of f, the same for all; None where f is the identity, for a factorized Gaussian.
+        parameters: the parameters of f by name, each ``(B, *)``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    flow: nn.Module | None
+    parameters: dict[str, Tensor]
+
+    def sample(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Draws of u and their log q(u): ``(K, B, D)`` and ``(K, B)``, in nats."""
+        return self.transport(torch.randn(num_samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    def transport(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """u and log q(u) for given standard normal noise: ``(K, B, D) -> (K, B, D), (K, B)``."""
+        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - self.scale.log().sum(-1)
+        if self.flow is not None:
+            noise, log_det = _transport(self.flow, self.parameters, noise)
+            log_q = log_q - log_det
+        return self.loc + self.scale * noise, log_q
+
+    def select(self, among: slice) -> "LocalPosterior":
+        """The same for some of the observations."""
+        parameters = {name: value[among] for name, value in self.parameters.items()}
+        return LocalPosterior(self.loc[among], self.scale[among], self.flow, parameters)
+
+    def elbo(
+        self, model: Program, guide: Program, x: Tensor, num_samples: int = 1000, batch_size: int = 100
+    ) -> tuple[Tensor, Tensor]:
+        """E_q[log p(x, u) - log q(u)] from K fresh draws, and its standard error: ``(B,)`` each, nats per datum.
+
+        Args:
+            model, guide: those that the posterior was made for.
+            x: the observations that it was made for, shape ``(B, X)``.
+            num_samples: K, at least 2.
+            batch_size: observations at a time.
+
+        Raises:
+            ValueError: if a setting is out of its range, or there are more or fewer than B observations.
+        """
+        check_positive(batch_size=batch_size)
+        check_draws(num_samples)
+        if len(x) != len(self.loc):
+            raise ValueError(f"the posterior is one of {len(self.loc)} observations, got {len(x)}")
+        draws = []
+        for among in _slices(len(x), batch_size):
+            part, own = Latents(model, guide, x[among]), self.select(among)
+            draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
+        return mean_log_weight(draws, num_samples)
+
+
+def local_mean_field(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    num_steps: int = 300,
+    num_samples: int = 16,
+    lr: float = 0.1,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> LocalPosterior:
+    """The factorized Gaussian of best ELBO for each observation, over all latent variables on the whole space.
+
+    From the mean and standard deviation of guide draws, by Adam with reparametrized draws and a learning rate that
+    falls to zero along a cosine. A step moves loc in units of the present scale, so ``lr`` need not be tuned to the
+    model; by default an optimum is reached that is ten of the guide's scales away, or 50 times as wide.
+
+    The gradient is the path derivative ("sticking the landing", Roeder, Wu & Duvenaud 2017), which is exact where
+    posterior and Gaussian agree; its variance is less than that of the closed-form entropy, on a VAE of binary MNIST 6
+    times for loc and 10 times for scale.
+
+    The start is kept where it is as good as the end, on draws common to both.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
+        x: observations, shape ``(N, X)``, on the programs' device.
+        num_steps: steps of Adam, at least 1.
+        num_samples: samples per observation and step, at least 1.
+        lr: learning rate of the first step.
+        batch_size: observations at a time.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a setting is out of its range, or as :func:`pyro_vae.check_program`.
+        ContractError: if a latent variable is discrete, or draws of the guide do not vary.
+    """
+    check_positive(num_steps=num_steps, num_samples=num_samples, batch_size=batch_size)
+    _check_lr(lr)
+
+    parts = []
+    for latents, _, bar in _chunks(model, guide, x, num_steps, batch_size, progress, "local mean field"):
+        u = latents.sample_guide(SAMPLES_OF_START)
+        start = LocalPosterior(u.mean(0), u.std(0), None, {})
+        if not (u.isfinite().all() and (start.scale > 0).all()):
+            raise ContractError("draws of the guide must be finite and vary, to start a local posterior from them")
+        loc, log_scale = start.loc.clone(), start.scale.log()
+
+        def objective(parameters: dict[str, Tensor], noise: Tensor, latents=latents, loc=loc, log_scale=log_scale):
+            standardized = parameters["shift"] + parameters["log_stretch"].exp() * noise
+            # less the present log q(u), but for constants: "shift" and "log_stretch" are zero, and act through u alone
+            return sum(latents.log_joint(loc + log_scale.exp() * standardized)) + 0.5 * standardized.square().sum(-1)
+
+        def recentre(parameters: dict[str, Tensor], loc=loc, log_scale=log_scale) -> None:
+            loc.add_(log_scale.exp() * parameters["shift"])
+            log_scale.add_(parameters["log_stretch"])
+            for value in parameters.values():
+                value.zero_()
+
+        parameters = {"shift": torch.zeros_like(loc), "log_stretch": torch.zeros_like(loc)}
+        _ascend(objective, parameters, loc.shape, num_steps, num_samples, lr, bar, recentre)
+        parts.append(_better(latents, start, LocalPosterior(loc, log_scale.exp(), None, {})))
+    return _join(parts)
+
+
+def local_flow(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    start: LocalPosterior | None = None,
+    num_steps: int = 300,
+    num_samples: int = 48,
+    lr: float = 0.01,
+    transforms: int = 2,
+    hidden: Sequence[int] = (64,),
+    batch_size: int = 100,
+    progress: bool = False,
+) -> LocalPosterior:
+    """A flow of good ELBO for each observation, over all latent variables on the whole space.
+
+    Each observation has a flow f of its own, u = loc + scale * f(eps): an inverse autoregressive one (Kingma et al.
+    2016; zuko's masked networks), sampled and scored in one pass, whose affine maps contain every Gaussian. It starts
+    as the identity around a factorized Gaussian, which stays as it is while f learns. For a single latent variable,
+    where affine maps would add nothing, f is a monotonic rational-quadratic spline (Durkan et al. 2019).
+
+    The entropy is that of the noise, in closed form, plus E[log |det df / deps|]: the path derivative would take the
+    inverse of f, D times as dear. The optimizer, and what is kept, are those of :func:`local_mean_field`; the noise of
+    gradients is what limits the result, so more samples per step, as well as more steps, raise its ELBO. The parameters
+    of an observation's flow take about 80 kB for 50 latent variables in single precision.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
+        x: observations, shape ``(N, X)``, on the programs' device.
+        start: the factorized Gaussian to start from; None: :func:`local_mean_field`, in as many steps.
+        num_steps: steps of Adam, at least 1.
+        num_samples: samples per observation and step, at least 1.
+        lr: learning rate of the first step.
+        transforms: autoregressive maps one after the other, at least 1.
+        hidden: width of each hidden layer of the networks inside.
+        batch_size: observations at a time.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if a setting is out of its range, if ``start`` is of other observations or no factorized Gaussian,
+            or as :func:`pyro_vae.check_program`.
+        ContractError: see :func:`local_mean_field`.
+    """
+    check_positive(num_steps=num_steps, num_samples=num_samples, batch_size=batch_size, transforms=transforms)
+    _check_lr(lr)
+    check_widths("hidden", hidden)
+    if start is None:
+        start = local_mean_field(model, guide, x, num_steps, batch_size=batch_size, progress=progress)
+    if len(start.loc) != len(x) or start.flow is not None:
+        raise ValueError(f"start must be a factorized Gaussian of {len(x)} observations")
+    flow = _Flow(start.loc.shape[1], transforms, hidden).to(start.loc).requires_grad_(False)
+
+    parts = []
+    for latents, among, bar in _chunks(model, guide, x, num_steps, batch_size, progress, "local flow"):
+        base = start.select(among)
+
+        def objective(parameters: dict[str, Tensor], noise: Tensor, latents=latents, base=base) -> Tensor:
+            moved, log_det = _transport(flow, parameters, noise)
+            return sum(latents.log_joint(base.loc + base.scale * moved)) + log_det
+
+        size = len(base.loc)
+        identity = {name: value.expand(size, *value.shape) for name, value in flow.named_parameters()}
+        parameters = {name: value.clone() for name, value in identity.items()}
+        _ascend(objective, parameters, base.loc.shape, num_steps, num_samples, lr, bar)
+        ends = (base._replace(flow=flow, parameters=each) for each in (identity, parameters))
+        parts.append(_better(latents, *ends))
+    return _join(parts)
+
+
+class _Flow(nn.Module):
+    """Invertible maps one after the other, in the direction of sampling; the identity as constructed."""
+
+    def __init__(self, features: int, transforms: int, hidden: Sequence[int]):
+        super().__init__()
+        zuko = import_zuko()
+        if features > 1:
+            # smooth, so that a few units make a line: the maps of a Gaussian
+            settings = {"hidden_features": tuple(hidden), "activation": nn.SiLU}
+        else:
+            settings = {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(8,), (8,), (7,)]}
+        self.steps = zuko.flows.MAF(features, transforms=transforms, **settings).transform.transforms
+        for step in self.steps:
+            for parameter in (step.hyper[-1] if features > 1 else step).parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """f(eps) and log |det df / deps|: ``(K, D) -> (K, D), (K,)``."""
+        total = noise.new_zeros(noise.shape[:-1])
+        for step in self.steps:
+            noise, log_det = step().call_and_ladj(noise)
+            total = total + log_det
+        return noise, total
+
+
+def _transport(flow: nn.Module, parameters: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+    """B flows at once, with parameters ``(B, *)``: ``(K, B, D) -> (K, B, D), (K, B)``; masks are common to all."""
+    return vmap(lambda own, eps: functional_call(flow, own, (eps,)), in_dims=(0, 1), out_dims=1)(parameters, noise)
+
+
+def _ascend(
+    objective: Callable[[dict[str, Tensor], Tensor], Tensor],
+    parameters: dict[str, Tensor],
+    shape: torch.Size,
+    num_steps: int,
+    num_samples: int,
+    lr: float,
+    bar: tqdm,
+    recentre: Callable[[dict[str, Tensor]], None] = lambda _: None,
+) -> None:
+    """Raise the mean of ``objective(parameters, noise)``, for noise ``(K, B, D)``, by Adam, in place.
+
+    Observations do not share parameters, so each goes its own way, whichever others are beside it.
+    """
+    leaves = [value.requires_grad_() for value in parameters.values()]
+    # a short memory of squares: first gradients may be huge
+    optimizer = torch.optim.Adam(leaves, lr=lr, betas=(0.9, 0.99), maximize=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        with torch.enable_grad():
+            noise = torch.randn(num_samples, *shape, dtype=leaves[0].dtype, device=leaves[0].device)
+            # of the local parameters alone: those of the model and guide keep what gradients they have
+            gradients = torch.autograd.grad(objective(parameters, noise).mean(0).sum(), leaves)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # a sample too far out must not end an optimization
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            recentre(parameters)
+        bar.update(shape[0])
+    for leaf in leaves:
+        leaf.requires_grad_(False).grad = None
+
+
+def _better(latents: Latents, start: LocalPosterior, end: LocalPosterior) -> LocalPosterior:
+    """For each observation the one of larger ELBO, on common draws."""
+    before, after = torch.zeros_like(start.loc[:, 0]), torch.zeros_like(start.loc[:, 0])
+    with torch.no_grad():
+        for _ in range(0, SAMPLES_OF_CHOICE, SAMPLES_PER_CHUNK):
+            noise = torch.randn(SAMPLES_PER_CHUNK, *start.loc.shape, dtype=start.loc.dtype, device=start.loc.device)
+            before += _log_weights(latents, *start.transport(noise)).mean(0)
+            after += _log_weights(latents, *end.transport(noise)).mean(0)
+    better = (after > before) | before.isnan()
+
+    def choose(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+    return LocalPosterior(
+        choose(start.loc, end.loc),
+        choose(start.scale, end.scale),
+        end.flow,
+        {name: choose(start.parameters[name], new) for name, new in end.parameters.items()},
+    )
+
+
+def _chunks(
+    model: Program, guide: Program, x: Tensor, num_steps: int, batch_size: int, progress: bool, name: str
+) -> Iterator[tuple[Latents, slice, tqdm]]:
+    """``batch_size`` observations at a time: their latent variables, their place, and the progress bar of them all."""
+    for part in x.split(batch_size):
+        check_program(model, guide, part)
+    with tqdm(total=num_steps * len(x), disable=not progress, unit="step", unit_scale=True, desc=name) as bar:
+        for among in _slices(len(x), batch_size):
+            yield Latents(model, guide, x[among]), among, bar
+
+
+def _slices(size: int, batch_size: int) -> Iterator[slice]:
+    """Where ``batch_size`` observations at a time are among all."""
+    return (slice(start, start + batch_size) for start in range(0, size, batch_size))
+
+
+def _join(parts: list[LocalPosterior]) -> LocalPosterior:
+    """One posterior of all observations from those of some of them."""
+    first = parts[0]
+    return LocalPosterior(
+        torch.cat([part.loc for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        first.flow,
+        {name: torch.cat([part.parameters[name] for part in parts]) for name in first.parameters},
+    )
+
+
+def _log_weights(latents: Latents, u: Tensor, log_q: Tensor) -> Tensor:
+    """log p(x, u) - log q(u) of given draws, ``(K, B)``."""
+    return sum(latents.log_joint(u)) - log_q
+
+
+def mean_log_weight(draws: list[Callable[[int], Tensor]], num_samples: int) -> tuple[Tensor, Tensor]:
+    """The mean of K log-weights, and its standard error, from ``draw(k) -> (k, B_i)``: ``(sum_i B_i,)`` each."""
+    counts = [min(SAMPLES_PER_CHUNK, num_samples - done) for done in range(0, num_samples, SAMPLES_PER_CHUNK)]
+    with torch.no_grad(), pyro.validation_enabled(False):
+        log_w = torch.cat([torch.cat([draw(count) for count in counts]).double() for draw in draws], dim=1)
+    return log_w.mean(0), log_w.std(0) / num_samples**0.5
+
+
+def check_positive(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_draws(num_samples: int) -> None:
+    if num_samples < 2:
+        raise ValueError(f"a bound with its error needs at least 2 samples, got {num_samples}")
+
+
+def _check_lr(lr: float) -> None:
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")

@@ -1,0 +1,99 @@
+"""What every estimator of log p(x) returns."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.infer.diagnostics import pareto_k_threshold
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Evidence(NamedTuple):
+    """Estimates of log p(x) with errors and diagnostics, one entry per observation; NaN where an estimator has none.
+
+    Attributes:
+        log_px: log p(x), nats, shape ``(B,)``.
+        mc_se: its Monte Carlo standard error, nats.
+        ess: effective sample size of the weights.
+        khat: Pareto shape of the largest weights; above :func:`pyro_vae.pareto_k_threshold` neither ``log_px`` nor
+            ``mc_se`` can be trusted.
+        num_invalid: how many log-weights were NaN or infinite. A weight of zero (log-weight ``-inf``) counts in the
+            average as zero; a NaN makes ``log_px`` NaN.
+        acceptance: acceptance rate of the estimator's Markov transitions.
+    """
+
+    log_px: Tensor
+    mc_se: Tensor
+    ess: Tensor
+    khat: Tensor
+    num_invalid: Tensor
+    acceptance: Tensor
+
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of ``log_px``, its standard error over observations, and its Monte Carlo error alone, in nats.
+
+        The first error is std(log_px) / sqrt(B): how far another test set of this size would differ. The second is
+        sqrt(sum mc_se^2) / B: how far another run of the estimator on the same observations would.
+        """
+        return mean_and_errors(self.log_px, self.mc_se)
+
+    def shortfall(self) -> float:
+        """By how many nats the mean of ``log_px`` is low in expectation, about: that of half the squared errors.
+
+        The logarithm of an unbiased estimate with relative error s is low by s^2 / 2. Unlike the error of the mean it
+        does not shrink with more observations.
+        """
+        return self.mc_se.square().mean().item() / 2
+
+    def share_bad_k(self, num_samples: int) -> float | None:
+        """The share of observations whose k is above :func:`pyro_vae.pareto_k_threshold`; None if none has a k."""
+        khat = self.khat[~self.khat.isnan()]  # fewer than 21 samples have no k
+        return (khat > pareto_k_threshold(num_samples)).double().mean().item() if len(khat) else None
+
+    def to_dataset(self, image: Tensor | None = None, **attributes) -> "xr.Dataset":
+        """One variable per field along the dimension ``image``, numbered by ``image``, ``(B,)``, or from 0."""
+        import xarray as xr  # which who samples alone need not wait for
+
+        data = {name: ("image", value.detach().cpu().numpy()) for name, value in self._asdict().items()}
+        number = np.arange(self.log_px.numel()) if image is None else image.cpu().numpy()
+        return xr.Dataset(data, coords={"image": number}, attrs=attributes)
+
+
+def concatenate(parts: Iterable[Evidence]) -> Evidence:
+    """Evidence of the observations of all parts, one after the other."""
+    return Evidence(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:
+    """Mean of values ``(B,)``, its standard error over observations, and its error from theirs; see Evidence.mean."""
+    size = values.numel()
+    over_data = values.std(correction=1).item() / size**0.5 if size > 1 else float("nan")
+    return values.mean().item(), over_data, mc_se.square().sum().sqrt().item() / size
+
+
+def difference_estimate(rough: Tensor, fine: Evidence, among: Tensor) -> tuple[float, float]:
+    """The mean of ``fine`` over N observations, n of which were tried, from ``rough`` estimates of all of them.
+
+    mean(rough) + mean over the n of (fine - rough), the difference estimator of survey sampling: its error is that of
+    the differences, which vary far less from one observation to another than log p(x) does.
+
+    Args:
+        rough: log p(x) of all observations, shape ``(N,)``.
+        fine: evidence of the n observations.
+        among: their places, drawn at random without replacement, shape ``(n,)``, n at least 2.
+
+    Returns:
+        The estimate, and its standard error: sqrt((1 - n / N) Var(fine - rough) / n + n / N mc^2), with ``mc`` the
+        Monte Carlo error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3 with slope 1, and 13.9). How far
+        another draw of ``among`` and another run of the fine estimator would differ.
+    """
+    difference = fine.log_px - rough[among].double()
+    size = difference.numel()
+    share = size / rough.numel()
+    variance = (1 - share) * difference.var().item() / size + share * fine.mean()[2] ** 2
+    return rough.double().mean().item() + difference.mean().item(), variance**0.5

@@ -1,0 +1,167 @@
+"""All latent variables of a program as one vector of real numbers: what estimators that move through them need."""
+
+import math
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.programs import Program, particle_trace, sample_sites, sum_log_prob, traces
+
+
+class Latents:
+    """The latent variables z of ``model`` for given observations, as vectors u in R^D.
+
+    u puts the sites one after the other, each mapped from its support to the whole space; log-densities are those of u,
+    so they count log |dz / du|.
+
+    Args:
+        model, guide: see :func:`pyro_vae.traces`.
+        x: observations, shape ``(B, X)``.
+
+    Attributes:
+        dim: D.
+
+    Raises:
+        ContractError: as :func:`pyro_vae.traces`, and if a latent site is discrete.
+    """
+
+    def __init__(self, model: Program, guide: Program, x: Tensor):
+        self.model, self.guide, self.x = model, guide, x
+        self._places: dict[str, tuple[slice, torch.Size]] = {}
+        self.dim = 0
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace, _ = traces(model, guide, x[:1], 1)
+        for name in sample_sites(trace):
+            site = trace.nodes[name]
+            if site["is_observed"]:
+                continue
+            if innermost(site["fn"].support).is_discrete:
+                raise ContractError(
+                    f"site '{name}' is discrete, on {site['fn'].support}, so that its log-density has no gradient "
+                    "to follow: use importance_sampling from the guide, or enumeration if it has few values"
+                )
+            # of the whole value: bounds may depend on x or on another site
+            shape = into_support(site["fn"].support).inverse_shape(site["value"].shape)[2:]
+            end = self.dim + math.prod(shape)
+            self._places[name] = (slice(self.dim, end), shape)
+            self.dim = end
+
+    def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, B, D) -> (K, B)`` each, in nats."""
+        return self._split(*self._run_model(u))
+
+    def log_guide(self, u: Tensor) -> Tensor:
+        """log q(u | x): ``(K, B, D) -> (K, B)``, in nats."""
+        return self._score_guide(*self._run_model(u))
+
+    def log_joint_and_guide(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(u), log p(x | u) and log q(u | x), for which z is decoded but once."""
+        run = self._run_model(u)
+        return *self._split(*run), self._score_guide(*run)
+
+    def sample_guide(self, num_samples: int) -> Tensor:
+        """Draws of u ~ q(u | x), shape ``(K, B, D)``, without gradients."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            guide_trace = particle_trace(self.guide, self.x, num_samples)
+            return self._read(particle_trace(poutine.replay(self.model, trace=guide_trace), self.x, num_samples))
+
+    def sample_prior(self, num_samples: int) -> Tensor:
+        """Draws of u ~ p(u), shape ``(K, D)``, without gradients."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return self._read(particle_trace(poutine.uncondition(self.model), self.x[:1], num_samples))[:, 0]
+
+    def simulate(self) -> tuple[Tensor, Tensor]:
+        """Draws of (x, u) from the model, as many as there are observations: ``(B, X)`` and ``(B, D)``.
+
+        u is then an exact draw from the posterior of x.
+        """
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = particle_trace(poutine.uncondition(self.model), self.x, 1)
+            (x,) = (trace.nodes[name]["value"] for name in sample_sites(trace) if name not in self._places)
+            return x[0], self._read(trace)[0]
+
+    def of(self, x: Tensor) -> "Latents":
+        """The same for other observations ``(B, X)``."""
+        other = object.__new__(Latents)
+        other.__dict__.update(self.__dict__, x=x)
+        return other
+
+    def select(self, among: slice) -> "Latents":
+        """The same for some of the observations."""
+        return self.of(self.x[among])
+
+    def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
+        with pyro.validation_enabled(False), _Place(self._places, u) as place:
+            trace = particle_trace(self.model, self.x, u.shape[0])
+            trace.compute_log_prob()
+        return trace, place
+
+    def _split(self, trace: poutine.Trace, place: "_Place") -> tuple[Tensor, Tensor]:
+        log_p = {name: trace.nodes[name]["log_prob"] for name in sample_sites(trace)}
+        log_prior = sum(log_p.pop(name) for name in self._places) + place.log_det
+        return log_prior, sum(log_p.values())
+
+    def _score_guide(self, trace: poutine.Trace, place: "_Place") -> Tensor:
+        values = {name: trace.nodes[name]["value"] for name in self._places}
+        with pyro.validation_enabled(False):
+            trace = particle_trace(poutine.condition(self.guide, data=values), self.x, place.u.shape[0])
+            trace.compute_log_prob()
+        return sum_log_prob(trace) + place.log_det
+
+    def _read(self, trace: poutine.Trace) -> Tensor:
+        parts = []
+        for name in self._places:
+            site = trace.nodes[name]
+            value = into_support(site["fn"].support).inv(site["value"])
+            parts.append(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1))
+        return torch.cat(parts, -1)
+
+
+class _Place(Messenger):
+    """Puts a vector u where a program would draw its latent sites, and adds up log |dz / du|."""
+
+    def __init__(self, places: dict[str, tuple[slice, torch.Size]], u: Tensor):
+        super().__init__()
+        self.places, self.u = places, u
+        self.log_det = u.new_zeros(())
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["name"] not in self.places:
+            return
+        where, shape = self.places[msg["name"]]
+        value = self.u[..., where].reshape(*self.u.shape[:2], *shape)
+        if not is_whole_space(msg["fn"].support):
+            transform = into_support(msg["fn"].support)
+            free, value = value, transform(value)
+            log_det = transform.log_abs_det_jacobian(free, value)
+            self.log_det = self.log_det + sum_rightmost(log_det, log_det.dim() - 2)
+        msg["value"] = value
+
+
+def innermost(support: constraints.Constraint) -> constraints.Constraint:
+    """The constraint of one number, inside those that put numbers together."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def is_whole_space(support: constraints.Constraint) -> bool:
+    """Whether a support is all of R^D."""
+    return innermost(support) is constraints.real
+
+
+def into_support(support: constraints.Constraint) -> Transform:
+    """torch's bijection from R^D to a support, also for mixtures, which it does not know.
+
+    Raises:
+        NotImplementedError: if there is none, as for a discrete support.
+    """
+    return biject_to(support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support)

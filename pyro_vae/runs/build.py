@@ -1,0 +1,145 @@
+"""From settings to data and model, with everything that does not fit refused in one line."""
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.data.images import ENCODINGS, Data, Dataset
+from pyro_vae.errors import ContractError, DataError, RunError
+from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.programs import check_program
+from pyro_vae.parts.likelihoods import Likelihood
+from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.posteriors import MeanField
+from pyro_vae.runs.settings import Config
+from pyro_vae.vae import VAE, Conditional, TwoLayerVAE, num_outputs
+
+T = TypeVar("T")
+
+
+OTHERS_ERRORS = (ValueError, TypeError, AssertionError, AttributeError, LookupError, RuntimeError)
+"""What the classes of a user, and of libraries, raise at what they cannot do; Pyro's losses assert."""
+
+
+def make(option: str, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What ``factory`` makes; what it refuses is a user's mistake in ``option``."""
+    try:
+        return factory(*args, **kwargs)
+    except OTHERS_ERRORS as error:
+        raise RunError(refusal(error, f"--{option}: ")) from error
+
+
+def refusal(error: Exception, prefix: str = "") -> str:
+    """An error in one line; one that was not raised on purpose says where it was, outside of the libraries."""
+    message = as_options(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+        raise error
+    if isinstance(error, ContractError):  # names the class itself
+        return message
+    if prefix and isinstance(error, ValueError | AssertionError):
+        return prefix + message
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
+    return f"{prefix}{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
+
+
+def load_dataset(dataset: Dataset, device: torch.device | str) -> Data:
+    """The data, or a RunError that says why they cannot be had."""
+    try:
+        return dataset.load(device)
+    except DataError as error:
+        raise RunError(" ".join(str(error).split())) from error
+
+
+def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
+    """The untrained model of ``config`` for images of shape ``(C, H, W)``."""
+    event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
+    likelihood = make("likelihood", config.likelihood, event_size)
+    posterior = make("posterior", config.posterior, config.latent_dim)
+    decoder = make("decoder", config.decoder, config.latent_dim, num_outputs(likelihood), image_shape=shape)
+    encoder = make("encoder", config.encoder, event_size, num_outputs(posterior), image_shape=shape)
+    below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
+    return MODELS[config.model](config, *below)
+
+
+def one_layer(config: Config, likelihood: Conditional, posterior: Conditional) -> VAE:
+    """z -> x."""
+    return VAE(make("prior", config.prior, config.latent_dim), likelihood, posterior)
+
+
+def two_layers(config: Config, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
+    """z2 -> z1 -> x."""
+    bottom, top = config.latent_dim, config.top.latent_dim
+    latent, top_posterior = MeanField(bottom), make("posterior", config.posterior, top)
+    return TwoLayerVAE(
+        make("prior", config.prior, top),
+        latent=Conditional(MLP(top, num_outputs(latent), config.top.hidden), latent),
+        likelihood=likelihood,
+        posterior=posterior,
+        top_posterior=Conditional(MLP(bottom, num_outputs(top_posterior), config.top.hidden), top_posterior),
+    )
+
+
+MODELS = {"VAE": one_layer, "TwoLayerVAE": two_layers}
+
+
+def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
+    """Refuse data that are not of the kind that the likelihood scores: its numbers would not be a log-likelihood.
+
+    Raises:
+        RunError: with the option that mends it.
+    """
+    name, levels, wanted = type(head).__name__, head.levels, head.encoding
+    if wanted is not None and data.encoding != wanted:
+        mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
+        raise RunError(
+            f"--likelihood {name} scores {wanted} pixels, but --dataset.binarization {dataset.binarization} makes "
+            f"{data.encoding} pixels: choose --dataset.binarization {mend}, or another likelihood"
+        )
+    if wanted == "integers" and levels is not None and levels != data.levels:
+        raise RunError(
+            f"--likelihood {name} has {levels} levels, but the pixels of {type(dataset).__name__} have {data.levels}: "
+            f"add --likelihood.levels {data.levels}"
+        )
+
+
+def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], binarization: str) -> None:
+    """Refuse parts that break their contract, and observations that the likelihood cannot score.
+
+    Binary observations are alike, so that a few stand for all.
+    """
+    size = 1000 if ENCODINGS[binarization] == "binary" else None
+    try:
+        for x in observations:
+            for part in x[:size].split(1000):
+                check_program(vae.model, vae.guide, part)
+    except OTHERS_ERRORS as error:
+        problem = refusal(error)
+        parts = {"prior": vae.prior, "likelihood": vae.likelihood.head, "posterior": vae.posterior.head}
+        chosen = " ".join(f"--{option} {type(part).__name__}" for option, part in parts.items())
+        raise RunError(f"{problem} ({chosen} --dataset.binarization {binarization})") from error
+
+
+def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tensor) -> None:
+    """Refuse an objective that cannot serve the model, before anything is written; nothing is left changed.
+
+    Raises:
+        RunError: with the option that mends it.
+    """
+    gpus = [x.device] if x.is_cuda else []
+    try:
+        with torch.random.fork_rng(gpus):
+            objective(vae.model, vae.guide, x)
+    except ContractError as error:
+        raise RunError(f"--objective {type(objective).__name__}: {as_options(error)}") from error
+
+
+def as_options(error: Exception) -> str:
+    """An error of the library in one line, with its settings named as options of the command line."""
+    message = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
+    return message.replace("PyroSVI", "--engine pyro").replace('kl="sampled"', "--objective.kl sampled")

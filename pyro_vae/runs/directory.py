@@ -1,0 +1,199 @@
+"""Run directories: what is written, whole or not at all, and never over anything."""
+
+import csv
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import pyro_vae
+from pyro_vae.errors import RunError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        RunError: if ``cuda`` is asked for and there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns where a driver is too old: the line below says enough
+        available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise RunError("--device cuda: torch finds no CUDA device here; use --device cpu, or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def open_run(directory: Path, config: str, resume: bool | None) -> None:
+    """Make ``directory`` the home of the run described by ``config``, or check that it is; None: it cannot be resumed.
+
+    Raises:
+        RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be written.
+    """
+    check_run_dir(directory, config, resume)
+    with writing(f"--run_dir {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            write_text(directory / "config.yaml", config)
+
+
+def check_run_dir(directory: Path, config: str, resume: bool | None) -> None:
+    """Check that ``directory`` can become, or with ``resume`` is, the home of the run described by ``config``.
+
+    Nothing is written, so that a wrong directory is found before the data are fetched.
+
+    Raises:
+        RunError: as :func:`open_run`.
+    """
+    saved = directory / "config.yaml"
+    try:
+        if not resume:
+            if saved.exists():
+                hint = "choose another directory" + ("" if resume is None else ", or --resume")
+                raise RunError(f"--run_dir: {directory} holds another run, which is never overwritten: {hint}")
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise RunError(f"--run_dir: {directory} exists and is no empty directory: choose another")
+            return
+        if not saved.exists():
+            raise RunError(f"--resume: {directory} holds no run (there is no config.yaml)")
+        previous = yaml.safe_load(saved.read_text())
+    except OSError as error:
+        raise RunError(f"--run_dir {directory}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(previous, dict):
+        raise RunError(f"{saved} is damaged: it holds no settings")
+    if changed := _difference(previous, yaml.safe_load(config)):
+        raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
+
+
+def make_directory(out: Path) -> None:
+    """Make the directory ``out``, before work is done whose result is written there.
+
+    Raises:
+        RunError: if it cannot be made.
+    """
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def check_empty(out: Path) -> None:
+    """Refuse to write where anything is already.
+
+    Raises:
+        RunError: if ``out`` is no directory, or not empty.
+    """
+    with writing(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is never overwritten: choose another directory by --out")
+
+
+def _difference(old: Any, new: Any, name: str = "") -> str | None:
+    """The first setting in which two configurations differ, as ``--option (old, now new)``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            inner = key if not name else name if key in ("class_path", "init_args") else f"{name}.{key}"
+            if found := _difference(old.get(key), new.get(key), inner):
+                return found
+        return None
+    return None if old == new else f"--{name} ({old}, now {new})"
+
+
+@contextmanager
+def writing(where: Path | str) -> Iterator[None]:
+    """What the system refuses here is a :class:`RunError` that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{where}: {error.strerror or error}") from error
+
+
+def conclude(out: Path, text: str, result: dict[str, Any], device: torch.device) -> Path:
+    """Write the text of an experiment as table.md, its numbers as result.json; print text and directory; return it.
+
+    Raises:
+        RunError: if they cannot be written.
+    """
+    with writing(out):
+        write_text(out / "table.md", text + "\n")
+        write_json(out / "result.json", result | provenance(device))
+    print(f"\n{text}\n\n{out}")
+    return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a dictionary as JSON, with null for NaN and infinities, which JSON does not have."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys as CSV."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as an aligned Markdown table; the first row is the header, columns of numbers are right-aligned."""
+    columns = list(zip(*rows, strict=True))
+    right = [all(re.fullmatch(r"[-+.,%\de ]*|nan|-?inf", cell) for cell in column[1:]) for column in columns]
+    widths = [max(3, *map(len, column)) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(cells)} |"
+
+    rule = " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
+    return "\n".join([line(rows[0]), f"| {rule} |", *map(line, rows[1:])])
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Device, versions and commit, for a result file."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    packages = ("torch", "pyro-ppl", "numpy")
+    versions = {
+        "python": platform.python_version(),
+        "pyro_vae": pyro_vae.__version__,
+        **{p: version(p) for p in packages},
+    }
+    return {"device": name, "versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, marked if it has changes; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")

@@ -1,0 +1,189 @@
+"""Figures. A model is drawn through traces of (model, guide), so any amortized Pyro program is drawn alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.data.images import Data
+from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.infer.programs import Program, posterior_samples
+from pyro_vae.training import Epoch
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.bbox": "tight",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "font.size": 10,
+}
+Latents = dict[str, Tensor]
+
+
+def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots):
+    """Context: axes of one figure, saved to ``path`` as PNG at the end."""
+    return _Figure(path, width, height, columns, subplots)
+
+
+class _Figure:
+    def __init__(self, path: Path, width: float, height: float, columns: int, subplots: dict):
+        self.path = path
+        self.arguments = width, height, columns, subplots
+
+    def __enter__(self):
+        width, height, columns, subplots = self.arguments
+        self._style = matplotlib.rc_context(STYLE)
+        self._style.__enter__()
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        return self.figure.subplots(1, columns, **subplots)
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            self.figure.savefig(self.path)
+        return self._style.__exit__(*error)
+
+
+def training_curve(history: Sequence[Epoch], path: Path) -> None:
+    """Training and validation bound against epochs."""
+    epochs = [row.epoch for row in history]
+    with figure(path) as axes:
+        marker = "o" if len(epochs) == 1 else None  # a line of one point cannot be seen
+        axes.plot(epochs, [row.objective for row in history], marker=marker, color="0.7", label="objective, as trained")
+        axes.plot(epochs, [row.train_elbo for row in history], marker=marker, label="training ELBO")
+        axes.plot(epochs, [row.validation_elbo for row in history], marker=marker, label="validation ELBO")
+        later = history[len(history) // 20 :]
+        values = [value for row in later for value in (row.objective, row.train_elbo, row.validation_elbo)]
+        if np.isfinite(values).all():
+            low, high = np.quantile(values, 0.05), max(values)
+            axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
+        axes.set(xlabel="epoch", ylabel="nats per image", title="Evidence lower bound")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="lower right")
+
+
+def evidence(result: Evidence, threshold: float, run_dir: Path) -> None:
+    """Histogram of log p(x), and Pareto k, with its threshold, against effective sample size."""
+    log_px, ess, khat = (getattr(result, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
+    log_px = log_px[np.isfinite(log_px)]
+    with figure(run_dir / "log_px.png") as axes:
+        axes.hist(log_px, bins=60, color="C0", alpha=0.8)
+        if len(log_px):
+            axes.axvline(log_px.mean(), color="C3", label=f"mean {log_px.mean():.2f}")
+            axes.legend()
+        axes.set(xlabel="log p(x), nats", ylabel="test images", title="Test log-likelihood per image")
+    known = np.isfinite(khat)  # few samples have no k, and bounded weights have k = -inf
+    with figure(run_dir / "pareto_k.png") as axes:
+        axes.scatter(ess[known], khat[known], s=4, alpha=0.4, linewidths=0)
+        if not known.all():
+            axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} images", transform=axes.transAxes)
+        label = f"threshold {threshold:.2f}: above it, not to be trusted"
+        axes.axhline(threshold, color="C3", lw=1, label=label)
+        axes.legend(loc="upper right")
+        axes.set(
+            xscale="log" if known.any() else "linear",
+            xlabel="effective sample size",
+            ylabel="Pareto k",
+            title="How reliable is each image's estimate?",
+        )
+
+
+def posterior_mean(guide: Program, x: Tensor, num_samples: int = 64) -> Latents:
+    """Latents of each observation ``(B, X)`` by site, averaged over draws of the guide."""
+    with torch.no_grad():
+        return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
+
+
+def decode(model: Program, size: int, like: Tensor, latents: Latents | None = None, draw: bool = False) -> Tensor:
+    """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
+    program = poutine.condition(poutine.uncondition(model), data=latents or {})
+    with torch.no_grad():
+        nodes = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
+    (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
+    return observed["value"] if draw else observed["fn"].mean
+
+
+def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
+    """Reconstructions, prior samples, interpolations and the latent space."""
+    shape = data.image_shape
+    originals = data.test[:10]
+    reconstructed = decode(model, len(originals), data.test, posterior_mean(guide, originals))
+    rows = torch.stack([originals, reconstructed])
+    image_grid(
+        data.picture(rows), shape, run_dir / "reconstructions.png", "Test images (top) and their reconstructions"
+    )
+    samples = decode(model, 100, data.test)
+    image_grid(
+        data.picture(samples).unflatten(0, (10, 10)),
+        shape,
+        run_dir / "samples.png",
+        "Means of p(x | z), z from the prior",
+    )
+    ends = posterior_mean(guide, data.test[:12])
+    half = min(12, len(data.test)) // 2
+    steps = torch.linspace(0, 1, 10, device=data.test.device)[:, None]
+    between = {
+        name: torch.cat([(1 - steps) * z[i] + steps * z[i + half] for i in range(half)]) for name, z in ends.items()
+    }
+    grid = data.picture(decode(model, 10 * half, data.test, between)).unflatten(0, (half, 10))
+    image_grid(
+        grid,
+        shape,
+        run_dir / "interpolation.png",
+        "From one test image to another, straight through latent space",
+    )
+    latent_scatter(guide, data, run_dir / "latent_space.png")
+
+
+def image_grid(
+    images: Tensor, shape: Sequence[int], path: Path, title: str = "", labels: Sequence[str] | None = None
+) -> None:
+    """Images ``(rows, columns, X)`` of shape ``(C, H, W)`` as one picture, with a label for each row if there are."""
+    rows, columns = images.shape[:2]
+    channels, height, width = shape
+    tiles = images.detach().cpu().reshape(rows, columns, channels, height, width)
+    tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=0.2)
+    canvas = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (height + 2), columns * (width + 2), channels).clamp(0, 1)
+    if channels not in (1, 3):  # no colours that a picture could show
+        canvas, channels = canvas.mean(-1, keepdim=True), 1
+    with figure(path, 0.62 * columns, 0.62 * rows + 0.3) as axes:
+        axes.imshow(
+            (canvas.squeeze(-1) if channels == 1 else canvas).numpy(),
+            cmap="gray_r",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        axes.set_title(title)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([])
+        centres = [(row + 0.5) * (height + 2) for row in range(rows)]
+        axes.set_yticks(centres if labels else [], labels)
+        axes.tick_params(length=0)
+
+
+def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 5000) -> None:
+    """Posterior means of test images in the plane of their largest variance, coloured by class."""
+    x = data.test[:num_images]
+    latents = posterior_mean(guide, x)
+    z = torch.cat([site.flatten(1) for site in latents.values()], dim=1)
+    z = z - z.mean(0)
+    if z.shape[1] > 2:
+        _, _, directions = torch.linalg.svd(z, full_matrices=False)
+        z = z @ directions[:2].mT
+    labels = None if data.test_labels is None else data.test_labels[: len(x)].numpy()
+    z = torch.nn.functional.pad(z, (0, 2 - min(2, z.shape[1]))).cpu().numpy()
+    colours = {} if labels is None else {"c": labels, "cmap": "tab10"}
+    with figure(path, 5.6, 4.6) as axes:
+        points = axes.scatter(z[:, 0], z[:, 1], s=5, alpha=0.6, linewidths=0, **colours)
+        if labels is not None:
+            axes.legend(*points.legend_elements(), title="class", loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set(xlabel="first principal component", ylabel="second", title="Posterior means of test images")

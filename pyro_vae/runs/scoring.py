@@ -1,0 +1,358 @@
+"""Score a finished run again: another estimator of log p(x), more samples, other images, training images.
+
+Usage: python -m experiments.evaluate RUN_DIR [options]
+
+The result is printed and written to RUN_DIR/evaluations, as JSON and, for each image, as netCDF; nothing there is ever
+overwritten.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_vae.data.images import Data
+from pyro_vae.errors import ContractError, RunError
+from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
+from pyro_vae.infer.evidence.annealed import (
+    CREMER_2018,
+    WU_2017,
+    Annealing,
+    annealed_importance_sampling,
+    bidirectional_monte_carlo,
+)
+from pyro_vae.infer.evidence.importance import importance_sampling
+from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+from pyro_vae.parts.likelihoods import Likelihood
+from pyro_vae.runs.directory import choose_device, make_directory, provenance, table, write_json, writing
+from pyro_vae.runs.loading import load_finished
+from pyro_vae.runs.parsing import parse
+from pyro_vae.runs.settings import Config, EvidenceSettings, check_seed
+from pyro_vae.vae import VAE, TwoLayerVAE
+
+PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of one evaluation.
+
+    Args:
+        run: directory of a finished run; may stand first, without --run.
+        estimator: importance; annealed: annealed importance sampling; bdmc: bidirectional Monte Carlo, which encloses
+            log p(x) of images that the model itself draws.
+        split: test or training images.
+        num_images: how many of them, drawn at random, the same in every evaluation, at least 2; null: all.
+        num_samples: importance samples per image, at least 1; literature uses 5000.
+        proposal: of importance sampling: the guide, or a Gaussian at each posterior's mode with its curvature.
+        widening: factor of the Laplace proposal's standard deviations, positive; 1.1 lightens the weights' tail.
+        annealing: settings of annealed importance sampling.
+        published: annealing as published, in place of --annealing: Wu et al. 2017, or the code of Cremer et al. 2018;
+            both take 10,000 temperatures, which --annealing.num_temperatures may lower.
+        seed: of the estimate, at least 0.
+        device: auto takes a GPU if there is one.
+        name: of the files to write; null: made of the estimator and the split.
+    """
+
+    run: Path
+    estimator: Literal["importance", "annealed", "bdmc"] = "annealed"
+    split: Literal["test", "train"] = "test"
+    num_images: int | None = 500
+    num_samples: int = 5000
+    proposal: Literal["guide", "laplace"] = "guide"
+    widening: float = 1.0
+    annealing: Annealing = field(default_factory=Annealing)
+    published: Literal["wu_2017", "cremer_2018"] | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: str | None = None
+
+    def __post_init__(self):
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
+        if not self.widening > 0:
+            raise ValueError(f"--widening must be positive, got {self.widening}")
+        if self.widening != 1 and self.proposal == "guide":
+            raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
+        check_seed(self.seed)
+        importance = self.estimator == "importance"
+        if not importance and (self.proposal != "guide" or self.num_samples != EvaluationSettings.num_samples):
+            raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")
+        if importance and (self.annealing != Annealing() or self.published):
+            raise ValueError("--annealing and --published are for --estimator annealed or bdmc, not importance")
+        if self.published and replace(self.annealing, num_temperatures=None) != Annealing():
+            raise ValueError("--published leaves only --annealing.num_temperatures to choose")
+        if self.estimator == "bdmc" and self.split == "train":
+            raise ValueError("--split train: --estimator bdmc scores images that the model draws, of neither split")
+        if self.name is not None and (not self.name.strip(".") or Path(self.name).name != self.name):
+            raise ValueError(f"--name must be a plain file name, got {self.name}")
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> Path:
+    """Evaluate as told by ``argv``; return the JSON file written.
+
+    Raises:
+        RunError: for a mistake in ``argv``, or if the estimator cannot serve the model.
+    """
+    config, _ = parse(EvaluationSettings, argv, first="run")
+    device = choose_device(config.device)
+    name = config.name or ("bdmc" if config.estimator == "bdmc" else f"{config.estimator}-{config.split}")
+    path = config.run / "evaluations" / f"{name}.json"
+    for each in (path, path.with_suffix(".nc")):
+        if each.exists():
+            raise RunError(f"{each} exists and is never overwritten: choose another --name")
+    vae, data = load_finished(config.run, device)
+    x, among = some_images(data, config.split, config.num_images)
+    make_directory(path.parent)
+    torch.manual_seed(config.seed)
+    start = time.perf_counter()
+    try:
+        result, evidence = estimate(config, vae.model, vae.guide, x)
+    except (ContractError, ValueError) as error:
+        raise RunError(f"--estimator {config.estimator}: {error}") from error
+    result |= {
+        "estimator": config.estimator,
+        "split": "simulated" if config.estimator == "bdmc" else config.split,
+        "num_images": len(x),
+        "unit": vae.likelihood.head.unit,
+        "seconds": time.perf_counter() - start,
+        "seed": config.seed,
+        **provenance(device),
+    }
+    with writing(path):
+        groups = {group: each.to_dataset(image=among) for group, each in evidence.items()}
+        xr.DataTree.from_dict(groups).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf")
+        write_json(path, result)
+    report_evaluation(result)
+    print(f"\n{path}")
+    return path
+
+
+def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tensor]:
+    """Some observations ``(n, X)``, the same ones each time, and their places in the split; noisy ones drawn once."""
+    whole = len(data.test if split == "test" else data.train_pixels)
+    among = some(whole, whole if size is None else min(size, whole)).to(data.test.device)
+    if split == "test":
+        return data.test[among], among
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return data.observe(among), among
+
+
+def estimate(config: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Entries of the JSON file, and evidence by group of the netCDF file."""
+    annealing = PUBLISHED.get(config.published, config.annealing)
+    if config.published and config.annealing.num_temperatures:
+        annealing = replace(annealing, num_temperatures=config.annealing.num_temperatures)
+    if config.estimator == "bdmc":
+        sandwich = bidirectional_monte_carlo(model, guide, x, annealing, progress=True)
+        width, error = sandwich.width()
+        lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
+        result = {"lower": lower, "upper": upper, "width": width, "width_se": error, "annealing": asdict(annealing)}
+        return result, {"lower": sandwich.lower, "upper": sandwich.upper}
+    if config.estimator == "annealed":
+        evidence = annealed_importance_sampling(model, guide, x, annealing, progress=True)
+        settings: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
+    else:
+        evidence = importance_sampling(
+            model, guide, x, config.num_samples, config.proposal, config.widening, progress=True
+        )
+        bad = evidence.share_bad_k(config.num_samples)
+        settings = {"num_samples": config.num_samples, "proposal": config.proposal, "widening": config.widening}
+        settings |= {"khat_threshold": pareto_k_threshold(config.num_samples), "share_khat_above_threshold": bad}
+        settings |= {"reliable": reliable(bad)}
+    log_likelihood, over_images, monte_carlo = evidence.mean()
+    result = {"log_likelihood": log_likelihood, "log_likelihood_se": over_images, "mc_se": monte_carlo}
+    result |= {"shortfall": evidence.shortfall()}
+    return result | {"num_invalid": int(evidence.num_invalid.sum())} | settings, {config.estimator: evidence}
+
+
+def report_evaluation(result: dict[str, Any]) -> None:
+    """Print the result as a short table."""
+    rows = [(f"{result['num_images']:,} {result['split']} images", result["unit"], "")]
+    if "width" in result:
+        rows = [
+            (f"{result['num_images']:,} simulated images", result["unit"], ""),
+            ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
+            ("upper", number(result["upper"]), "annealed back from the exact posterior: high in expectation"),
+            ("width", number(result["width"]), f"+- {result['width_se']:.3f} over images"),
+        ]
+    else:
+        believe = "another run would differ by this"
+        if "reliable" in result and result["reliable"] is None:
+            believe = "too few samples to tell whether it may be believed"
+        if result.get("reliable") is False:
+            share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
+            believe = f"not to be believed: {share:.0%} of the images have a Pareto k above {threshold:.2f}"
+        rows += [
+            (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),
+            ("  Monte Carlo error", number(result["mc_se"]), believe),
+            ("  low by about", number(result["shortfall"]), "in expectation, if that error may be believed"),
+            ("  error over images", number(result["log_likelihood_se"]), "other images would differ by this"),
+        ]
+    rows.append(("seconds", f"{result['seconds']:.0f}", ""))
+    print(f"\n{table(rows)}")
+
+
+def score_test(
+    config: Config, vae: VAE | TwoLayerVAE, data: Data
+) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
+    """Score the test images.
+
+    Returns:
+        The entries of result.json about them; log p(x) per image, by importance sampling; the same by annealed
+        importance sampling, of the images that were drawn for it.
+    """
+    torch.manual_seed(config.seed + 1)  # the same draws whether or not training was resumed
+    start = time.perf_counter()
+    settings = config.evidence
+    test = data.test[: settings.num_images]
+    elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
+    evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)
+    log_likelihood, over_images, monte_carlo = evidence.mean()
+    units = active_units(vae.guide, test)
+    khat = evidence.khat[~evidence.khat.isnan()]
+    bad = evidence.share_bad_k(settings.num_samples)
+    annealed, corrected = anneal(settings, vae, test, evidence)
+    first = data.observe(torch.arange(min(500, len(data.train_pixels)), device=test.device))
+    return (
+        {
+            "test_elbo": elbo.mean().item(),
+            "test_log_likelihood": log_likelihood,
+            "test_log_likelihood_se": over_images,
+            "mc_se": monte_carlo,
+            "num_samples": settings.num_samples,
+            "num_images": len(test),
+            "test_set": hashlib.sha256(test.cpu().numpy().tobytes()).hexdigest()[:16],
+            "unit": vae.likelihood.head.unit,
+            "median_ess": evidence.ess.median().item(),
+            "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
+            "khat_threshold": pareto_k_threshold(settings.num_samples),
+            "share_khat_above_threshold": bad,
+            "reliable": reliable(bad),
+            "num_invalid": int(evidence.num_invalid.sum()),
+            **corrected,
+            "active_units": sum(int(site.sum()) for site in units.values()),
+            "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
+            "active_units_first_500": sum(int(site.sum()) for site in active_units(vae.guide, first).values()),
+            "evaluate_seconds": time.perf_counter() - start,
+        },
+        evidence,
+        annealed,
+    )
+
+
+MANY = 0.1
+"""Share of images with a bad Pareto k above which an importance-sampled log-likelihood is called unreliable."""
+
+
+def reliable(share_bad_k: float | None) -> bool | None:
+    """Whether an importance-sampled log-likelihood and its error may be believed; None if there is no telling."""
+    return None if share_bad_k is None else share_bad_k <= MANY
+
+
+def anneal(
+    settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tensor, importance: Evidence
+) -> tuple[xr.Dataset | None, dict[str, Any]]:
+    """Annealed importance sampling of some of the test images, and what it says about all of them."""
+    size = len(test) if settings.annealed_images is None else min(settings.annealed_images, len(test))
+    names = ("log_likelihood", "mc_se", "shortfall", "acceptance", "seconds")
+    names = tuple(f"annealed_{name}" for name in names)
+    nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
+    if size == 0:
+        return nothing
+    among = some(len(test), size).to(test.device)
+    start = time.perf_counter()
+    try:
+        evidence = annealed_importance_sampling(vae.model, vae.guide, test[among], settings.annealing, progress=True)
+    except ContractError as error:
+        print(f"no annealed estimate: {error}")
+        return nothing
+    estimate, error = difference_estimate(importance.log_px, evidence, among)
+    acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
+    values = estimate, error, evidence.shortfall(), acceptance, seconds
+    return evidence.to_dataset(image=among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
+
+
+def some(number: int, size: int) -> Tensor:
+    """``size`` of ``number`` places, drawn at random, the same in every run, so that runs can be compared on them."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:size].sort().values
+
+
+def best(result: dict[str, Any]) -> float:
+    """The log-likelihood to be believed: the annealed one, where there is one."""
+    annealed = result.get("annealed_log_likelihood")
+    return result["test_log_likelihood"] if annealed is None else annealed
+
+
+def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float | None:
+    """Bits per pixel of the image as stored; None for images of which not all is scored, or by no likelihood.
+
+    A density of dequantized pixels, (k + u) / L in (0, 1), counts log2 L more: E_u log p((k + u) / L) - X log L is a
+    lower bound of the log mass of the whole numbers k (Theis, van den Oord & Bethge 2016, section 3.1).
+    """
+    stored = data.encoding in ("integers", "dequantized") and not data.train_pixels.is_floating_point()
+    if not stored or head.is_density is None:
+        return None
+    bits = -log_likelihood / (math.prod(data.image_shape) * math.log(2))
+    return bits + math.log2(data.levels) if data.encoding == "dequantized" else bits
+
+
+def report_run(run_dir: Path) -> None:
+    """Print the result in ``run_dir`` as a short table."""
+    result = json.loads((run_dir / "result.json").read_text())
+    images = f"{result['num_images']:,}"
+    samples = f"{result['num_samples']:,} samples from the guide, {images} test images: the customary number"
+    share, believe = result["share_khat_above_threshold"], "another run would differ by this"
+    if result.get("reliable") is False:
+        samples += ", too low here"
+        believe = "not to be believed here, see k"
+    rows = [
+        ("test", result["unit"], ""),
+        ("ELBO", number(result["test_elbo"], 2), "the evidence lower bound, E_q[log p(x, z) - log q(z given x)]"),
+        ("log p(x), importance sampling", number(result["test_log_likelihood"], 2), samples),
+        ("  Monte Carlo error", number(result["mc_se"]), believe),
+        ("  images with bad k", "-", "too few samples to tell")
+        if share is None
+        else (
+            f"  images with k > {result['khat_threshold']:.2f}",
+            f"{share:.0%}",
+            "Pareto k of the weights: there, neither the estimate nor its error is to be trusted",
+        ),
+    ]
+    if result.get("annealed_log_likelihood") is not None:
+        how = f"of {result['annealed_images']:,} images; their mean difference corrects the number above"
+        rows += [
+            ("log p(x), annealed", number(result["annealed_log_likelihood"], 2), how),
+            (
+                "  error",
+                number(result["annealed_mc_se"]),
+                "another draw of these images, and another run, would",
+            ),
+            ("  low by about", number(result.get("annealed_shortfall")), "in expectation; more temperatures help"),
+        ]
+    rows += [
+        ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
+        ("active units", str(result["active_units"]), "latent units that vary with the image"),
+        ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
+    ]
+    if result.get("bits_per_dim") is not None:
+        rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
+    if result["num_invalid"]:
+        rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
+    print(f"\n{table(rows)}\n\n{run_dir}")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"

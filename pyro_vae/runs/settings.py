@@ -1,0 +1,167 @@
+"""Train one variational autoencoder, written as a Pyro program, and report its test log-likelihood with its error.
+
+With no options: the one-layer VAE of the IWAE paper (784-200-200-50, tanh) on dynamically binarized MNIST, trained by
+SVI with Pyro's Trace_ELBO, evaluated on all 10,000 test images by importance sampling. Every part can be swapped by
+name, or by import path for a class of your own; a part takes its own options after its name, as in --encoder MLP
+--encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, larger is better.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pyro
+from pyro.infer import Trace_ELBO
+
+from pyro_vae.data.fetched import MNIST
+from pyro_vae.data.images import Dataset
+from pyro_vae.errors import check_widths
+from pyro_vae.infer.evidence.annealed import Annealing
+from pyro_vae.infer.objectives import Objective
+from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
+from pyro_vae.parts.networks import MLP, Network
+from pyro_vae.parts.posteriors import MeanField, Posterior
+from pyro_vae.parts.priors import Prior, StandardNormal
+
+
+def check_numbers(option: str, numbers: Sequence[int], least: int = 1) -> None:
+    """Refuse a list of settings that is empty, names one twice, or holds one that is too small.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{option} must be different numbers of at least {least}, got {list(numbers)}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch does not take.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, got {seed}")
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How test images are scored.
+
+    Args:
+        num_samples: importance samples per image, at least 1; literature uses 5000.
+        num_images: score only the first so many test images, at least 2; null: all of them.
+        annealed_images: how many of them, drawn at random, are scored by annealed importance sampling too, at least 2;
+            their differences correct the mean over all. 0: none; null: all.
+        annealing: settings of annealed importance sampling.
+    """
+
+    num_samples: int = 1000
+    num_images: int | None = None
+    annealed_images: int | None = 1000
+    annealing: Annealing = field(default_factory=Annealing)
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"--evidence.num_samples must be at least 1, got {self.num_samples}")
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"--evidence.num_images must be at least 2, got {self.num_images}")
+        if self.annealed_images is not None and self.annealed_images < 2 and self.annealed_images != 0:
+            raise ValueError(f"--evidence.annealed_images must be 0 or at least 2, got {self.annealed_images}")
+
+
+@dataclass(frozen=True)
+class TopSettings:
+    """The upper layer of TwoLayerVAE, p(z2) p(z1 | z2).
+
+    Args:
+        latent_dim: dimensions of z2, at least 1; those of z1 are --latent_dim.
+        hidden: width of each hidden layer of the two networks between z1 and z2.
+    """
+
+    latent_dim: int = 50
+    hidden: Sequence[int] = (100, 100)
+
+    def __post_init__(self):
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from the command line
+        if self.latent_dim < 1:
+            raise ValueError(f"--top.latent_dim must be at least 1, got {self.latent_dim}")
+        check_widths("--top.hidden", self.hidden)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one run.
+
+    Args:
+        model: VAE, or TwoLayerVAE with two stochastic layers, whose prior is that of the upper one.
+        top: the upper layer of TwoLayerVAE.
+        dataset: source of images.
+        data_dir: folder of data files and downloads; null: the user's cache folder.
+        prior: p(z).
+        likelihood: p(x | z), the head of the decoder.
+        posterior: q(z | x), the head of the encoder.
+        encoder: network from an image to the posterior's parameters.
+        decoder: network from z to the likelihood's parameters.
+        latent_dim: dimensions of z, at least 1.
+        objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
+        engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; pyro runs
+            pyro.infer.SVI itself, for what cannot be traced and as a reference.
+        precision: of matrix products and convolutions in training by the compiled engine; bfloat16 is faster where the
+            processor has instructions for it.
+        max_norm: the norm of each step's gradient, summed over the batch for a loss of Pyro, is clipped to this,
+            positive, by the compiled engine; null: not.
+        epochs: passes over the training images, at least 1.
+        batch_size: images per gradient step, at least 1.
+        lr: learning rate of Adam, positive; the peak if the schedule has one.
+        schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..
+        patience: stop after so many epochs without a better validation ELBO; null: never.
+        weights: evaluate the last weights, or those of the best validation ELBO.
+        seed: of initialization, data order, training noise and evaluation noise, at least 0.
+        device: auto takes a GPU if there is one.
+        evidence: how test images are scored.
+        run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
+        resume: go on with the interrupted run in --run_dir, with its settings.
+        tensorboard: log curves to run_dir for TensorBoard.
+    """
+
+    model: Literal["VAE", "TwoLayerVAE"] = "VAE"
+    top: TopSettings = field(default_factory=TopSettings)
+    dataset: Callable[[Path], Dataset] = MNIST
+    data_dir: Path | None = None
+    prior: Callable[[int], Prior] = StandardNormal
+    likelihood: Callable[[int], Likelihood] = Bernoulli
+    posterior: Callable[[int], Posterior] = MeanField
+    encoder: Callable[[int, int], Network] = MLP
+    decoder: Callable[[int, int], Network] = MLP
+    latent_dim: int = 50
+    objective: Callable[[], Objective | pyro.infer.ELBO] = Trace_ELBO
+    engine: Literal["compiled", "pyro"] = "compiled"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    max_norm: float | None = None
+    epochs: int = 40
+    batch_size: int = 256
+    lr: float = 5e-3
+    schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle"
+    patience: int | None = None
+    weights: Literal["last", "best"] = "last"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    evidence: EvidenceSettings = field(default_factory=EvidenceSettings)
+    run_dir: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name in ("latent_dim", "epochs", "batch_size", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be positive and finite, got {self.lr}")
+        check_seed(self.seed)
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"--max_norm must be positive, got {self.max_norm}")
+        for name, usual in (("precision", "float32"), ("max_norm", None)):
+            if self.engine == "pyro" and getattr(self, name) != usual:
+                raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")

@@ -1,0 +1,304 @@
+"""A study: the same run for several contenders and seeds, and differences paired by seed and image.
+
+Shared by the experiments whose name ends in ``_study``; each contender is a line of arguments of experiments.svi_mnist.
+"""
+
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pyro_vae.errors import RunError
+from pyro_vae.runs import figures
+from pyro_vae.runs.build import make
+from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, compare_runs
+from pyro_vae.runs.directory import open_run, table, write_json, write_text, writing
+from pyro_vae.runs.loading import Run, read
+from pyro_vae.runs.parsing import parse
+from pyro_vae.runs.scoring import number
+from pyro_vae.runs.settings import Config
+from pyro_vae.runs.training import main
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """StudySettings that every study has. See the subclasses for what ``contenders`` and ``common`` mean."""
+
+    contenders: dict[str, str]
+    common: str
+    seeds: int = 3
+    run_dir: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if not self.contenders:
+            raise ValueError("--contenders: there is none")
+        slugs = [slug(name) for name in self.contenders]
+        if len(set(slugs)) < len(slugs) or not all(slugs):
+            raise ValueError("--contenders: names must differ in their letters and digits, which name directories")
+
+    def arguments(self) -> list[str]:
+        """Arguments of experiments.svi_mnist for all runs."""
+        return shlex.split(self.common)
+
+
+class Summary(NamedTuple):
+    """What the seeds of one contender say; every error is a standard error, None if there is but one seed.
+
+    Attributes:
+        name: of the contender.
+        reference: the contender that it is compared with.
+        unit: of all log-likelihoods.
+        elbo: mean over seeds.
+        estimator: of ``log_likelihood`` and the differences: ``annealed`` if these runs and those of the reference have
+            that, of the same images, else ``importance``.
+        log_likelihood: mean over seeds.
+        importance_sampled: the same by importance sampling from the guide.
+        seed_error: of ``log_likelihood``, over seeds.
+        differences: log-likelihood minus that of the reference, for each seed.
+        difference: their mean.
+        difference_seed_error: of ``difference``, over seeds: other seeds would differ by this.
+        difference_image_error: of ``difference``, over images: another test set would differ by this.
+        share_khat: of images whose Pareto k is above its threshold for so many samples; there the importance-sampled
+            log-likelihood is too low by an unknown amount.
+        active_units: mean over seeds.
+        seconds: of training, mean over seeds.
+        bits_per_dim: mean over seeds; None where it makes no sense.
+    """
+
+    name: str
+    reference: str
+    unit: str
+    elbo: float
+    estimator: str
+    log_likelihood: float
+    importance_sampled: float
+    seed_error: float | None
+    differences: list[float]
+    difference: float
+    difference_seed_error: float | None
+    difference_image_error: float
+    share_khat: float
+    active_units: float
+    seconds: float
+    bits_per_dim: float | None
+
+
+class Study(NamedTuple):
+    """A finished study: its settings, its directory, the run directories of each contender, and what they say."""
+
+    config: StudySettings
+    run_dir: Path
+    directories: dict[str, list[Path]]
+    summaries: list[Summary]
+
+
+def run_study(settings: type[StudySettings], argv: Sequence[str] | None, name: str) -> Study:
+    """Run the study that ``argv`` asks for, in its directory, made, or with ``--resume`` found.
+
+    Raises:
+        RunError: for a mistake in ``argv``, or if the directory holds anything else.
+    """
+    config, text = parse(settings, argv)
+    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    open_run(run_dir, text, config.resume)
+    directories = run_all(config, run_dir)
+    return Study(config, run_dir, directories, summarize(directories))
+
+
+def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
+    """Run every contender with every seed, one seed after the other; finished runs are not run again.
+
+    Returns:
+        The run directories of each contender, one per seed.
+    """
+    result: dict[str, list[Path]] = {name: [] for name in settings.contenders}
+    for name, arguments in settings.contenders.items():  # a mistake in the last one is found now, not after hours
+        try:
+            config, _ = parse(Config, [*settings.arguments(), *shlex.split(arguments)])
+            make("objective", config.objective)
+        except RunError as error:
+            raise RunError(f"{name}: {error}") from error
+    for seed in range(settings.seeds):
+        for name, arguments in settings.contenders.items():
+            directory = run_dir / f"{slug(name)}-seed{seed}"
+            if not (directory / "result.json").exists():
+                print(f"\n=== {name}, seed {seed}")
+                argv = [*settings.arguments(), *shlex.split(arguments), f"--seed={seed}"]
+                argv += [f"--run_dir={directory}"] + ["--resume"] * (directory / "config.yaml").exists()
+                try:
+                    main(argv)
+                except KeyboardInterrupt as interrupt:
+                    hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
+                    raise KeyboardInterrupt(hint) from interrupt
+                except RunError as error:
+                    raise RunError(f"{name}: {error}") from error
+            result[name].append(directory)
+    return result
+
+
+def slug(name: str) -> str:
+    """A name as a directory's: ``Gaussian, per pixel`` becomes ``Gaussian-per-pixel``."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
+    """A summary of each contender, compared with the first one that it can be compared with at all."""
+    references: dict[tuple, tuple[str, list[Run]]] = {}
+    summaries = []
+    for name, paths in directories.items():
+        finished = [read(path) for path in paths]
+        results = [run.result for run in finished]
+        meaning = tuple(results[0].get(each) for each in MUST_AGREE)
+        reference, others = references.setdefault(meaning, (name, finished))
+        estimator = "annealed" if annealed_alike([*finished, *others]) else "importance"
+        pairs = list(zip(finished, others, strict=True))
+        paired = difference(pairs, estimator)
+        key = "annealed_log_likelihood" if estimator == "annealed" else "test_log_likelihood"
+        likelihoods = _values(results, key)
+        summaries.append(
+            Summary(
+                name=name,
+                reference=reference,
+                unit=results[0]["unit"],
+                elbo=_mean(results, "test_elbo"),
+                estimator=estimator,
+                log_likelihood=statistics.fmean(likelihoods),
+                importance_sampled=_mean(results, "test_log_likelihood"),
+                seed_error=standard_error(likelihoods),
+                **paired._asdict(),
+                share_khat=_mean(results, "share_khat_above_threshold"),
+                active_units=_mean(results, "active_units"),
+                seconds=_mean(results, "train_seconds"),
+                bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
+            )
+        )
+    return summaries
+
+
+def report_study(done: Study, title: str, more: dict[str, Sequence[str]] | None = None, remarks: str = "") -> Path:
+    """Write table and figure of a study whose contenders can all be compared; return its directory.
+
+    ``more`` are columns of the table by their headers; ``remarks`` stand below it.
+
+    Raises:
+        RunError: if they cannot.
+    """
+    config, run_dir, directories, summaries = done
+    if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
+        raise RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
+    if len(summaries) > 1:
+        with writing(run_dir):
+            forest(summaries, run_dir / "differences.png", title)
+    lines = [
+        f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
+        f"and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with a bad "
+        "Pareto k.",
+        "",
+        summary_table(summaries, more),
+        *(["", remarks] if remarks else []),
+    ]
+    write_study(run_dir, "\n".join(lines), summaries, directories)
+    return run_dir
+
+
+def estimators(summaries: Sequence[Summary]) -> str:
+    """How log p(x) was estimated: of all alike, or of each contender."""
+    titles = {"annealed": "annealed", "importance": "by importance sampling"}
+    names = {each: [s.name for s in summaries if s.estimator == each] for each in titles}
+    found = [each for each in titles if names[each]]
+    return " and ".join(titles[each] + f" for {', '.join(names[each])}" * (len(found) > 1) for each in found)
+
+
+class PairedDifference(NamedTuple):
+    """Differences of log p(x), paired by seed and image; see :class:`Summary`."""
+
+    differences: list[float]
+    difference: float
+    difference_seed_error: float | None
+    difference_image_error: float
+
+
+def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDifference:
+    """How much better the first runs are than the second, which have the same seeds."""
+    differences = [compare_runs(run, other, estimator).mean for run, other in pairs]
+    log_px = (tuple(getattr(run, estimator)["log_px"].values for run in pair) for pair in pairs)
+    per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
+    return PairedDifference(
+        differences,
+        statistics.fmean(differences),
+        standard_error(differences),
+        float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
+    )
+
+
+def summary_table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
+    """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
+    reference = summaries[0].reference
+    header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
+    header += ["bad k", "active units", "train s"]
+    bits = any(s.bits_per_dim is not None for s in summaries)
+    rows = [header + ["bits/dim"] * bits]
+    for s in summaries:
+        row = [s.name, *(f"{value:.2f}" for value in (s.elbo, s.importance_sampled, s.log_likelihood))]
+        row.append(number(s.seed_error, 2))
+        if s.name == reference:
+            row += ["", "", ""]
+        else:
+            row += [f"{s.difference:+.2f}", number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
+        row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
+        rows.append(row + [number(s.bits_per_dim)] * bits)
+    for name, cells in (more or {}).items():
+        rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
+    return table(rows)
+
+
+def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
+    """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
+    others = [s for s in summaries if s.name != s.reference]
+    with figures.figure(path, 6.4, 1.2 + 0.4 * len(others)) as axes:
+        for row, s in enumerate(others):
+            axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)
+            axes.errorbar(s.difference, row, xerr=s.difference_seed_error, fmt="o", color="C0", capsize=3, zorder=3)
+        axes.axvline(0, color="C3", lw=1)
+        axes.set_yticks(range(len(others)), [s.name for s in others])
+        axes.set_ylim(len(others) - 0.5, -0.5)
+        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per image", title=title)
+
+
+def write_study(
+    run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more
+) -> None:
+    """Print ``text`` and write it to table.md; write summary.json, with devices, versions and commits of the runs."""
+    results = [read(path).result for paths in directories.values() for path in paths]
+    origins = {}
+    for name in ("device", "versions", "commit"):
+        origins[name] = [each for i, r in enumerate(results) if (each := r[name]) not in [s[name] for s in results[:i]]]
+    with writing(run_dir):
+        write_text(run_dir / "table.md", text + "\n")
+        write_json(run_dir / "summary.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
+    print(f"\n{text}\n\n{run_dir}")
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of ``values``; None for a single one, NaN if one of them is."""
+    if len(values) > 1 and not all(map(math.isfinite, values)):  # which the standard library cannot
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _mean(results: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(_values(results, name))
+
+
+def _values(results: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """One number of each result; JSON has null for NaN."""
+    return [math.nan if r[name] is None else r[name] for r in results]

@@ -1,0 +1,533 @@
+"""What every part promises. A new part is tested by one line in one of the dictionaries."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from pyro_vae import (
+    MLP,
+    VAE,
+    Bernoulli,
+    Conditional,
+    Gaussian,
+    MeanField,
+    StandardNormal,
+    TwoLayerVAE,
+    fit,
+    log_weights,
+    traces,
+)
+from pyro_vae.parts.likelihoods import (
+    Beta,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    LaplaceLikelihood,
+    LocationScale,
+    NegativeBinomial,
+    Poisson,
+)
+from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, GatedMLP, RecurrentDecoder, RecurrentEncoder
+from pyro_vae.parts.posteriors import FlowPosterior, FullRank, LowRank
+from pyro_vae.parts.priors import (
+    DiagonalNormal,
+    FlowPrior,
+    GaussianMixture,
+    LaplacePrior,
+    StudentTPrior,
+    UniformPrior,
+    VampPrior,
+)
+
+PRIORS = {
+    "StandardNormal": StandardNormal,
+    "DiagonalNormal": DiagonalNormal,
+    "GaussianMixture": lambda d: GaussianMixture(d, components=3),
+    "VampPrior": lambda d: VampPrior(d, components=3),
+    "VampPrior of data": lambda d: VampPrior(d, components=3, learned=False),
+    "FlowPrior": lambda d: FlowPrior(d, hidden=[16]),
+    "FlowPrior coupling spline": lambda d: FlowPrior(d, "coupling", "spline", transforms=2, hidden=[16]),
+    "LaplacePrior": LaplacePrior,
+    "StudentTPrior": lambda d: StudentTPrior(d, df=8.0),
+    "UniformPrior": lambda d: UniformPrior(d, -2.0, 3.0),
+}
+POSTERIORS = {
+    "MeanField": MeanField,
+    "FullRank": FullRank,
+    "LowRank": lambda d: LowRank(d, rank=1),
+    "FlowPosterior": lambda d: FlowPosterior(d, hidden=[16], context=4),
+    "FlowPosterior spline": lambda d: FlowPosterior(d, transform="spline", hidden=[16], context=4),
+    "FlowPosterior coupling": lambda d: FlowPosterior(d, "coupling", hidden=[16], context=4),
+}
+LIKELIHOODS = {
+    "Bernoulli": Bernoulli,
+    "ContinuousBernoulli": ContinuousBernoulli,
+    "Gaussian": Gaussian,
+    "Gaussian fixed": lambda x: Gaussian(x, scale=0.3),
+    "Gaussian per pixel": lambda x: Gaussian(x, scale="per_pixel"),
+    "LaplaceLikelihood": LaplaceLikelihood,
+    "LaplaceLikelihood per pixel": lambda x: LaplaceLikelihood(x, scale="per_pixel"),
+    "Beta": Beta,
+    "DiscretizedLogistic": lambda x: DiscretizedLogistic(x, levels=17),
+    "DiscretizedLogistic mixture": lambda x: DiscretizedLogistic(x, levels=17, components=3),
+    "Categorical": lambda x: Categorical(x, levels=17),
+    "Poisson": Poisson,
+    "NegativeBinomial": NegativeBinomial,
+}
+SHAPE = (1, 8, 7)  # neither square nor a power of two
+ENCODERS = {
+    "MLP": MLP,
+    "GatedMLP": GatedMLP,
+    "ConvEncoder": lambda *a, **k: ConvEncoder(*a, channels=[4, 8], **k),
+    "ConvEncoder residual": lambda *a, **k: ConvEncoder(*a, channels=[4], blocks=1, **k),
+    "RecurrentEncoder": lambda *a, **k: RecurrentEncoder(*a, hidden=16, **k),
+}
+DECODERS = {
+    "MLP": MLP,
+    "GatedMLP": GatedMLP,
+    "ConvDecoder": lambda *a, **k: ConvDecoder(*a, channels=[8, 4], **k),
+    "ConvDecoder residual": lambda *a, **k: ConvDecoder(*a, channels=[4], blocks=1, **k),
+    "RecurrentDecoder": lambda *a, **k: RecurrentDecoder(*a, hidden=16, **k),
+}
+PIXELS = math.prod(SHAPE)
+
+
+def named(constructors):
+    return pytest.mark.parametrize("make", list(constructors.values()), ids=list(constructors))
+
+
+def vae_with(prior=StandardNormal, posterior=MeanField, likelihood=Bernoulli, encoder=MLP, decoder=MLP, latent_dim=2):
+    head, tail = posterior(latent_dim), likelihood(PIXELS)
+    vae = VAE(
+        prior(latent_dim),
+        Conditional(decoder(latent_dim, sum(tail.sizes), image_shape=SHAPE), tail),
+        Conditional(encoder(PIXELS, sum(head.sizes), image_shape=SHAPE), head),
+    )
+    vae.initialize(data_for(tail, 20))
+    return vae
+
+
+def data_for(head, size):
+    """Observations ``(size, PIXELS)`` of the kind that the head scores."""
+    if head.encoding == "binary":
+        return torch.bernoulli(torch.full((size, PIXELS), 0.4))
+    if head.encoding == "dequantized":
+        return (torch.randint(17, (size, PIXELS)) + torch.rand(size, PIXELS)) / 17
+    return torch.randint(17, (size, PIXELS)).float()
+
+
+def head_distribution(head, scale=0.5, batch=()):
+    """The head's distribution for random raw outputs."""
+    return head(*(scale * torch.randn(*batch, n, dtype=torch.float64) for n in head.sizes))
+
+
+def jitter(module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return module.double()
+
+
+def check_density(q, sample_size=20_000):
+    """The density integrates to one over a rectangle around its samples, and has their moments."""
+    samples = q.sample((sample_size,))
+    low, high = samples.mean(0) - 12 * samples.std(0), samples.mean(0) + 12 * samples.std(0)
+    middles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    z = low + (high - low) * torch.cartesian_prod(middles, middles)
+    inside = q.support.check(z)
+    log_p = q.log_prob(torch.where(inside[:, None], z, samples[0])).detach()
+    p = torch.where(inside, log_p, -math.inf).exp() * (high - low).prod() / len(z)
+    assert p.sum().item() == pytest.approx(1, abs=0.01)
+    mean = p @ z
+    covariance = (p[:, None] * (z - mean)).T @ (z - mean)
+    standard_error = covariance.diagonal().sqrt() / math.sqrt(sample_size)
+    assert ((samples.mean(0) - mean).abs() < 5 * standard_error + 0.01).all()
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0.15, atol=0.05)
+
+
+@named(PRIORS)
+def test_prior_is_a_normalized_density_with_its_samples(make):
+    vae = jitter(vae_with(prior=make, latent_dim=2))
+    vae.posterior.network = _Tame(vae.posterior.network)
+    p = vae.prior(vae.posterior)
+    assert (p.batch_shape, p.event_shape) == ((), (2,))
+    torch.manual_seed(1)
+    check_density(p)
+
+
+class _Tame(nn.Module):
+    """Keeps a random encoder's scales of order one, so that a grid can resolve its densities."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.out_features = network.out_features
+
+    def forward(self, x):
+        return torch.tanh(self.network(x))
+
+
+@named(POSTERIORS)
+def test_posterior_is_a_normalized_density_with_its_samples(make):
+    q = head_distribution(jitter(make(2)))
+    assert (q.batch_shape, q.event_shape) == ((), (2,))
+    assert q.has_rsample
+    check_density(q)
+
+
+@named(POSTERIORS)
+def test_posterior_scores_its_own_draws_like_any_value(make):
+    q = head_distribution(jitter(make(4)), batch=(3,)).expand((5, 3))
+    z = q.rsample()
+    assert z.shape == (5, 3, 4)
+    torch.testing.assert_close(q.log_prob(z), q.log_prob(z.clone()), rtol=1e-8, atol=1e-8)
+    assert not torch.equal(z[0], z[1])
+
+
+@named(POSTERIORS)
+def test_posterior_stays_sane_on_noise_images(make):
+    """Trained on digits-like images, shown pixels far outside: draws stay finite and of the encoder's own scale."""
+    vae = vae_with(posterior=make, latent_dim=4)
+    x = data_for(vae.likelihood.head, 64)
+    fit(vae, [x] * 20, epochs=1, lr=3e-3, progress=False)
+    noise = 100 * torch.randn(64, PIXELS)
+    head = vae.posterior.head
+    loc, *others = vae.posterior.network(noise).split(head.sizes, dim=-1)
+    bounded = [v.clamp(-5, 5) for v in others] if "FlowPosterior" not in type(head).__name__ else others
+    z = head(loc, *bounded).sample((50,))
+    assert z.isfinite().all()
+    assert log_weights(vae.model, vae.guide, torch.bernoulli(torch.full((64, PIXELS), 0.5)), 5).isfinite().all()
+
+
+def support_grid(head):
+    """Points of the support, and the width that each stands for."""
+    if head.encoding == "binary":
+        return torch.tensor([0.0, 1.0]).double(), 1.0
+    if head.encoding == "integers":
+        return torch.arange(head.levels or 3000).double(), 1.0
+    if isinstance(head, LocationScale):
+        return torch.arange(-30, 30, 1e-4, dtype=torch.float64), 1e-4
+    t = torch.arange(-36, 36, 1e-4, dtype=torch.float64)  # x = sigmoid(t) resolves poles at both ends
+    return torch.sigmoid(t), torch.sigmoid(t) * torch.sigmoid(-t) * 1e-4
+
+
+@named(LIKELIHOODS)
+def test_likelihood_is_normalized_with_its_mean_and_samples(make):
+    head = make(1).double()
+    q = head_distribution(head)
+    x, width = support_grid(head)
+    p = q.log_prob(x[:, None]).exp().detach() * width
+    assert p.sum().item() == pytest.approx(1, abs=2e-3)
+    mean = (p @ x).item()
+    std = math.sqrt((p @ (x - mean) ** 2).item())
+    assert q.mean.item() == pytest.approx(mean, abs=2e-3 * max(1, mean))
+    samples = q.sample((40_000,))[:, 0].double()
+    assert samples.mean().item() == pytest.approx(mean, abs=5 * std / 200 + 1e-4)
+    assert samples.std().item() == pytest.approx(std, rel=0.1)
+
+
+@named(LIKELIHOODS)
+def test_likelihood_shapes_and_support(make):
+    head = make(PIXELS)
+    assert head.encoding in ("binary", "dequantized", "integers")
+    assert head.is_density == (head.encoding == "dequantized")
+    x = data_for(head, 3)
+    parameters = [torch.randn(5, 3, n) for n in head.sizes]
+    q = head(*parameters)
+    assert (q.batch_shape, q.event_shape) == ((5, 3), (PIXELS,))
+    assert q.support.check(x).all()
+    assert q.log_prob(x).shape == (5, 3)
+    assert q.sample().shape == q.mean.shape == (5, 3, PIXELS)
+    assert q.support.check(q.sample()).all()
+
+
+@named(LIKELIHOODS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_likelihood_is_finite_on_every_datum_it_admits(make, scale):
+    head = make(PIXELS)
+    extremes = {"binary": [0.0, 1.0], "dequantized": [1e-6, 0.5, 1 - 1e-6], "integers": [0.0, 8.0, 16.0]}
+    outputs = [(scale * torch.randn(100, n)).requires_grad_() for n in head.sizes]
+    for value in extremes[head.encoding]:
+        log_prob = head(*outputs).log_prob(torch.full((PIXELS,), value))
+        assert log_prob.isfinite().all()
+        for gradient in torch.autograd.grad(log_prob.sum(), outputs):
+            assert gradient.isfinite().all()
+
+
+@named(LIKELIHOODS)
+def test_likelihood_starts_near_its_best_without_a_latent(make):
+    """The marginal start is at most 0.25 nats per pixel below what free raw outputs reach by optimization."""
+    head = make(PIXELS)
+    x = data_for(head, 500)
+    start = [v.clone().requires_grad_() for v in head.marginal(x)]
+    log_prob = head(*start).log_prob(x).mean() / PIXELS
+    best = log_prob.item()
+    optim = torch.optim.Adam([*start, *head.parameters()], lr=0.02)
+    for _ in range(200):
+        loss = -head(*start).log_prob(x).mean() / PIXELS
+        best = max(best, -loss.item())
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    assert best - log_prob.item() < 0.25
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def negative_binomial(k, mean=softplus(1.0), r=softplus(2.0)):  # noqa: B008
+    return stats.nbinom(r, r / (r + mean)).logpmf(k)
+
+
+def beta(x, mean=0.6, concentration=0.01 + softplus(3.0)):  # noqa: B008
+    return stats.beta(mean * concentration, (1 - mean) * concentration).logpdf(x)
+
+
+def discretized_logistic(k, scale=1e-3 + softplus(-1.0)):  # noqa: B008
+    cdf = stats.logistic(0.6, scale).cdf
+    return np.log(np.where(k == 3, 1, cdf((k + 1) / 4)) - np.where(k == 0, 0, cdf(k / 4)))
+
+
+@pytest.mark.parametrize(
+    ("head", "outputs", "exact"),
+    [
+        (Gaussian(1, scale=0.3), [0.4], stats.norm(0.4, 0.3).logpdf),
+        (LaplaceLikelihood(1, scale=0.3), [0.4], stats.laplace(0.4, 0.3).logpdf),
+        (Poisson(1), [2.0], stats.poisson(softplus(2.0)).logpmf),
+        (NegativeBinomial(1), [1.0, 2.0], negative_binomial),
+        (Beta(1), [math.log(1.5), 3.0], beta),
+        (ContinuousBernoulli(1), [-25.0], stats.truncexpon(25.0, scale=1 / 25).logpdf),
+        (ContinuousBernoulli(1), [0.01], lambda x: stats.truncexpon(0.01, scale=100).logpdf(1 - x)),
+        (DiscretizedLogistic(1, levels=4), [0.1, 1.0], discretized_logistic),
+        (Bernoulli(1), [0.7], stats.bernoulli(1 / (1 + math.exp(-0.7))).logpmf),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_likelihood_against_scipy(head, outputs, exact):
+    head = head.double()
+    q = head(*(torch.tensor([v], dtype=torch.float64) for v in outputs))
+    whole = {"binary": 2, "integers": head.levels or 30, "dequantized": None}[head.encoding]
+    x = torch.arange(whole).double() if whole else torch.linspace(0.01, 0.99, 30, dtype=torch.float64)
+    np.testing.assert_allclose(q.log_prob(x[:, None]).numpy(), exact(x.numpy()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prior", "exact"),
+    [
+        (StandardNormal(2), stats.norm().logpdf),
+        (LaplacePrior(2), stats.laplace(0, math.sqrt(0.5)).logpdf),
+        (StudentTPrior(2, df=3.0), stats.t(3.0).logpdf),
+        (UniformPrior(2, -3.0, 3.0), stats.uniform(-3, 6).logpdf),
+    ],
+)
+def test_prior_against_scipy(prior, exact):
+    z = torch.randn(20, 2, dtype=torch.float64).clamp(-2.9, 2.9)
+    np.testing.assert_allclose(prior.double()().log_prob(z).numpy(), exact(z.numpy()).sum(-1), rtol=1e-9)
+
+
+def test_vamp_prior_is_the_mixture_of_posteriors():
+    vae = jitter(vae_with(prior=lambda d: VampPrior(d, components=4)))
+    z = torch.randn(6, 2, dtype=torch.float64)
+    u = vae.prior.pseudo_inputs.clamp(0, 1)
+    each = torch.stack([vae.posterior(u_c).log_prob(z) for u_c in u])
+    torch.testing.assert_close(vae.prior(vae.posterior).log_prob(z), each.logsumexp(0) - math.log(4))
+    assert not any(name.startswith("prior.posterior") for name in vae.state_dict())
+
+
+def test_vamp_prior_without_pseudo_inputs_says_so():
+    with pytest.raises(RuntimeError, match="call initialize"):
+        VampPrior(2)(MeanField(2))
+    with pytest.raises(ValueError, match="components is 100, but there are only 3"):
+        VampPrior(2).initialize(torch.zeros(3, 5))
+
+
+def test_uniform_prior_draws_stay_inside_and_their_density_is_transformed():
+    vae = jitter(vae_with(prior=lambda d: UniformPrior(d, -2.0, 3.0)))
+    vae.posterior.network = _Tame(vae.posterior.network)
+    x = data_for(vae.likelihood.head, 5).double()
+    model_trace, guide_trace = traces(vae.model, vae.guide, x, 50)
+    z = guide_trace.nodes["z"]["value"]
+    assert ((z > -2) & (z < 3)).all()
+    # by hand: z = 5 sigmoid(y) - 2, so log q(z) = log q(y) - log(5 s (1 - s))
+    s = (z + 2) / 5
+    y = torch.logit(s)
+    by_hand = vae.posterior(x).log_prob(y) - (5 * s * (1 - s)).log().sum(-1)
+    torch.testing.assert_close(guide_trace.nodes["z"]["log_prob"], by_hand, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model_trace.nodes["z"]["log_prob"], torch.full((50, 5), -2 * math.log(5)).double())
+
+
+CASES = (
+    {f"prior {name}": {"prior": make} for name, make in PRIORS.items()}
+    | {f"posterior {name}": {"posterior": make} for name, make in POSTERIORS.items()}
+    | {f"likelihood {name}": {"likelihood": make} for name, make in LIKELIHOODS.items()}
+    | {f"encoder {name}": {"encoder": make} for name, make in ENCODERS.items()}
+    | {f"decoder {name}": {"decoder": make} for name, make in DECODERS.items()}
+)
+every_part = pytest.mark.parametrize("parts", list(CASES.values()), ids=list(CASES))
+
+
+@every_part
+def test_every_parameter_gets_a_gradient(parts):
+    vae = vae_with(**parts)
+    x = data_for(vae.likelihood.head, 16)
+    jittered = copy.deepcopy(vae)
+    with torch.no_grad():
+        for p in jittered.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    log_w = log_weights(jittered.model, jittered.guide, x, 4)
+    assert log_w.shape == (4, 16)
+    (-log_w.mean()).backward()
+    without = [
+        name for name, p in jittered.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without
+
+
+@every_part
+def test_state_dict_round_trip_without_duplicates(parts):
+    vae, other = vae_with(**parts), vae_with(**parts)
+    state = vae.state_dict()
+    addresses = [value.data_ptr() for value in state.values() if value.numel()]
+    assert len(addresses) == len(set(addresses))
+    fresh = vae_with(**parts)
+    if isinstance(fresh.prior, VampPrior):
+        fresh.prior = VampPrior(2, fresh.prior.components, fresh.prior.pseudo_inputs.requires_grad)  # never initialized
+    fresh.load_state_dict(state)
+    x = data_for(vae.likelihood.head, 3)
+    results = []
+    for each in (vae, fresh, other):
+        torch.manual_seed(1)
+        results.append(log_weights(each.model, each.guide, x, 2))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@every_part
+def test_float32_agrees_with_float64(parts):
+    vae = vae_with(**parts)
+    x = data_for(vae.likelihood.head, 4)
+    z = 0.5 * torch.rand(4, 2)
+    double = copy.deepcopy(vae).double()
+    for single, precise in (
+        (vae.likelihood(z).log_prob(x), double.likelihood(z.double()).log_prob(x.double())),
+        (vae.prior(vae.posterior).log_prob(z), double.prior(double.posterior).log_prob(z.double())),
+        (vae.posterior(x).log_prob(z), double.posterior(x.double()).log_prob(z.double())),
+    ):
+        assert single.dtype == torch.float32
+        assert precise.dtype == torch.float64
+        torch.testing.assert_close(single.double(), precise, rtol=2e-3, atol=2e-3)
+
+
+# zuko's coupling selects features by a boolean mask, which the meta device cannot do
+@pytest.mark.parametrize("parts", [v for k, v in CASES.items() if "coupling" not in k])
+def test_moves_between_devices(parts):
+    """On the meta device any tensor that was left on the CPU raises an error."""
+    vae = vae_with(**parts)
+    x = data_for(vae.likelihood.head, 4).to("meta")
+    vae = vae.to("meta")
+    z = torch.zeros(4, 2, device="meta")
+    with pyro.validation_enabled(False):
+        assert vae.likelihood(z).log_prob(x).device.type == "meta"
+        assert vae.posterior(x).log_prob(z).device.type == "meta"
+        assert vae.prior(vae.posterior).log_prob(z).device.type == "meta"
+
+
+@every_part
+def test_repr_names_the_part(parts):
+    text = repr(vae_with(**parts))
+    assert all(name in text for name in ("(prior)", "(likelihood)", "(posterior)", "(network)", "(head)"))
+
+
+def test_import_leaves_validation_as_it_was():
+    """zuko switches it off for all of torch, which would score grey pixels under a Bernoulli without a word."""
+    program = (
+        "from torch.distributions import Distribution; before = Distribution._validate_args; import pyro_vae; "
+        "assert before and Distribution._validate_args == before"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@named(ENCODERS)
+def test_encoder_treats_leading_dimensions_alike(make):
+    network = make(PIXELS, 6, image_shape=SHAPE)
+    x = torch.randn(3, 4, PIXELS)
+    assert network(x).shape == (3, 4, 6)
+    torch.testing.assert_close(network(x)[1, 2], network(x[1, 2]), rtol=1e-4, atol=1e-5)
+
+
+@named(DECODERS)
+@pytest.mark.parametrize("images", [1, 3])
+def test_decoder_treats_leading_dimensions_alike_and_starts_where_told(make, images):
+    network = make(5, images * PIXELS, image_shape=SHAPE)
+    z = torch.randn(3, 4, 5)
+    assert network(z).shape == (3, 4, images * PIXELS)
+    torch.testing.assert_close(network(z)[1, 2], network(z[1, 2]), rtol=1e-4, atol=1e-5)
+    before = network(z).detach()
+    start = torch.randn(images * PIXELS)
+    network.start_at(start)
+    torch.testing.assert_close(network(z) - before, start.expand_as(before), rtol=1e-4, atol=1e-5)
+
+
+def two_layer(top=StandardNormal, head=MeanField):
+    def conditional(inputs, tail):
+        return Conditional(MLP(inputs, sum(tail.sizes), hidden=[8]), tail)
+
+    vae = TwoLayerVAE(
+        top(2),
+        latent=conditional(2, MeanField(3)),
+        likelihood=conditional(3, Bernoulli(PIXELS)),
+        posterior=conditional(PIXELS, MeanField(3)),
+        top_posterior=conditional(3, head(2)),
+    )
+    vae.initialize(torch.bernoulli(torch.full((20, PIXELS), 0.4)))
+    return vae
+
+
+@pytest.mark.parametrize("make", [StandardNormal, VampPrior, UniformPrior], ids=lambda m: m.__name__)
+def test_two_layer_log_weights_by_hand(make):
+    top = (lambda d: VampPrior(d, components=4)) if make is VampPrior else make
+    vae = jitter(two_layer(top))
+    x = torch.bernoulli(torch.full((5, PIXELS), 0.4)).double()
+    torch.manual_seed(1)
+    _, guide_trace = traces(vae.model, vae.guide, x, 3)
+    z1, z2 = (guide_trace.nodes[name]["value"] for name in ("z1", "z2"))
+    torch.manual_seed(1)
+    log_w = log_weights(vae.model, vae.guide, x, 3)
+    prior = vae.prior(lambda u: vae.top_posterior(vae.posterior(u).mean))
+    log_p = prior.log_prob(z2) + vae.latent(z2).log_prob(z1) + vae.likelihood(z1).log_prob(x)
+    log_q2 = guide_trace.nodes["z2"]["log_prob"] if make is UniformPrior else vae.top_posterior(z1).log_prob(z2)
+    torch.testing.assert_close(log_w, log_p - vae.posterior(x).log_prob(z1) - log_q2, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("posterior", list(POSTERIORS))
+@pytest.mark.parametrize("prior", list(PRIORS))
+def test_every_prior_trains_with_every_posterior(prior, posterior):
+    vae = vae_with(PRIORS[prior], POSTERIORS[posterior], latent_dim=3)
+    check_that_it_learns(vae)
+
+
+@pytest.mark.parametrize(
+    "network", [("MLP", "MLP"), ("ConvEncoder", "ConvDecoder"), ("RecurrentEncoder", "RecurrentDecoder")]
+)
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
+def test_every_likelihood_trains_with_every_network(likelihood, network):
+    encoder, decoder = network
+    vae = vae_with(likelihood=LIKELIHOODS[likelihood], encoder=ENCODERS[encoder], decoder=DECODERS[decoder])
+    check_that_it_learns(vae)
+
+
+def check_that_it_learns(vae):
+    """A few steps on images of two kinds: the bound rises."""
+    x = data_for(vae.likelihood.head, 64)
+    x[:32, : PIXELS // 2] = x[0, 0]
+    history = fit(vae, [x] * 10, epochs=3, lr=3e-3, schedule="constant", progress=False)
+    assert history[-1].train_elbo > history[0].train_elbo
