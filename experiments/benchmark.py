@@ -64,8 +64,8 @@ from pyro_vae import (
     runs,
 )
 from pyro_vae.data.images import Dataset, Images
+from pyro_vae.parts import posteriors
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder
-from pyro_vae.parts.posteriors import FlowPosterior
 from pyro_vae.parts.priors import VampPrior
 from pyro_vae.runs import figures
 from pyro_vae.vae import num_outputs
@@ -290,7 +290,7 @@ def observations(size: int, device: torch.device) -> Tensor:
 def build(model: str, device: torch.device) -> VAE:
     """An untrained model of 28x28 images with 50 latents."""
     prior = VampPrior(50) if model == "VampPrior" else StandardNormal(50)
-    posterior = FlowPosterior(50) if model == "flow" else MeanField(50)
+    posterior = posteriors.Flow(50) if model == "flow" else MeanField(50)
     encoder = MLP(784, num_outputs(posterior), hidden=[400])
     decoder = MLP(50, 784, hidden=[400])
     if model == "conv":

@@ -34,7 +34,7 @@ MASS = "--dataset.binarization integers --likelihood"
 LIKELIHOODS = {
     "Gaussian": f"{DENSITY} Gaussian",
     "Gaussian, scale per pixel": f"{DENSITY} Gaussian --likelihood.scale per_pixel --lr 1e-3",  # diverges at 5e-3
-    "LaplaceLikelihood": f"{DENSITY} LaplaceLikelihood",
+    "LaplaceLikelihood": f"{DENSITY} Laplace",
     "Beta": f"{DENSITY} Beta",
     "ContinuousBernoulli": f"{DENSITY} ContinuousBernoulli",
     "DiscretizedLogistic": f"{MASS} DiscretizedLogistic",

@@ -17,10 +17,10 @@ PRIORS = {
     "GaussianMixture": "--prior GaussianMixture",
     "VampPrior": "--prior VampPrior",
     "VampPrior of data": "--prior VampPrior --prior.learned false",
-    "FlowPrior": "--prior FlowPrior",
-    "LaplacePrior": "--prior LaplacePrior",
-    "StudentTPrior": "--prior StudentTPrior",
-    "UniformPrior": "--prior UniformPrior",
+    "FlowPrior": "--prior Flow",
+    "LaplacePrior": "--prior Laplace",
+    "StudentTPrior": "--prior StudentT",
+    "UniformPrior": "--prior Uniform",
 }
 
 

@@ -240,8 +240,8 @@ class CIWAE(Objective):
 class _Separated(Objective):
     """Objectives whose gradient is put together: z's part, the model's and the guide's are weighed apart.
 
-    log q is scored at a copy of z, for which an autoregressive FlowPosterior must be inverted, dimension by dimension:
-    ten times slower than :class:`IWAE`; with a coupling flow it is not.
+    log q is scored at a copy of z, for which an autoregressive ``posteriors.Flow`` must be inverted, dimension by
+    dimension: ten times slower than :class:`IWAE`; with a coupling flow it is not.
     """
 
     def __init__(self, num_particles: int):

@@ -170,7 +170,7 @@ class Gaussian(LocationScale):
     family = staticmethod(dist.Normal)
 
 
-class LaplaceLikelihood(LocationScale):
+class Laplace(LocationScale):
     """Independent Laplace pixels: heavier tails than the normal.
 
     Args:

@@ -100,7 +100,7 @@ class LowRank(Posterior):
         return dist.LowRankMultivariateNormal(loc, factor, scale.square())
 
 
-class FlowPosterior(Posterior):
+class Flow(Posterior):
     """A conditional flow of zuko in the encoder's own coordinates: z = loc + exp(log_scale) * f(eps; context).
 
     The flow sees standard normal noise and a context bounded by tanh, and log_scale is bounded by 7, so whatever the

@@ -146,7 +146,7 @@ class VampPrior(Prior):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class FlowPrior(Prior):
+class Flow(Prior):
     """A normalizing flow of zuko: a standard normal through learned invertible maps.
 
     Args:
@@ -176,7 +176,7 @@ class FlowPrior(Prior):
         return FlowDistribution(self.flow, self.latent_dim)
 
 
-class LaplacePrior(Prior):
+class Laplace(Prior):
     """Independent Laplace latents of mean 0 and variance 1.
 
     Args:
@@ -191,7 +191,7 @@ class LaplacePrior(Prior):
         return dist.Laplace(self.loc, math.sqrt(0.5)).to_event(1)
 
 
-class StudentTPrior(Prior):
+class StudentT(Prior):
     """Independent Student-t latents of mean 0 and scale 1.
 
     Args:
@@ -213,7 +213,7 @@ class StudentTPrior(Prior):
         return dist.StudentT(self.loc.new_tensor(self.df), self.loc, self.loc.new_tensor(1.0)).to_event(1)
 
 
-class UniformPrior(Prior):
+class Uniform(Prior):
     """Latents uniform between two bounds; the guide maps the posterior into them.
 
     Args:

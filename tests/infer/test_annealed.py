@@ -35,7 +35,7 @@ from pyro_vae.infer.evidence.importance import reduce_log_weights
 from pyro_vae.infer.evidence.laplace import laplace_approximation
 from pyro_vae.infer.evidence.result import difference_estimate
 from pyro_vae.infer.supports import Latents
-from pyro_vae.parts.priors import UniformPrior
+from pyro_vae.parts import priors
 
 STARTS = ["laplace", "guide", "prior"]
 
@@ -100,7 +100,7 @@ def bumpy():
 
 def wide_uniform_vae():
     return VAE(
-        UniformPrior(2, -1.0, 2.0),
+        priors.Uniform(2, -1.0, 2.0),
         likelihood=Conditional(MLP(2, 6, hidden=[5]), Bernoulli(6)),
         posterior=Conditional(MLP(6, 4, hidden=[5]), MeanField(2)),
     ).double()

@@ -32,23 +32,24 @@ from pyro_vae import (
 )
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
 from pyro_vae.infer.tracing import Compiled
-from pyro_vae.parts.posteriors import FlowPosterior, FullRank, LowRank
-from pyro_vae.parts.priors import FlowPrior, GaussianMixture, LaplacePrior, StudentTPrior, UniformPrior, VampPrior
+from pyro_vae.parts import posteriors, priors
+from pyro_vae.parts.posteriors import FullRank, LowRank
+from pyro_vae.parts.priors import GaussianMixture, VampPrior
 
 PRIORS = {
     "StandardNormal": lambda: StandardNormal(3),
     "GaussianMixture": lambda: GaussianMixture(3, components=4),
     "VampPrior": lambda: VampPrior(3, components=4),
-    "FlowPrior": lambda: FlowPrior(3, hidden=[8]),
-    "LaplacePrior": lambda: LaplacePrior(3),
-    "StudentTPrior": lambda: StudentTPrior(3),
-    "UniformPrior": lambda: UniformPrior(3),
+    "FlowPrior": lambda: priors.Flow(3, hidden=[8]),
+    "LaplacePrior": lambda: priors.Laplace(3),
+    "StudentTPrior": lambda: priors.StudentT(3),
+    "UniformPrior": lambda: priors.Uniform(3),
 }
 POSTERIORS = {
     "MeanField": MeanField,
     "FullRank": FullRank,
     "LowRank": lambda dim: LowRank(dim, rank=2),
-    "FlowPosterior": lambda dim: FlowPosterior(dim, hidden=[8]),
+    "FlowPosterior": lambda dim: posteriors.Flow(dim, hidden=[8]),
 }
 
 

@@ -21,8 +21,8 @@ from pyro_vae import (
 )
 from pyro_vae.infer.diagnostics import kl_divergence, mutual_information
 from pyro_vae.infer.programs import posterior_samples
+from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank
-from pyro_vae.parts.priors import UniformPrior
 
 
 def vae_of(prior, posterior, pixels=12):
@@ -63,7 +63,9 @@ def double(*numbers):
 
 
 @pytest.mark.parametrize(
-    ("prior", "posterior"), [(StandardNormal(3), FullRank(3)), (UniformPrior(3), MeanField(3))], ids=["full", "uniform"]
+    ("prior", "posterior"),
+    [(StandardNormal(3), FullRank(3)), (priors.Uniform(3), MeanField(3))],
+    ids=["full", "uniform"],
 )
 def test_kl_is_one_number_where_a_density_does_not_factorize(prior, posterior):
     vae, x = vae_of(prior, posterior), binary(6)
@@ -245,7 +247,7 @@ def test_mutual_information_of_several_sites_and_many_chunks():
 
 @pytest.mark.parametrize("posterior", [FullRank(2), MeanField(2)], ids=["full", "squashed"])
 def test_mutual_information_of_every_kind_of_guide(posterior):
-    vae = vae_of(StandardNormal(2) if isinstance(posterior, FullRank) else UniformPrior(2), posterior)
+    vae = vae_of(StandardNormal(2) if isinstance(posterior, FullRank) else priors.Uniform(2), posterior)
     x = binary(50)
     parts = mutual_information(vae.model, vae.guide, x, num_samples=400)
     kl = kl_divergence(vae.model, vae.guide, x, num_samples=400)["z"].item()

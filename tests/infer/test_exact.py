@@ -10,7 +10,7 @@ from scipy import integrate, optimize, stats
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, ContractError, Evidence, Gaussian, MeanField, quadrature
 from pyro_vae.infer.evidence.exact import enumeration
-from pyro_vae.parts.priors import UniformPrior
+from pyro_vae.parts import priors
 
 
 def programs(likelihood, **priors):
@@ -216,7 +216,7 @@ def test_quadrature_over_bounded_supports():
 
 def test_quadrature_of_a_vae_with_a_uniform_prior():
     vae = VAE(
-        UniformPrior(2, -1.0, 2.0),
+        priors.Uniform(2, -1.0, 2.0),
         likelihood=Conditional(MLP(2, 6, hidden=[5]), Gaussian(6, scale=0.4)),
         posterior=Conditional(MLP(6, 4, hidden=[5]), MeanField(2)),
     ).double()
@@ -332,7 +332,7 @@ def test_quadrature_refuses_what_it_cannot_integrate():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         quadrature(vae.model, vae.guide, x, batch_size=0)
     grey = VAE(
-        UniformPrior(1),
+        priors.Uniform(1),
         likelihood=Conditional(MLP(1, 6, hidden=[5]), Bernoulli(6)),
         posterior=Conditional(MLP(6, 2, hidden=[5]), MeanField(1)),
     ).double()

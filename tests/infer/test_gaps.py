@@ -24,7 +24,7 @@ from pyro_vae import (
 )
 from pyro_vae.infer.evidence.gaps import InferenceGaps
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
-from pyro_vae.parts.priors import UniformPrior
+from pyro_vae.parts import priors
 
 
 def gaussian_guide(loc: Tensor, scale: Tensor):
@@ -68,7 +68,7 @@ class Oracle:
 
 def uniform_vae(latent_dim: int) -> VAE:
     vae = VAE(
-        UniformPrior(latent_dim, -1.0, 2.0),
+        priors.Uniform(latent_dim, -1.0, 2.0),
         likelihood=Conditional(MLP(latent_dim, 12, hidden=[8]), Bernoulli(12)),
         posterior=Conditional(MLP(12, 2 * latent_dim, hidden=[8]), MeanField(latent_dim)),
     ).double()
@@ -212,7 +212,7 @@ def test_bounded_support_against_quadrature():
 
 def test_several_latent_sites():
     vae = TwoLayerVAE(
-        UniformPrior(2),
+        priors.Uniform(2),
         latent=Conditional(MLP(2, 6, hidden=[8]), MeanField(3)),
         likelihood=Conditional(MLP(3, 12, hidden=[8]), Bernoulli(12)),
         posterior=Conditional(MLP(12, 6, hidden=[8]), MeanField(3)),

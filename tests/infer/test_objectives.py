@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pyro_vae import ELBO, IWAE, MLP, BetaELBO, CompiledSVI, Conditional, ContractError, DReG, PyroSVI, fit, log_weights
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
+from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
-from pyro_vae.parts.priors import FlowPrior
 
 X, NOISE = 1.7, 0.5
 WEIGHT, LOC, LOG_SCALE = 0.9, 0.6, -0.9  # the posterior is at 1.43 with scale 0.486: the guide is off in both
@@ -369,7 +369,7 @@ def test_settings_out_of_range_are_refused(make, message):
 @pytest.mark.parametrize("objective", [ELBO(kl="analytic"), BetaELBO(kl="analytic", free_bits=1.0)])
 def test_a_divergence_without_closed_form_is_refused(objective):
     vae = small_vae()
-    vae.prior = FlowPrior(3, hidden=[8]).double()
+    vae.prior = priors.Flow(3, hidden=[8]).double()
     with pytest.raises(ContractError, match=r"no closed form .* from Normal to FlowDistribution .* take kl=.sampled"):
         objective(vae.model, vae.guide, binary(3))
 

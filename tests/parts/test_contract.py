@@ -25,27 +25,19 @@ from pyro_vae import (
     log_weights,
     traces,
 )
+from pyro_vae.parts import likelihoods, posteriors, priors
 from pyro_vae.parts.likelihoods import (
     Beta,
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
-    LaplaceLikelihood,
     LocationScale,
     NegativeBinomial,
     Poisson,
 )
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, GatedMLP, RecurrentDecoder, RecurrentEncoder
-from pyro_vae.parts.posteriors import FlowPosterior, FullRank, LowRank
-from pyro_vae.parts.priors import (
-    DiagonalNormal,
-    FlowPrior,
-    GaussianMixture,
-    LaplacePrior,
-    StudentTPrior,
-    UniformPrior,
-    VampPrior,
-)
+from pyro_vae.parts.posteriors import FullRank, LowRank
+from pyro_vae.parts.priors import DiagonalNormal, GaussianMixture, VampPrior
 
 PRIORS = {
     "StandardNormal": StandardNormal,
@@ -53,19 +45,19 @@ PRIORS = {
     "GaussianMixture": lambda d: GaussianMixture(d, components=3),
     "VampPrior": lambda d: VampPrior(d, components=3),
     "VampPrior of data": lambda d: VampPrior(d, components=3, learned=False),
-    "FlowPrior": lambda d: FlowPrior(d, hidden=[16]),
-    "FlowPrior coupling spline": lambda d: FlowPrior(d, "coupling", "spline", transforms=2, hidden=[16]),
-    "LaplacePrior": LaplacePrior,
-    "StudentTPrior": lambda d: StudentTPrior(d, df=8.0),
-    "UniformPrior": lambda d: UniformPrior(d, -2.0, 3.0),
+    "FlowPrior": lambda d: priors.Flow(d, hidden=[16]),
+    "FlowPrior coupling spline": lambda d: priors.Flow(d, "coupling", "spline", transforms=2, hidden=[16]),
+    "LaplacePrior": priors.Laplace,
+    "StudentTPrior": lambda d: priors.StudentT(d, df=8.0),
+    "UniformPrior": lambda d: priors.Uniform(d, -2.0, 3.0),
 }
 POSTERIORS = {
     "MeanField": MeanField,
     "FullRank": FullRank,
     "LowRank": lambda d: LowRank(d, rank=1),
-    "FlowPosterior": lambda d: FlowPosterior(d, hidden=[16], context=4),
-    "FlowPosterior spline": lambda d: FlowPosterior(d, transform="spline", hidden=[16], context=4),
-    "FlowPosterior coupling": lambda d: FlowPosterior(d, "coupling", hidden=[16], context=4),
+    "FlowPosterior": lambda d: posteriors.Flow(d, hidden=[16], context=4),
+    "FlowPosterior spline": lambda d: posteriors.Flow(d, transform="spline", hidden=[16], context=4),
+    "FlowPosterior coupling": lambda d: posteriors.Flow(d, "coupling", hidden=[16], context=4),
 }
 LIKELIHOODS = {
     "Bernoulli": Bernoulli,
@@ -73,8 +65,8 @@ LIKELIHOODS = {
     "Gaussian": Gaussian,
     "Gaussian fixed": lambda x: Gaussian(x, scale=0.3),
     "Gaussian per pixel": lambda x: Gaussian(x, scale="per_pixel"),
-    "LaplaceLikelihood": LaplaceLikelihood,
-    "LaplaceLikelihood per pixel": lambda x: LaplaceLikelihood(x, scale="per_pixel"),
+    "LaplaceLikelihood": likelihoods.Laplace,
+    "LaplaceLikelihood per pixel": lambda x: likelihoods.Laplace(x, scale="per_pixel"),
     "Beta": Beta,
     "DiscretizedLogistic": lambda x: DiscretizedLogistic(x, levels=17),
     "DiscretizedLogistic mixture": lambda x: DiscretizedLogistic(x, levels=17, components=3),
@@ -201,7 +193,7 @@ def test_posterior_stays_sane_on_noise_images(make):
     noise = 100 * torch.randn(64, PIXELS)
     head = vae.posterior.head
     loc, *others = vae.posterior.network(noise).split(head.sizes, dim=-1)
-    bounded = [v.clamp(-5, 5) for v in others] if "FlowPosterior" not in type(head).__name__ else others
+    bounded = [v.clamp(-5, 5) for v in others] if not isinstance(head, posteriors.Flow) else others
     z = head(loc, *bounded).sample((50,))
     assert z.isfinite().all()
     assert log_weights(vae.model, vae.guide, torch.bernoulli(torch.full((64, PIXELS), 0.5)), 5).isfinite().all()
@@ -301,7 +293,7 @@ def discretized_logistic(k, scale=1e-3 + softplus(-1.0)):  # noqa: B008
     ("head", "outputs", "exact"),
     [
         (Gaussian(1, scale=0.3), [0.4], stats.norm(0.4, 0.3).logpdf),
-        (LaplaceLikelihood(1, scale=0.3), [0.4], stats.laplace(0.4, 0.3).logpdf),
+        (likelihoods.Laplace(1, scale=0.3), [0.4], stats.laplace(0.4, 0.3).logpdf),
         (Poisson(1), [2.0], stats.poisson(softplus(2.0)).logpmf),
         (NegativeBinomial(1), [1.0, 2.0], negative_binomial),
         (Beta(1), [math.log(1.5), 3.0], beta),
@@ -324,9 +316,9 @@ def test_likelihood_against_scipy(head, outputs, exact):
     ("prior", "exact"),
     [
         (StandardNormal(2), stats.norm().logpdf),
-        (LaplacePrior(2), stats.laplace(0, math.sqrt(0.5)).logpdf),
-        (StudentTPrior(2, df=3.0), stats.t(3.0).logpdf),
-        (UniformPrior(2, -3.0, 3.0), stats.uniform(-3, 6).logpdf),
+        (priors.Laplace(2), stats.laplace(0, math.sqrt(0.5)).logpdf),
+        (priors.StudentT(2, df=3.0), stats.t(3.0).logpdf),
+        (priors.Uniform(2, -3.0, 3.0), stats.uniform(-3, 6).logpdf),
     ],
 )
 def test_prior_against_scipy(prior, exact):
@@ -351,7 +343,7 @@ def test_vamp_prior_without_pseudo_inputs_says_so():
 
 
 def test_uniform_prior_draws_stay_inside_and_their_density_is_transformed():
-    vae = jitter(vae_with(prior=lambda d: UniformPrior(d, -2.0, 3.0)))
+    vae = jitter(vae_with(prior=lambda d: priors.Uniform(d, -2.0, 3.0)))
     vae.posterior.network = _Tame(vae.posterior.network)
     x = data_for(vae.likelihood.head, 5).double()
     model_trace, guide_trace = traces(vae.model, vae.guide, x, 50)
@@ -492,7 +484,7 @@ def two_layer(top=StandardNormal, head=MeanField):
     return vae
 
 
-@pytest.mark.parametrize("make", [StandardNormal, VampPrior, UniformPrior], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("make", [StandardNormal, VampPrior, priors.Uniform], ids=lambda m: m.__name__)
 def test_two_layer_log_weights_by_hand(make):
     top = (lambda d: VampPrior(d, components=4)) if make is VampPrior else make
     vae = jitter(two_layer(top))
@@ -504,7 +496,7 @@ def test_two_layer_log_weights_by_hand(make):
     log_w = log_weights(vae.model, vae.guide, x, 3)
     prior = vae.prior(lambda u: vae.top_posterior(vae.posterior(u).mean))
     log_p = prior.log_prob(z2) + vae.latent(z2).log_prob(z1) + vae.likelihood(z1).log_prob(x)
-    log_q2 = guide_trace.nodes["z2"]["log_prob"] if make is UniformPrior else vae.top_posterior(z1).log_prob(z2)
+    log_q2 = guide_trace.nodes["z2"]["log_prob"] if make is priors.Uniform else vae.top_posterior(z1).log_prob(z2)
     torch.testing.assert_close(log_w, log_p - vae.posterior(x).log_prob(z1) - log_q2, rtol=1e-9, atol=1e-9)
 
 

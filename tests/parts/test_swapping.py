@@ -79,7 +79,7 @@ def test_binary_images_have_no_bits_per_dimension(tmp_path):
             ["256 levels", "Digits have 17", "add --likelihood.levels 17"],
         ),
         (["--prior=VampPrior", "--prior.components=5000"], ["components is 5000", "only 1200 training images"]),
-        (["--prior=StudentTPrior", "--prior.df=-1"], ["--prior: df must be positive", "got -1"]),
+        (["--prior=StudentT", "--prior.df=-1"], ["--prior: df must be positive", "got -1"]),
         (["--posterior=LowRank", "--posterior.rank=9"], ["--posterior: rank must be from 1 to latent_dim", "3"]),
         (["--model=TwoLayerVAE", "--top.latent_dim=0"], ["--top.latent_dim must be at least 1"]),
     ],
@@ -97,7 +97,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, argv, words):
     [
         ["--model=TwoLayerVAE", "--top.latent_dim=2", "--top.hidden=[8]"],
         ["--prior=VampPrior", "--prior.components=7"],
-        ["--prior=FlowPrior", "--posterior=FlowPosterior"],
+        ["--prior=Flow", "--posterior=Flow"],
     ],
 )
 def test_a_run_of_other_parts_loads_without_its_data(tmp_path, argv, monkeypatch):

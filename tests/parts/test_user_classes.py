@@ -327,14 +327,14 @@ def test_such_a_bound_is_refused_before_anything_is_written(tmp_path, engine):
         runs.main([*argv.split(), f"--engine={engine}", f"--run_dir={tmp_path / 'run'}"])
     assert "--engine compiled" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-    argv = "--dataset Digits --objective ELBO --objective.kl analytic --prior StudentTPrior"
+    argv = "--dataset Digits --objective ELBO --objective.kl analytic --prior StudentT"
     with pytest.raises(runs.RunError, match=r"from Normal to StudentT at site 'z': take --objective.kl sampled"):
         runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
 
 def test_a_vamp_prior_needs_the_mean_that_a_flow_has_not(tmp_path):
-    argv = "--dataset Digits --model TwoLayerVAE --prior VampPrior --prior.components 5 --posterior FlowPosterior"
+    argv = "--dataset Digits --model TwoLayerVAE --prior VampPrior --prior.components 5 --posterior Flow"
     with pytest.raises(runs.RunError, match=r"takes the mean of q\(z1 \| x\), which FlowDistribution has not: choose"):
         runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
 
