@@ -20,7 +20,7 @@ class Latents:
     """The latent variables z of ``model`` for given observations, as vectors u in R^D.
 
     u puts the sites one after the other, each mapped from its support to the whole space; log-densities are those of u,
-    so they count log |dz / du|.
+    so they count ``log |dz / du|``.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`.

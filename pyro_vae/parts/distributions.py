@@ -40,7 +40,7 @@ class ContinuousBernoulli(TorchDistribution):
         return self.logits * x - self.log_normalizer()
 
     def log_normalizer(self) -> Tensor:
-        """log (exp(l) - 1) / l = max(l, 0) + log (1 - exp(-a)) / a with a = |l|; a series where a is small."""
+        """``log (exp(l) - 1) / l = max(l, 0) + log (1 - exp(-a)) / a with a = |l|``; a series where a is small."""
         size = self.logits.abs()
         small = size < 0.1
         safe = torch.where(small, 1.0, size)

@@ -21,7 +21,7 @@ from pyro_vae.infer.supports import Latents, innermost
 def quadrature(model: Program, guide: Program, x: Tensor, num_points: int = 2**14, batch_size: int = 2**15) -> Evidence:
     """log p(x) by the trapezoidal rule over all latent variables, of one or two dimensions in all.
 
-    log p(x) = log sum_i exp(log p(x, u_i)) |cell_i|, in the unconstrained coordinates u of :class:`Latents`. Each
+    ``log p(x) = log sum_i exp(log p(x, u_i)) |cell_i|``, in the unconstrained coordinates u of :class:`Latents`. Each
     observation has a grid of its own, u = c + A sinh(t) with t equally spaced, which resolves a narrow posterior and
     reaches heavy tails. It is found by zooming in from the prior's range on the region within 40 nats of the largest
     integrand, which leaves out a share of about exp(-40). For smooth integrands that decay, the error falls
