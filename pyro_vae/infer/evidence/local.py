@@ -167,9 +167,9 @@ def local_flow(
     where affine maps would add nothing, f is a monotonic rational-quadratic spline (Durkan et al. 2019).
 
     The entropy is that of the noise, in closed form, plus ``E[log |det df / deps|]``: the path derivative would need
-    the inverse of f, at D times the cost. The optimizer, and what is kept, are those of :func:`local_mean_field`; the noise of
-    gradients is what limits the result, so more samples per step, as well as more steps, raise its ELBO. The parameters
-    of an observation's flow take about 80 kB for 50 latent variables in single precision.
+    the inverse of f, at D times the cost. The optimizer, and what is kept, are those of :func:`local_mean_field`; the
+    noise of gradients is what limits the result, so more samples per step, as well as more steps, raise its ELBO. The
+    parameters of an observation's flow take about 80 kB for 50 latent variables in single precision.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
