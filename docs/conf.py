@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no output
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which would draw one with ipywidgets
 
 project = "pyro_vae"
 author = "the authors of pyro_vae"
