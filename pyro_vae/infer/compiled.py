@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError, check_choice
-from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.objectives import Objective, uncounted
 from pyro_vae.infer.programs import check_pathwise
 from pyro_vae.infer.tracing import (
     PLAIN,
@@ -117,7 +117,10 @@ class CompiledSVI:
                 "freed since: make another"
             )
         graph, tensors = self._graph(args, kwargs, train=True)
-        return graph.step(*tensors)
+        loss = graph.step(*tensors)
+        if isinstance(self.loss, Objective):
+            self.loss.stepped()
+        return loss
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> Tensor:
         """The loss in its own scale, without a step; a tensor without a graph."""
@@ -183,7 +186,8 @@ class _Graph:
 
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         store = pyro.get_param_store()
-        with store.scope(svi._store), undone((*tensors, *svi._params), svi._modules), torch.enable_grad():
+        undo = undone((*tensors, *svi._params), svi._modules)
+        with store.scope(svi._store), undo, uncounted(svi.loss), torch.enable_grad():
             self._try(svi, run, tensors)
             graph = trace_graph(traced, tensors)
         self._run = compile_graph(graph, tensors) if svi.compiler == "inductor" else graph

@@ -7,6 +7,8 @@ follows the draws z_k(phi) into the guide's parameters phi; it needs draws that 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -39,8 +41,41 @@ class Objective(ABC):
     def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
         """The loss for observations ``x``, shape ``(B, X)``; its gradient is an estimate of the bound's."""
 
-    def advance(self, step: int) -> None:  # noqa: B027, most have nothing to do
-        """Called by :func:`pyro_vae.fit` before each gradient step, which are counted from 0. Default: nothing."""
+    def advance(self, step: int) -> None:
+        """Set what depends on the number of gradient steps taken before, ``step``, such as the weight of a warm-up.
+
+        :func:`pyro_vae.fit` calls it before each step. So that an objective of your own advances under other loops
+        too, call ``super().advance(step)`` in its ``advance`` and return ``self.counted(loss)`` from its ``__call__``.
+        """
+        self._clock().steps = step
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """The loss given, watched: when it is differentiated, a step is taken, and :meth:`advance` is called with the
+        new number of steps. A loss that is only evaluated, or under ``torch.no_grad``, does not count."""
+        clock = self._clock()
+        if clock.runs and loss.requires_grad:
+            once = iter((self.stepped,))  # a loss whose graph is kept may be differentiated again
+            loss.register_hook(lambda _: next(once, lambda: None)())
+        return loss
+
+    def stepped(self) -> None:
+        """A gradient step has been taken: called by engines whose steps differentiate a graph made beforehand."""
+        self.advance(self._clock().steps + 1)
+
+    def _clock(self) -> SimpleNamespace:
+        """The number of steps taken, and whether they count now; no number of its own, which would be compiled in."""
+        return self.__dict__.setdefault("_steps_taken", SimpleNamespace(steps=0, runs=True))
+
+
+@contextmanager
+def uncounted(loss: object) -> Iterator[None]:
+    """Whatever happens meanwhile, such as the tracing of a step, is no step of an objective."""
+    clock = loss._clock() if isinstance(loss, Objective) else SimpleNamespace(runs=True)
+    before, clock.runs = clock.runs, False
+    try:
+        yield
+    finally:
+        clock.runs = before
 
 
 class ELBO(Objective):
@@ -80,8 +115,9 @@ class BetaELBO(Objective):
     equation 4; free bits: Kingma et al. 2016, equation 15). Below beta = 1 or with free bits it is no bound of
     log p(x); above beta = 1 it is a looser one. The gradient is the pathwise one of this expression.
 
-    Without :func:`pyro_vae.fit`, whoever steps must call :meth:`advance`, else the weight stays where it is: at 0, if
-    there is a warm-up. Settings cannot be changed later.
+    The warm-up advances by itself, once for each time that the loss is differentiated: under ``pyro.infer.SVI``,
+    :class:`PyroSVI`, :class:`CompiledSVI`, :func:`pyro_vae.fit` or a loop of your own. :meth:`advance` sets it to any
+    step. Settings cannot be changed later.
 
     Args:
         beta: weight of the KL divergence, at least 0.
@@ -118,7 +154,8 @@ class BetaELBO(Objective):
         self._weight = torch.tensor(0.0 if warmup else float(beta))  # a tensor, so that a compiled step sees it change
 
     def advance(self, step: int) -> None:
-        """Set the weight of gradient step ``step``."""
+        """Set the weight of gradient step ``step``, counted from 0; the steps after it are counted from there."""
+        super().advance(step)
         if self.warmup:
             at = step % self.period if self.period else step
             self._weight.fill_(self.beta * min(1.0, at / self.warmup))
@@ -133,7 +170,8 @@ class BetaELBO(Objective):
             total = sum(each.mean((0, 1)).clamp(min=self.free_bits).sum() for each in divergences)
         else:
             total = sum(divergences).mean()
-        return self._weight * total - _log_likelihood(both).mean()
+        # a copy: the weight of the next step is set while this loss is differentiated
+        return self.counted(self._weight.clone() * total - _log_likelihood(both).mean())
 
 
 class IWAE(Objective):
