@@ -1,0 +1,3 @@
+from pyro_vae._moved import shorten
+
+shorten("likelihoods")
