@@ -9,7 +9,6 @@ ROOT = Path(__file__).parents[1]
 # this checkout is documented, whatever else is installed, by this process and by those that run the tutorials
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no output
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which would draw one with ipywidgets
 
 project = "pyro_vae"
@@ -28,7 +27,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_execution_in_temp = True  # what a tutorial writes does not stay
-nb_output_stderr = "remove-warn"  # and a tutorial that warns is an error
+nb_output_stderr = "remove-warn"  # a tutorial that warns is an error; cells that show progress are tagged
 
 add_module_names = False
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
