@@ -18,6 +18,9 @@ from pyro_vae.parts.priors import Prior
 class Conditional(nn.Module):
     """A conditional distribution: a network followed by the head that reads its outputs.
 
+    What fits together is checked here, once: to change a part of it, make another one, as in ``vae.likelihood =
+    Conditional(MLP(50, 784), Gaussian(784))``, and put it in its place; network and head inside are never replaced.
+
     Args:
         network: maps the condition ``(*, C)`` to ``(*, sum(head.sizes))``.
         head: a likelihood or a posterior.
@@ -98,6 +101,9 @@ class VAE(nn.Module):
 
     Where the prior's support is not the whole space, the guide maps the posterior into it.
 
+    ``prior``, ``likelihood`` and ``posterior`` can be replaced at any time; nothing of them is remembered. An optimizer
+    or a :class:`pyro_vae.CompiledSVI` made before trains the parts it was made with: make a new one.
+
     Args:
         prior: p(z).
         likelihood: p(x | z), the decoder and its head.
@@ -125,7 +131,6 @@ class VAE(nn.Module):
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
-        self._into_support = _IntoSupport()
 
     def _prior(self) -> dist.TorchDistribution:
         return _check_made(self.prior, self.prior(self.posterior), (), self.prior.latent_dim)
@@ -139,7 +144,7 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x) for observations ``x``, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
-            return pyro.sample("z", self._into_support(self.posterior(x), self._prior))
+            return pyro.sample("z", _into_support(self.posterior(x), self.prior, self._prior))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
@@ -190,7 +195,6 @@ class TwoLayerVAE(nn.Module):
         self.likelihood = likelihood
         self.posterior = posterior
         self.top_posterior = top_posterior
-        self._into_support = _IntoSupport()
 
     def _prior(self) -> dist.TorchDistribution:
         made = self.prior(lambda x: self.top_posterior(_mean(self.posterior(x))))
@@ -207,7 +211,7 @@ class TwoLayerVAE(nn.Module):
         """q(z1, z2 | x) for observations ``x``, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
             z1 = pyro.sample("z1", self.posterior(x))
-            return pyro.sample("z2", self._into_support(self.top_posterior(z1), self._prior))
+            return pyro.sample("z2", _into_support(self.top_posterior(z1), self.prior, self._prior))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
@@ -225,30 +229,27 @@ def _mean(posterior: dist.TorchDistribution) -> Tensor:
         ) from error
 
 
-class _IntoSupport:
-    """Maps a posterior over the whole space into a prior's support, where that is smaller, by torch's ``biject_to``.
+def _into_support(
+    posterior: dist.TorchDistribution, prior: Prior, build: Callable[[], dist.TorchDistribution]
+) -> dist.TorchDistribution:
+    """Map a posterior over the whole space into the prior's support, where that is smaller, by torch's ``biject_to``.
 
-    A posterior that has a support of its own keeps it.
+    A posterior that has a support of its own keeps it. The prior is asked each time, since it may be replaced.
     """
-
-    def __init__(self):
-        self._whole_space = False
-
-    def __call__(self, posterior: dist.TorchDistribution, prior: Callable[[], dist.TorchDistribution]):
-        # remembered: making a VampPrior costs as much as encoding all its pseudo-inputs
-        if self._whole_space or not is_whole_space(posterior.support):
-            return posterior
-        support = prior().support
-        self._whole_space = is_whole_space(support)
-        if self._whole_space:
-            return posterior
-        if innermost(support).is_discrete:
-            raise ContractError(
-                f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
-                f"support {support}: choose a posterior with that support"
-            )
-        # the transform remembers its last point: its inverse is inexact near the support's boundary
-        return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
+    if not is_whole_space(posterior.support):
+        return posterior
+    support = prior.support(posterior)
+    if support is None:
+        support = build().support
+    if is_whole_space(support):
+        return posterior
+    if innermost(support).is_discrete:
+        raise ContractError(
+            f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
+            f"support {support}: choose a posterior with that support"
+        )
+    # the transform remembers its last point: its inverse is inexact near the support's boundary
+    return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
 
 
 def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:

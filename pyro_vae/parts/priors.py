@@ -7,6 +7,7 @@ from typing import Literal
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
@@ -38,6 +39,13 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def forward(self, posterior: PosteriorMap | None = None) -> TorchDistribution:
         """The prior distribution."""
+
+    def support(self, posterior: TorchDistribution) -> constraints.Constraint | None:
+        """The support of z, if it is known without making the distribution, which the guide else does to ask it.
+
+        ``posterior`` is a q(z | x) that is at hand. Override where ``forward`` is costly. Default: ``None``.
+        """
+        return None
 
     def initialize(self, x: Tensor) -> None:
         """Start from training images ``x``, shape ``(N, X)``; called once before the optimizer is made."""
@@ -139,6 +147,10 @@ class VampPrior(Prior):
         if not self.pseudo_inputs.numel():
             raise RuntimeError("VampPrior has no pseudo-inputs yet: call initialize(x) with training images")
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(self.pseudo_inputs.clamp(0, 1)))
+
+    def support(self, posterior: TorchDistribution) -> constraints.Constraint | None:
+        """That of the posteriors, of which it is a mixture."""
+        return posterior.support
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if (saved := state_dict.get(prefix + "pseudo_inputs")) is not None:
