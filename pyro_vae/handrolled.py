@@ -1,4 +1,4 @@
-"""The ELBO written by hand, without Pyro: what the lecture derives, and the yardstick for the Pyro programs.
+"""The ELBO written by hand, without Pyro: as a lecture derives it, and the yardstick for the Pyro programs.
 
 For q(z | x) = N(mu, diag(sigma^2)), p(z) = N(0, I) and a Bernoulli decoder with logits l(z)
 (Kingma & Welling 2014, equation 10 and appendix B):

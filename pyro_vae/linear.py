@@ -1,4 +1,4 @@
-"""The linear-Gaussian VAE, of which everything is known in closed form: an oracle."""
+"""The linear-Gaussian VAE, for which everything is known in closed form: an oracle."""
 
 import math
 from typing import NamedTuple
@@ -15,8 +15,8 @@ class ExactGaps(NamedTuple):
     Their sum is KL(q || p(z | x)) = log p(x) - ELBO (Cremer, Li & Duvenaud 2018, section 3).
 
     Attributes:
-        approximation: KL(q* || p(z | x)) for the best factorized Gaussian q*: what no encoder can mend.
-        amortization: KL(q || p(z | x)) - KL(q* || p(z | x)): what a better encoder would mend.
+        approximation: KL(q* || p(z | x)) for the best factorized Gaussian q*: what no encoder can gain back.
+        amortization: KL(q || p(z | x)) - KL(q* || p(z | x)): what a better encoder would gain.
     """
 
     approximation: Tensor

@@ -26,7 +26,7 @@ class Conditional(nn.Module):
         head: a likelihood or a posterior.
 
     Raises:
-        TypeError: if the network is no ``Network``.
+        TypeError: if the network is not a ``Network``.
         ValueError: if the network's width is not the sum of the head's sizes.
         ContractError: if the head does not say its sizes; by ``forward``, if the network's output has another shape
             than it promises, or the head returns no Pyro distribution, or one of another batch or event shape,
@@ -253,7 +253,7 @@ def _into_support(
 
 
 def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
-    """Refuse what a part made unless it is a Pyro distribution of these shapes: elsewhere it would be hard to place."""
+    """Refuse what a part made unless it is a Pyro distribution of these shapes; a later error would be less clear."""
     name, kind = type(part).__name__, type(made).__name__
     if not isinstance(made, dist.torch_distribution.TorchDistributionMixin):
         raise ContractError(f"{name} must return a distribution of pyro.distributions, it made {kind}")

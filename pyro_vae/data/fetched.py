@@ -1,4 +1,4 @@
-"""Published data sets, fetched once and verified; and Digits, which scikit-learn carries."""
+"""Published data sets, fetched once and verified; and Digits, which comes with scikit-learn."""
 
 import contextlib
 import gzip
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 
 class Digits(Dataset):
-    """The 1,797 digits of scikit-learn, 8x8 pixels of 17 levels, with no download: for tests and instant tries.
+    """The 1,797 digits of scikit-learn, 8x8 pixels of 17 levels, with no download: for tests and quick trials.
 
     1,200 training, 200 validation and 397 test images.
     """
@@ -236,7 +236,7 @@ class StaticMNIST(Fetched):
     Args:
         binarization: the pixels are 0 and 1 already: dynamic and threshold are static too and leave them as they are;
             integers and none are the same numbers as levels and as grey values; dequantized is refused.
-        binarization_seed: without effect, but comparisons ask for the same one.
+        binarization_seed: has no effect, but runs that are compared must have the same one.
     """
 
     usual_validation = 10_000
@@ -280,7 +280,7 @@ class Omniglot(Fetched):
     training images are shuffled before the last 1,345 are held out.
 
     Args:
-        source: chardata: the file chardata.mat of Burda et al. (2016), on which the literature of VAEs reports: 24,345
+        source: chardata: the file chardata.mat of Burda et al. (2016), which the literature on VAEs reports on: 24,345
             training and 8,070 test images of real numbers. torchvision: the original 105x105 images, resized to 28x28
             integers with antialiasing, and their original split, by alphabet: 19,280 training and 13,180 test images.
             The two have other images and another split: their log-likelihoods cannot be compared.

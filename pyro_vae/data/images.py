@@ -53,7 +53,7 @@ class Dataset(ABC):
     """
 
     usual_validation: int | None = None
-    """Images held out if nobody says how many; None: a tenth."""
+    """Images held out unless told otherwise; None: a tenth."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | N
     """Draws from 0 .. below - 1, of type uint8."""
     if below != 255 or generator is not None or device.type != "cpu":
         return torch.randint(below, shape, generator=generator, dtype=torch.uint8, device=device)
-    # eight bytes for one draw, a sixth of the time; the bytes that are 255 are drawn again
+    # one draw makes eight bytes, in a sixth of the time; bytes that are 255 are drawn again
     size = shape.numel()
     noise = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)[:size]
     again = (noise == 255).nonzero().squeeze(1)
@@ -192,7 +192,7 @@ def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | N
 
 
 PIXELS_AT_ONCE = 2**22
-"""So many pixels, 16 MiB of observations, are drawn together: small batches would else wait for Python."""
+"""This many pixels, 16 MiB of observations, are drawn together: otherwise small batches would wait for Python."""
 
 
 class Batches:

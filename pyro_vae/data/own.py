@@ -15,7 +15,7 @@ from pyro_vae.errors import DataError, reason_of
 
 
 class OwnImages(Dataset):
-    """Images of the user's.
+    """Images that a user brings, in files.
 
     Args:
         path: where they are.
@@ -160,7 +160,7 @@ class ImageFolder(OwnImages):
     so that the last ones, which are held out, are of all classes.
 
     Args:
-        path: the folder. If it has subfolders train and test, others beside them are not read; if it has not, a tenth
+        path: the folder. If it has subfolders train and test, others beside them are not read; if it has none, a tenth
             of its images, but at least 2, chosen by binarization_seed, are the test set. Files named .png, .jpg, .bmp,
             .tif, .webp, .ppm or .pgm are read.
         size: height and width in pixels, at least 1: the largest square in the middle of an image is brought to it.

@@ -29,7 +29,7 @@ class Likelihood(nn.Module, ABC):
         sizes: how many raw outputs each parameter takes; their sum is the decoder's ``out_features``.
         encoding: what the observations must be; None if any will do that lie in the distribution's support.
         levels: how many values a whole number can take; None if any.
-        is_density: whether log p(x) is a density (else a probability mass); None for a score that is no likelihood.
+        is_density: whether log p(x) is a density (else a probability mass); None for a score that is neither.
 
     Raises:
         ValueError: if ``event_size`` is below 1.
@@ -49,7 +49,7 @@ class Likelihood(nn.Module, ABC):
 
     @property
     def unit(self) -> str:
-        """Of log p(x). Numbers of different units mean different things and are never compared."""
+        """The unit of log p(x). Numbers of different units mean different things and are never compared."""
         kinds = {True: "density", False: "mass", None: "score that is no likelihood"}
         return f"nats per image, {kinds[self.is_density]}"
 
@@ -115,7 +115,7 @@ class LocationScale(Likelihood):
     Args:
         event_size: number X of pixels.
         scale: a positive number fixes the scale; learned: one parameter for all pixels; per_pixel: the decoder outputs
-            it, as in the lecture's decoder with a mean and a covariance.
+            it, beside the location of each pixel.
         min_scale: smallest scale that can be learned, positive; keeps constant pixels from an infinite density.
 
     Raises:
@@ -163,7 +163,7 @@ class Gaussian(LocationScale):
     Args:
         event_size: number X of pixels.
         scale: a positive number fixes the scale; learned: one parameter for all pixels; per_pixel: the decoder outputs
-            it, as in the lecture's decoder with a mean and a covariance.
+            it, beside the location of each pixel.
         min_scale: smallest scale that can be learned, positive; keeps constant pixels from an infinite density.
     """
 

@@ -22,7 +22,7 @@ class Network(nn.Module, ABC):
         in_features: features of one input, at least 1.
         out_features: raw outputs, at least 1: the sum of the ``sizes`` of the head that reads them.
         image_shape: shape ``(C, H, W)`` of one image, for networks that reshape flat observations inside.
-            The experiments pass it; a network that has no use for it ignores it.
+            A run passes it; a network that has no use for it ignores it.
 
     Raises:
         ValueError: if a number of features is below 1.
