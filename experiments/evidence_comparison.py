@@ -169,7 +169,7 @@ def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> li
     reference, rows = found[-1][-1], []
     for name, num, evaluations, seconds, evidence in found:
         mean, _, monte_carlo = evidence.mean()
-        bad = evidence.share_bad_k(num)
+        bad = evidence.share_bad_k()
         acceptance = evidence.acceptance.mean().item()
         difference = mean - reference.mean()[0]
         error = (evidence.mc_se.square() + reference.mc_se.square()).sum().sqrt().item() / len(x)

@@ -162,7 +162,7 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
         estimates = {key: mean_log_weight(*each.mean()) for key, each in split.evidence.items()}
         for key, each in split.evidence.items():
             estimates[key]["num_invalid"] = int(each.num_invalid.sum())
-        bad = split.evidence["importance"].share_bad_k(config.num_samples)
+        bad = split.evidence["importance"].share_bad_k()
         estimates["importance"] |= {"khat_threshold": threshold, "share_khat_above_threshold": bad}
         estimates["annealed"]["acceptance"] = split.evidence["annealed"].acceptance.mean().item()
         result["splits"][name] = {

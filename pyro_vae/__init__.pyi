@@ -8,6 +8,7 @@ from .errors import NonFiniteError as NonFiniteError
 from .infer import diagnostics as diagnostics
 from .infer import evidence as evidence
 from .infer import objectives as objectives
+from .infer.checks import check_program as check_program
 from .infer.compiled import CompiledSVI as CompiledSVI
 from .infer.diagnostics import active_units as active_units
 from .infer.diagnostics import estimate_elbo as estimate_elbo
@@ -24,7 +25,6 @@ from .infer.objectives import IWAE as IWAE
 from .infer.objectives import BetaELBO as BetaELBO
 from .infer.objectives import DReG as DReG
 from .infer.objectives import Objective as Objective
-from .infer.programs import check_program as check_program
 from .infer.programs import log_weights as log_weights
 from .infer.programs import traces as traces
 from .linear import LinearGaussianVAE as LinearGaussianVAE

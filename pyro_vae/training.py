@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.errors import CheckpointError, NonFiniteError
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
-from pyro_vae.infer.programs import check_program, find_non_finite
+from pyro_vae.infer.programs import find_non_finite
 
 FORMAT = "pyro_vae.training/2"
 """Marks a checkpoint; another layout gets another number."""

@@ -1,4 +1,4 @@
-"""Engines: stochastic variational inference, one gradient step at a time; and the compiling of Pyro programs."""
+"""CompiledSVI: stochastic variational inference whose step is one compiled graph."""
 
 import warnings
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from pyro_vae.infer.tracing import (
     trace_graph,
     undone,
 )
+from pyro_vae.infer.trees import as_data
 
 MOST_GRAPHS = 16
 """So many graphs of one engine: more shapes or settings than that mean that something changes at every step."""
@@ -56,7 +57,7 @@ class CompiledSVI:
         optim: an optimizer of torch. It holds exactly the tensors that are trained: those of modules and automatic
             guides, or the unconstrained tensors of ``pyro.param`` statements that exist already.
         loss: ``Trace_ELBO`` or ``TraceMeanField_ELBO``, whose value and gradient are sums over the batch, or an
-            objective of this library, whose are means, for programs of one argument. Default: ``Trace_ELBO()``.
+            objective of this library, whose are means, over the data given. Default: ``Trace_ELBO()``.
         max_norm: the norm of all gradients together is clipped to this, positive; None: not.
         precision: ``bfloat16`` rounds what matrix products and convolutions of float32 take and give to 8 significant
             bits, in forward and backward pass; all else, such as log-probabilities, parameters and the optimizer,
@@ -224,6 +225,8 @@ class _Graph:
         """Set the parameters' gradients, clipped; return the loss."""
         loss, *gradients = self.run(*tensors)
         for p, gradient in zip(self.trained, gradients, strict=True):
+            if gradient.stride() != p.stride():  # inductor pads matrix products on a GPU; fused optimizers refuse that
+                gradient = torch.empty_like(p).copy_(gradient)
             p.grad = gradient
         if self.svi.max_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.svi.max_norm)
@@ -284,7 +287,7 @@ def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:
 
 def _loss(svi: CompiledSVI, args: tuple, kwargs: dict) -> Tensor:
     if not isinstance(svi.loss, PyroELBO):
-        return svi.loss(svi.model, svi.guide, *args, **kwargs)
+        return svi.loss(svi.model, svi.guide, as_data(args, kwargs))
     bound, total = _BOUNDS[type(svi.loss)], 0.0
     for model_trace, guide_trace in svi.loss._get_traces(svi.model, svi.guide, args, kwargs):
         check_pathwise(guide_trace)

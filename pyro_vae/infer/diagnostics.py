@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -11,13 +10,15 @@ from torch.distributions import Independent
 
 from pyro_vae.infer.programs import (
     Program,
+    latent_sites,
     log_weights,
     particle_trace,
     posterior_samples,
-    sample_sites,
+    scoring,
     sum_log_prob,
     traces,
 )
+from pyro_vae.infer.trees import Data, data_size, split
 
 
 def effective_sample_size(log_w: Tensor) -> Tensor:
@@ -118,33 +119,33 @@ def _fit_generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
     return (n * k + 5) / (n + 10), -k / b  # prior of 10 observations at k = 1/2
 
 
-def estimate_elbo(model: Program, guide: Program, x: Tensor, num_samples: int = 1, batch_size: int = 1000) -> Tensor:
+def estimate_elbo(model: Program, guide: Program, data: Data, num_samples: int = 1, batch_size: int = 1000) -> Tensor:
     """The ELBO of each observation, averaged over K samples: ``(N, X) -> (N,)``, nats per datum.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`.
-        x: observations, shape ``(N, X)``.
+        data: likewise.
         num_samples: K, at least 1.
         batch_size: observations at a time.
     """
-    with torch.no_grad(), pyro.validation_enabled(False):
-        return torch.cat([log_weights(model, guide, part, num_samples).mean(0) for part in x.split(batch_size)])
+    with scoring(model, guide):
+        return torch.cat([log_weights(model, guide, part, num_samples).mean(0) for part in split(data, batch_size)])
 
 
 def active_units(
-    guide: Program, x: Tensor, num_samples: int = 128, threshold: float = 0.01, batch_size: int = 1000
+    guide: Program, data: Data, num_samples: int = 128, threshold: float = 0.01, batch_size: int = 1000
 ) -> dict[str, Tensor]:
     """Which latent units vary with x: Var_x(E_q[z_d | x]) > threshold (Burda et al. 2016, section 5.2).
 
     The variance of the posterior means is estimated without bias for any posterior, as the covariance over x of the
     means of two independent halves of the samples.
 
-    The paper takes the variance over the data; its code took the first 500 training images only, so pass these to get
+    The paper takes the variance over the data; its code took the first 500 training data only, so pass these to get
     the paper's numbers.
 
     Args:
         guide: see :func:`pyro_vae.traces`.
-        x: observations, shape ``(N, X)``, at least 2.
+        data: likewise, at least 2.
         num_samples: samples of z per observation, at least 2.
         threshold: the smallest variance of an active unit.
         batch_size: observations at a time.
@@ -155,23 +156,25 @@ def active_units(
     Raises:
         ValueError: if there are fewer than two samples or observations.
     """
-    if num_samples < 2 or len(x) < 2:
-        raise ValueError(f"active units need at least 2 samples and 2 observations, got {num_samples} and {len(x)}")
+    if num_samples < 2 or data_size(data) < 2:
+        raise ValueError(
+            f"active units need at least 2 samples and 2 observations, got {num_samples} and {data_size(data)}"
+        )
     halves: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for part in x.split(batch_size):
+    with scoring(guide):
+        for part in split(data, batch_size):
             for name, z in posterior_samples(guide, part, num_samples // 2 * 2).items():
                 halves.setdefault(name, []).append(z.unflatten(0, (2, -1)).mean(1))
     result = {}
     for name, parts in halves.items():
         first, second = torch.cat(parts, dim=1)  # (N, *event_shape) each
-        covariance = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / (len(x) - 1)
+        covariance = ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / (data_size(data) - 1)
         result[name] = covariance > threshold
     return result
 
 
 def kl_divergence(
-    model: Program, guide: Program, x: Tensor, num_samples: int = 10, batch_size: int = 1000
+    model: Program, guide: Program, data: Data, num_samples: int = 10, batch_size: int = 1000
 ) -> dict[str, Tensor]:
     """What each latent site s adds to the KL divergence of q(z | x) from p(z), averaged over the data: nats per datum.
 
@@ -181,7 +184,7 @@ def kl_divergence(
 
     Args:
         model, guide: see :func:`pyro_vae.traces`.
-        x: observations, shape ``(N, X)``.
+        data: likewise.
         num_samples: draws of z per observation, at least 1.
         batch_size: observations at a time.
 
@@ -193,21 +196,17 @@ def kl_divergence(
         ValueError: as :func:`pyro_vae.traces`.
     """
     totals: dict[str, Tensor] = {}
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for part in x.split(batch_size):
+    with scoring(model, guide):
+        for part in split(data, batch_size):
             both = traces(model, guide, part, num_samples)
-            for name in _latent_sites(both.model):
+            for name in latent_sites(both.model):
                 p, q = both.model.nodes[name], both.guide.nodes[name]
                 if _factorizes(p) and _factorizes(q):
                     log_ratio = _log_prob_per_dimension(q) - _log_prob_per_dimension(p)
                 else:
                     log_ratio = q["log_prob"] - p["log_prob"]
                 totals[name] = totals.get(name, 0) + log_ratio.double().sum((0, 1))
-    return {name: total / (num_samples * len(x)) for name, total in totals.items()}
-
-
-def _latent_sites(model_trace: poutine.Trace) -> list[str]:
-    return [name for name in sample_sites(model_trace) if not model_trace.nodes[name]["is_observed"]]
+    return {name: total / (num_samples * data_size(data)) for name, total in totals.items()}
 
 
 def _factorizes(site: dict) -> bool:
@@ -245,7 +244,7 @@ class AggregatedPosterior(NamedTuple):
     kl_se: float
 
 
-def mutual_information(model: Program, guide: Program, x: Tensor, num_samples: int = 1) -> AggregatedPosterior:
+def mutual_information(model: Program, guide: Program, data: Data, num_samples: int = 1) -> AggregatedPosterior:
     """The mutual information of x and z under the guide, and how far its aggregated posterior is from the prior.
 
     With q(z) = 1/N sum_n q(z | x_n), the KL term of the ELBO is (Hoffman & Johnson 2016, "ELBO surgery")
@@ -262,33 +261,33 @@ def mutual_information(model: Program, guide: Program, x: Tensor, num_samples: i
 
     Args:
         model, guide: see :func:`pyro_vae.traces`.
-        x: observations, shape ``(N, X)``, at least 2.
+        data: likewise, at least 2.
         num_samples: draws of z per observation, at least 1.
 
     Raises:
         ValueError: if there are fewer than 2 observations, or as :func:`pyro_vae.traces`.
     """
-    if len(x) < 2:
-        raise ValueError(f"an aggregated posterior needs at least 2 observations, got {len(x)}")
+    if data_size(data) < 2:
+        raise ValueError(f"an aggregated posterior needs at least 2 observations, got {data_size(data)}")
     log_q, log_p = [], []
     draws: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for part in x.split(max(1, 1000 // max(1, num_samples))):
+    with scoring(model, guide):
+        for part in split(data, max(1, 1000 // max(1, num_samples))):
             both = traces(model, guide, part, num_samples)
-            latent = _latent_sites(both.model)
+            latent = latent_sites(both.model)
             log_q.append(sum_log_prob(both.guide).double())
             log_p.append(sum(both.model.nodes[name]["log_prob"] for name in latent).double())
             for name in latent:
                 draws.setdefault(name, []).append(both.guide.nodes[name]["value"])
         z = {name: torch.cat(values, 1).flatten(0, 1) for name, values in draws.items()}
-        log_qz = _log_aggregated(guide, x, z).unflatten(0, (num_samples, len(x)))
+        log_qz = _log_aggregated(guide, data, z).unflatten(0, (num_samples, data_size(data)))
     log_q, log_p = torch.cat(log_q, 1), torch.cat(log_p, 1)
     terms = [term.mean(0) for term in (log_q - log_qz, log_qz - log_p, log_q - log_p)]  # (N,) each
-    errors = [term.std().item() / math.sqrt(len(x)) for term in terms]
+    errors = [term.std().item() / math.sqrt(data_size(data)) for term in terms]
     return AggregatedPosterior(*(term.mean().item() for term in terms), *errors)
 
 
-def _log_aggregated(guide: Program, x: Tensor, z: dict[str, Tensor]) -> Tensor:
+def _log_aggregated(guide: Program, data: Data, z: dict[str, Tensor]) -> Tensor:
     """log 1/N sum_n q(z_m | x_n) of draws ``(M, *event_shape)`` of each site: ``(M,)``, in float64.
 
     Few observations at a time meet many draws: the encoder runs once for each chunk of draws.
@@ -298,10 +297,10 @@ def _log_aggregated(guide: Program, x: Tensor, z: dict[str, Tensor]) -> Tensor:
     for start in range(0, len(next(iter(z.values()))), draws):
         chunk = {name: values[start : start + draws].unsqueeze(1) for name, values in z.items()}
         log_q = []
-        for part in x.split(observations):
-            placed = {name: v.expand(-1, len(part), *v.shape[2:]) for name, v in chunk.items()}
+        for part in split(data, observations):
+            placed = {name: v.expand(-1, data_size(part), *v.shape[2:]) for name, v in chunk.items()}
             trace = particle_trace(poutine.condition(guide, data=placed), part, len(next(iter(placed.values()))))
             trace.compute_log_prob()
             log_q.append(sum_log_prob(trace).double().logsumexp(1))
         result.append(torch.stack(log_q).logsumexp(0))
-    return torch.cat(result) - math.log(len(x))
+    return torch.cat(result) - math.log(data_size(data))

@@ -1,5 +1,6 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import pyro
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import NonFiniteError
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import Program
+from pyro_vae.infer.trees import as_data
 
 
 class Engine(Protocol):
@@ -62,7 +64,8 @@ class PyroSVI:
             pyro.module("trained", modules)
             return model(*args, **kwargs)
 
-        self._svi = SVI(registered_model, guide, _OneOptimizer(optim), loss=loss or Trace_ELBO())
+        loss = Trace_ELBO() if loss is None else loss
+        self._svi = SVI(registered_model, guide, _OneOptimizer(optim), loss=_of_arguments(loss))
 
     def step(self, *args: object, **kwargs: object) -> float:
         """Take one gradient step, on observations ``(B, X)`` for example; return the loss in its own scale."""
@@ -73,6 +76,13 @@ class PyroSVI:
         """The loss in its own scale, without a step."""
         with pyro.get_param_store().scope(self._params):
             return self._svi.evaluate_loss(*args, **kwargs)
+
+
+def _of_arguments(loss: PyroELBO | Objective) -> PyroELBO | Callable[..., Tensor]:
+    """A loss as Pyro calls it, with the programs' arguments one by one."""
+    if isinstance(loss, PyroELBO):
+        return loss
+    return lambda model, guide, *args, **kwargs: loss(model, guide, as_data(args, kwargs))
 
 
 class _OneOptimizer(PyroOptim):

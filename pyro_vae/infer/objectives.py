@@ -28,18 +28,19 @@ from pyro_vae.infer.programs import (
     sum_log_prob,
     traces,
 )
+from pyro_vae.infer.trees import Data, first_tensor
 
 
 class Objective(ABC):
-    """``objective(model, guide, x)`` is a scalar loss: minus the bound, averaged over the batch, in nats per datum.
+    """``objective(model, guide, data)`` is a scalar loss: minus the bound, averaged over the batch, in nats per datum.
 
     Every objective raises a ContractError, when called, if model or guide break the rules of :func:`pyro_vae.traces`
     or if draws of the guide have no gradient where it needs one.
     """
 
     @abstractmethod
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        """The loss for observations ``x``, shape ``(B, X)``; its gradient is an estimate of the bound's."""
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        """The loss for data as :func:`pyro_vae.traces` takes them; its gradient is an estimate of the bound's."""
 
     def advance(self, step: int) -> None:
         """Set what depends on the number of gradient steps taken before, ``step``, such as the weight of a warm-up.
@@ -85,7 +86,7 @@ class ELBO(Objective):
     Pyro's ``Trace_ELBO``, with the analytic one that of ``TraceMeanField_ELBO``, divided by the batch size.
 
     Args:
-        num_particles: K, samples of z per observation, at least 1.
+        num_particles: K, samples of z per datum, at least 1.
         kl: ``sampled``: log q(z | x) - log p(z) of the same draws; ``analytic``: the closed form at every site, given
             the draws of the sites before it, where torch has one.
 
@@ -99,8 +100,8 @@ class ELBO(Objective):
         check_choice("kl", kl, ("sampled", "analytic"))
         self.num_particles, self.kl = num_particles, kl
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        both = traces(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        both = traces(model, guide, data, self.num_particles)
         check_pathwise(both.guide)
         if self.kl == "sampled":
             return -log_weights_of(both).mean()
@@ -160,10 +161,10 @@ class BetaELBO(Objective):
             at = step % self.period if self.period else step
             self._weight.fill_(self.beta * min(1.0, at / self.warmup))
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        if self._weight.device != x.device:
-            self._weight = self._weight.to(x.device)
-        both = traces(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        if self._weight.device != first_tensor(data).device:
+            self._weight = self._weight.to(first_tensor(data).device)
+        both = traces(model, guide, data, self.num_particles)
         check_pathwise(both.guide)
         divergences = _divergences(both, self.kl, by_dimension=self.free_bits > 0)
         if self.free_bits:
@@ -189,8 +190,8 @@ class IWAE(Objective):
         check_at_least_one(num_particles=num_particles)
         self.num_particles = num_particles
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        return -_log_mean(log_weights(model, guide, x, self.num_particles)).mean()
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        return -_log_mean(log_weights(model, guide, data, self.num_particles)).mean()
 
 
 class Renyi(Objective):
@@ -214,8 +215,8 @@ class Renyi(Objective):
             raise ValueError(f"alpha must be -inf or from -1e6 to 1e6, got {alpha}; 0 is IWAE, 1 the ELBO, -inf VR-max")
         self.alpha, self.num_particles = alpha, num_particles
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        log_w = log_weights(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        log_w = log_weights(model, guide, data, self.num_particles)
         if self.alpha == -math.inf:
             return -log_w.max(0).values.mean()
         if self.alpha == 1:
@@ -246,8 +247,8 @@ class MIWAE(Objective):
         check_at_least_one(num_groups=num_groups, num_particles=num_particles)
         self.num_groups, self.num_particles = num_groups, num_particles
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        log_w = log_weights(model, guide, x, self.num_groups * self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        log_w = log_weights(model, guide, data, self.num_groups * self.num_particles)
         return -_log_mean(log_w.unflatten(0, (self.num_groups, self.num_particles)), 1).mean()
 
 
@@ -270,8 +271,8 @@ class CIWAE(Objective):
             raise ValueError(f"beta must be between 0, which is IWAE, and 1, the ELBO, got {beta}")
         self.beta, self.num_particles = beta, num_particles
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        log_w = log_weights(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        log_w = log_weights(model, guide, data, self.num_particles)
         return -(self.beta * log_w.mean() + (1 - self.beta) * _log_mean(log_w).mean())
 
 
@@ -286,8 +287,8 @@ class _Separated(Objective):
         check_at_least_one(num_particles=num_particles)
         self.num_particles = num_particles
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        both, draws, leaves = leaf_traces(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        both, draws, leaves = leaf_traces(model, guide, data, self.num_particles)
         check_pathwise(both.guide)
         log_p, log_q = sum_log_prob(both.model), sum_log_prob(both.guide)
         bound, surrogate = self._bound(log_p, log_q, lambda weighed: _through_draws(weighed, draws, leaves))
@@ -309,7 +310,7 @@ class STL(_Separated):
     gradient is unbiased, and has no variance where q is the exact posterior.
 
     Args:
-        num_particles: K, samples of z per observation, at least 1.
+        num_particles: K, samples of z per datum, at least 1.
     """
 
     def __init__(self, num_particles: int = 1):
@@ -391,8 +392,8 @@ class TVO(Objective):
         ends = [smallest ** (1 - e) for e in exponents] if num_intervals > 1 else [1.0]
         self._betas = [0.0, *ends]
 
-    def __call__(self, model: Program, guide: Program, x: Tensor) -> Tensor:
-        both, _, _ = leaf_traces(model, guide, x, self.num_particles)
+    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
+        both, _, _ = leaf_traces(model, guide, data, self.num_particles)
         log_p, log_q = sum_log_prob(both.model), sum_log_prob(both.guide)
         log_w = log_p - log_q
         value = surrogate = 0.0

@@ -1,19 +1,25 @@
 """Traces of a model and its guide, and their log-weights: what every bound and estimator reduces."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
+from pyro_vae.infer.trees import Data, call, data_size, first_tensor
 
-Program = Callable[[Tensor], object]
-"""An amortized Pyro program: called with observations ``(B, X)``, everything inside one data plate of size B."""
+Program = Callable[..., Any]
+"""An amortized Pyro program: called with data, see :mod:`pyro_vae.infer.trees`; all is in one data plate of size B.
+
+What it is passed and does not observe is a condition c: log p is log p(x | c) then. What is masked was not seen.
+"""
 
 
 class Traces(NamedTuple):
@@ -23,28 +29,32 @@ class Traces(NamedTuple):
     guide: poutine.Trace
 
 
-def traces(model: Program, guide: Program, x: Tensor, num_samples: int) -> Traces:
-    """Draw z_1..z_K ~ q(z | x_b) for each observation and score them under model and guide.
+def traces(model: Program, guide: Program, data: Data, num_samples: int) -> Traces:
+    """Draw z_1..z_K ~ q(z | x_b) for each datum and score them under model and guide.
 
     The K samples live in a plate of their own at dimension -2, so programs run once, and the encoder sees each
-    observation once.
+    datum once.
 
     Args:
-        model: p(x, z), with one plate over the data at dimension -1 and one observed site.
+        model: p(x, z), with one plate over the data at dimension -1, and one or several observed sites, whose
+            log-probabilities are summed. Sites may be masked, by ``poutine.mask``, ``.mask`` or ``obs_mask``. The part
+            of an ``obs_mask`` site that was not seen need not be in the guide: it integrates to one.
         guide: q(z | x), likewise.
-        x: observations, shape ``(B, X)``.
+        data: a tensor, or a tuple or dict of tensors, whose first dimension B is the datum; what the programs are
+            called with, and do not observe, is a condition.
         num_samples: K, at least 1.
 
     Raises:
         ValueError: if K is below 1.
-        ContractError: if the programs break the rules above: a latent site that is not local to the data plate, a
-            plate that is subsampled or scaled, no observed site or several.
+        ContractError: if the programs break the rules above: a site that is not local to the data plate, a plate
+            that is subsampled or scaled, no observed site, a latent site of one program that the other lacks; or if
+            ``data`` is no such tree.
     """
-    return _scored(_draw(guide, x, num_samples), model, x, num_samples)
+    return _scored(_draw(guide, data, num_samples), model, data, num_samples)
 
 
 def leaf_traces(
-    model: Program, guide: Program, x: Tensor, num_samples: int
+    model: Program, guide: Program, data: Data, num_samples: int
 ) -> tuple[Traces, dict[str, Tensor], dict[str, Tensor]]:
     """As :func:`traces`, but with both scored at variables of their own that hold the values drawn.
 
@@ -54,71 +64,71 @@ def leaf_traces(
     Returns:
         The traces; the draws of each latent site, with their gradients; the leaves. ``(K, B, *event_shape)`` both.
     """
-    guide_trace = _draw(guide, x, num_samples)
+    guide_trace = _draw(guide, data, num_samples)
     draws = {name: guide_trace.nodes[name]["value"] for name in sample_sites(guide_trace)}
     leaves = {name: draw.detach().requires_grad_(draw.is_floating_point()) for name, draw in draws.items()}
     for name, leaf in leaves.items():
         guide_trace.nodes[name]["value"] = leaf
     if len(draws) > 1:  # later sites' distributions must depend on the leaves of the earlier ones
-        guide_trace = particle_trace(poutine.replay(guide, trace=guide_trace), x, num_samples)
-    return _scored(guide_trace, model, x, num_samples), draws, leaves
+        guide_trace = particle_trace(poutine.replay(guide, trace=guide_trace), data, num_samples)
+    return _scored(guide_trace, model, data, num_samples), draws, leaves
 
 
-def _draw(guide: Program, x: Tensor, num_samples: int) -> poutine.Trace:
+def _draw(guide: Program, data: Data, num_samples: int) -> poutine.Trace:
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if x.dim() != 2 or x.shape[0] == 0:
-        raise ContractError(f"observations must be a tensor of shape (B, X) with B > 0, got {tuple(x.shape)}")
-    return particle_trace(guide, x, num_samples)
+    data_size(data)
+    return particle_trace(guide, data, num_samples)
 
 
-def _scored(guide_trace: poutine.Trace, model: Program, x: Tensor, num_samples: int) -> Traces:
+def _scored(guide_trace: poutine.Trace, model: Program, data: Data, num_samples: int) -> Traces:
     """The traces of the guide and of the model replayed on it, with log-probabilities, checked."""
-    result = Traces(particle_trace(poutine.replay(model, trace=guide_trace), x, num_samples), guide_trace)
+    result = Traces(particle_trace(poutine.replay(model, trace=guide_trace), data, num_samples), guide_trace)
+    for name in unseen_sites(result.model):
+        if name not in result.guide.nodes:
+            result.model.remove_node(name)
     for each in result:
         each.compute_log_prob()
-    _check(result, (num_samples, x.shape[0]))
+    _check(result, (num_samples, len(first_tensor(data))))
     return result
 
 
-def posterior_samples(guide: Program, x: Tensor, num_samples: int) -> dict[str, Tensor]:
+def posterior_samples(guide: Program, data: Data, num_samples: int) -> dict[str, Tensor]:
     """Draws z_kb ~ q(z | x_b) of each latent site: shapes ``(K, B, *event_shape)``. The model is not run.
 
     Args:
-        guide: see :func:`traces`.
-        x: observations, shape ``(B, X)``.
+        guide, data: see :func:`traces`.
         num_samples: K, at least 1.
     """
-    trace = particle_trace(guide, x, num_samples)
+    trace = particle_trace(guide, data, num_samples)
     return {name: trace.nodes[name]["value"] for name in sample_sites(trace)}
 
 
-def particle_trace(program: Program, x: Tensor, num_samples: int) -> poutine.Trace:
+def particle_trace(program: Program, data: Data, num_samples: int) -> poutine.Trace:
     """The trace of one run of a program inside a plate of K particles at dimension -2."""
 
-    def with_particles(x: Tensor) -> None:
-        with pyro.plate("particles", num_samples, dim=-2, device=x.device):
-            program(x)
+    def with_particles() -> None:
+        with pyro.plate("particles", num_samples, dim=-2, device=first_tensor(data).device):
+            call(program, data)
 
-    return prune_subsample_sites(poutine.trace(with_particles).get_trace(x))
+    return prune_subsample_sites(poutine.trace(with_particles).get_trace())
 
 
-def log_weights(model: Program, guide: Program, x: Tensor, num_samples: int) -> Tensor:
+def log_weights(model: Program, guide: Program, data: Data, num_samples: int) -> Tensor:
     """log w_kb = log p(x_b, z_kb) - log q(z_kb | x_b), with z_kb ~ q(z | x_b), in nats; shape ``(K, B)``.
 
     Their mean over K estimates the ELBO; the log of the mean of their exponentials is the importance-weighted bound
     and estimates log p(x_b) (Burda, Grosse & Salakhutdinov 2016, equation 8).
 
     Args:
-        model, guide: see :func:`traces`.
-        x: observations, shape ``(B, X)``.
+        model, guide, data: see :func:`traces`.
         num_samples: K, at least 1.
 
     Raises:
         ValueError: see :func:`traces`.
         ContractError: as :func:`traces`, and if the log-weights are to be differentiated and draws have no gradient.
     """
-    both = traces(model, guide, x, num_samples)
+    both = traces(model, guide, data, num_samples)
     log_w = log_weights_of(both)
     if log_w.requires_grad:
         check_pathwise(both.guide)
@@ -152,19 +162,35 @@ def sum_log_prob(trace: poutine.Trace) -> Tensor:
 
 
 def sample_sites(trace: poutine.Trace) -> list[str]:
-    """The names of all sample sites, observed ones too, in the order of the program."""
-    return [name for name, site in trace.nodes.items() if site["type"] == "sample"]
+    """The names of all sample sites, observed ones too, in the order of the program, but for pyro.deterministic."""
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["infer"].get("_deterministic")
+    ]
+
+
+def latent_sites(model_trace: poutine.Trace) -> list[str]:
+    """The names of the sites that are not observed, in the order of the program."""
+    return [name for name in sample_sites(model_trace) if not model_trace.nodes[name]["is_observed"]]
+
+
+def unseen_sites(model_trace: poutine.Trace) -> list[str]:
+    """The sites that Pyro makes for the part of a site with an ``obs_mask`` that was not observed."""
+    names = latent_sites(model_trace)
+    seen = (name.removesuffix("_unobserved") + "_observed" for name in names)
+    return [n for n, other in zip(names, seen, strict=True) if n.endswith("_unobserved") and other in model_trace.nodes]
 
 
 def _check(traces: Traces, shape: tuple[int, int]) -> None:
-    """Refuse programs for which a sum of log-probabilities over sites is not a log-weight per observation."""
-    latents = {name for name in sample_sites(traces.model) if not traces.model.nodes[name]["is_observed"]}
-    observed = [name for name in sample_sites(traces.model) if name not in latents]
-    if len(observed) != 1:
-        raise ContractError(f"the model must have exactly one observed site, it has {observed or 'none'}")
+    """Refuse programs for which a sum of log-probabilities over sites is not a log-weight per datum."""
+    latents = set(latent_sites(traces.model))
+    if len(latents) == len(sample_sites(traces.model)):
+        raise ContractError("the model must have an observed site, it has none: pass obs= to pyro.sample")
     if latents != (in_guide := set(sample_sites(traces.guide))):
         raise ContractError(
-            f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}"
+            f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}: add "
+            f"{sorted(latents ^ in_guide)} to the other program, or take them out"
         )
     for program, trace in zip(("model", "guide"), traces, strict=True):
         for name in sample_sites(trace):
@@ -175,65 +201,90 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
                     "estimate of log p(x): pass the observations themselves, in an unscaled plate"
                 )
             plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+            if -1 not in plates:
+                raise ContractError(
+                    f"{program} site '{name}' is outside the data plate at dim=-1, and so one for all data, whose "
+                    "log p(x) cannot be told apart by datum: put it inside the plate, or make it a parameter "
+                    "(pyro.param, or one of a module)"
+                )
             if plates != {-2, -1} or site["log_prob"].shape != shape:
                 raise ContractError(
                     f"{program} site '{name}' is in plates at dimensions {sorted(plates)}, its log-probabilities have "
-                    f"shape {tuple(site['log_prob'].shape)} for {shape[0]} samples (dim -2) of {shape[1]} observations "
+                    f"shape {tuple(site['log_prob'].shape)} for {shape[0]} samples (dim -2) of {shape[1]} data "
                     "(dim -1): put every site in one data plate at dim=-1, and other dimensions in .to_event()"
                 )
 
 
-def check_program(model: Program, guide: Program, x: Tensor) -> None:
-    """Run model and guide once on ``x`` and refuse what would give a number that is no log-likelihood.
+@contextlib.contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Programs are in evaluation mode inside, as after ``module.eval()``: no dropout, running means of batches.
 
-    Supports are judged by draws: those of the guide must lie in the model's support, and those of the model in the
-    guide's, which else misses part of the posterior.
-
-    Args:
-        model, guide: see :func:`traces`.
-        x: observations, shape ``(B, X)``.
-
-    Raises:
-        ContractError: as :func:`traces`, and if there is no observation or an observation lies outside the support
-            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or the
-            observed site holds something else than x, or model and guide disagree about the support of a latent site.
+    Their modules are those reached from bound methods, closures, partials and handlers, and all that run inside. At the
+    end each is in the mode that it had.
     """
-    if x.isnan().any():
-        raise ContractError(f"{x.isnan().flatten(1).any(1).sum().item()} of {len(x)} observations hold NaN")
-    with torch.no_grad(), pyro.validation_enabled(False):
-        model_trace, guide_trace = traces(model, guide, x, num_samples=2)
-        for name in sample_sites(guide_trace):
-            guided, modelled = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]
-            for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
-                if not other.support.check(drawn.sample()).all():
-                    raise ContractError(
-                        f"at site '{name}' the {whose} draws from {type(drawn).__name__} on {drawn.support}, outside "
-                        f"the support of {type(other).__name__}, {other.support}: prior and posterior must have the "
-                        "same support, or the posterior be over all reals"
-                    )
-    for name in sample_sites(model_trace):
-        site = model_trace.nodes[name]
-        if not site["is_observed"]:
+    switched: dict[int, nn.Module] = {}
+
+    def switch(module: nn.Module, *_: object) -> None:
+        if module.training:
+            switched[id(module)] = module
+            module.training = False
+
+    for module in modules_of(*programs):
+        switch(module)
+    hook = nn.modules.module.register_module_forward_pre_hook(switch)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in switched.values():
+            module.training = True
+
+
+@contextlib.contextmanager
+def scoring(*programs: Program) -> Iterator[None]:
+    """What numbers are computed in: evaluation mode, without gradients and without Pyro's validation."""
+    with evaluating(*programs), torch.no_grad(), pyro.validation_enabled(False):
+        yield
+
+
+def modules_of(*programs: Program) -> list[nn.Module]:
+    """The modules that programs hold: their own, and those in closures, partials, handlers and attributes."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[tuple[object, int]] = [(program, 0) for program in programs]
+    seen: set[int] = set()
+    while waiting:
+        each, depth = waiting.pop()
+        if id(each) in seen or depth > 6:
             continue
-        value = site["value"]
-        if value.numel() != x.numel() or not torch.equal(value.reshape(x.shape).to(x).nan_to_num(), x.nan_to_num()):
-            raise ContractError(
-                f"the observed site '{name}' holds something else than the observations x that the model was given, so "
-                "that its density is not p(x): observe x itself"
-            )
-        if not (valid := site["fn"].support.check(value)).all():
-            head = type(site["fn"]).__name__
-            raise ContractError(
-                f"{(~valid).sum().item()} observations of site '{name}' lie outside the support of {head}, "
-                f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
-                "likelihood for its values"
-            )
+        seen.add(id(each))
+        if isinstance(each, nn.Module):
+            found |= {id(module): module for module in each.modules()}
+        elif isinstance(each, partial):
+            inside = [each.func, *each.args, *each.keywords.values()]
+            waiting += [(other, depth + 1) for other in inside]
+        elif isinstance(each, list | tuple | dict):
+            values = each.values() if isinstance(each, dict) else each
+            waiting += [(other, depth + 1) for other in values if not isinstance(other, Tensor)]
+        elif callable(each) or hasattr(each, "__dict__"):
+            inside = [getattr(each, name, None) for name in ("__self__", "__func__", "__wrapped__")]
+            inside += [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if _is_filled(cell)]
+            if not isinstance(each, type):
+                inside += list(getattr(each, "__dict__", {}).values())
+            waiting += [(other, depth + 1) for other in inside if other is not None]
+    return list(found.values())
 
 
-def find_non_finite(model: Program, guide: Program, x: Tensor, num_samples: int = 16) -> str | None:
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that has no value yet
+        return False
+
+
+def find_non_finite(model: Program, guide: Program, data: Data, num_samples: int = 16) -> str | None:
     """Name the first site whose value or log-probability is NaN or infinite, guide first; None if all are finite."""
     with torch.no_grad(), pyro.validation_enabled(False):
-        model_trace, guide_trace = traces(model, guide, x, num_samples)
+        model_trace, guide_trace = traces(model, guide, data, num_samples)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for name in sample_sites(trace):
             for what in ("value", "log_prob"):

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_vae.errors import ContractError
 
@@ -53,8 +53,8 @@ class Compiled:
     variables are not compiled.
 
     Args:
-        function: takes tensors and gives tensors, or a tuple of them, without gradients; what else it reads must not
-            change.
+        function: takes trees of tensors and gives tensors, or a tuple of them, without gradients; what else it reads
+            must not change.
         often: calls of one shape before it is compiled.
     """
 
@@ -63,21 +63,25 @@ class Compiled:
         self._calls: Counter[tuple] = Counter()
         self._compiled: dict[tuple, Callable[..., Any]] = {}
 
-    def __call__(self, *tensors: Tensor) -> Any:
-        key = tuple(map(likeness, tensors))
+    def __call__(self, *args: Any) -> Any:
+        tensors, given = tree_flatten(args)
+        key = given, *map(likeness, tensors)
         self._calls[key] += 1
         if self._calls[key] == self.often + 1:
-            self._compiled[key] = self._compile(tensors)
-        run = self._compiled.get(key, self.function)
+            self._compiled[key] = self._compile(tensors, given)
+        run = self._compiled.get(key)
         with torch.no_grad():
-            return run(*tensors)
+            return self.function(*args) if run is None else run(*tensors)
 
-    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def _compile(self, tensors: list[Tensor], given: TreeSpec) -> Callable[..., Any]:
+        def function(*tensors: Tensor) -> Any:
+            return self.function(*tree_unflatten(list(tensors), given))
+
         def flat(*tensors: Tensor) -> list[Tensor]:
-            return tree_flatten(self.function(*tensors))[0]
+            return tree_flatten(function(*tensors))[0]
 
         with undone(tensors, {}), torch.no_grad():
-            leaves, spec = tree_flatten(self.function(*tensors))
+            leaves, spec = tree_flatten(function(*tensors))
         with undone(tensors, {}):
             try:
                 with torch.enable_grad():  # some densities have a way of their own without, which inductor slows down
@@ -87,9 +91,9 @@ class Compiled:
                     f"log p(x) is computed uncompiled, since the programs cannot be traced: {first_line(error)}",
                     stacklevel=2,
                 )
-                return self.function
+                return function
             if any(node.target is torch.ops.aten.bernoulli.default for node in graph.graph.nodes):
-                return self.function  # inductor may draw these in another order, so that nothing could be checked
+                return function  # inductor may draw these in another order, so that nothing could be checked
             compiled = compile_graph(graph, list(tensors))
         with undone(tensors, {}), torch.no_grad():
             found = compiled(*tensors)
@@ -100,7 +104,7 @@ class Compiled:
             "number that changes, or on random numbers that are not torch's",
             stacklevel=2,
         )
-        return self.function
+        return function
 
 
 class RoundedProducts(TorchDispatchMode):
@@ -181,7 +185,8 @@ def trace_graph(function: Callable[..., Any], tensors: Iterable[Tensor]) -> Grap
     Distribution._validate_sample = lambda self, value: None
     try:
         with pyro.validation_enabled(False):
-            return make_fx(guarded)(*tensors)
+            # aliases: a tensor that is also closed over, or given twice, would else be taken for one and the same input
+            return make_fx(guarded)(*(x.detach() for x in tensors))
     finally:
         Distribution._validate_sample = validate
 

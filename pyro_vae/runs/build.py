@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyro_vae.data.images import ENCODINGS, Data, Dataset
 from pyro_vae.errors import ContractError, DataError, RunError
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.objectives import Objective
-from pyro_vae.infer.programs import check_program
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import MeanField

@@ -130,7 +130,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> Path:
         **provenance(device),
     }
     with writing(path):
-        groups = {group: each.to_dataset(image=among) for group, each in evidence.items()}
+        groups = {group: each.to_dataset(among) for group, each in evidence.items()}
         xr.DataTree.from_dict(groups).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf")
         write_json(path, result)
     report_evaluation(result)
@@ -167,7 +167,7 @@ def estimate(config: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[
         evidence = importance_sampling(
             model, guide, x, config.num_samples, config.proposal, config.widening, progress=True
         )
-        bad = evidence.share_bad_k(config.num_samples)
+        bad = evidence.share_bad_k()
         settings = {"num_samples": config.num_samples, "proposal": config.proposal, "widening": config.widening}
         settings |= {"khat_threshold": pareto_k_threshold(config.num_samples), "share_khat_above_threshold": bad}
         settings |= {"reliable": reliable(bad)}
@@ -222,7 +222,7 @@ def score_test(
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
     khat = evidence.khat[~evidence.khat.isnan()]
-    bad = evidence.share_bad_k(settings.num_samples)
+    bad = evidence.share_bad_k()
     annealed, corrected = anneal(settings, vae, test, evidence)
     first = data.observe(torch.arange(min(500, len(data.train_pixels)), device=test.device))
     return (
@@ -281,7 +281,7 @@ def anneal(
     estimate, error = difference_estimate(importance.log_px, evidence, among)
     acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
     values = estimate, error, evidence.shortfall(), acceptance, seconds
-    return evidence.to_dataset(image=among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
+    return evidence.to_dataset(among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
 
 
 def some(number: int, size: int) -> Tensor:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "binarization_seed": dataset.binarization_seed,
             **provenance(device),
         }
-        importance = evidence.to_dataset(unit=result["unit"], num_samples=result["num_samples"])
+        importance = evidence.to_dataset(unit=result["unit"])
         groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
         xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
         figures.training_curve(history, run_dir / "training.png")

@@ -173,7 +173,7 @@ def test_latents_score_what_log_weights_scores(name):
     torch.testing.assert_close(sum(part.log_joint(u[:, 1:3])), (log_prior + log_likelihood)[:, 1:3])
     torch.testing.assert_close(part.log_guide(u[:, 1:3]), latents.log_guide(u)[:, 1:3])
     assert part.sample_guide(3).shape == (3, 2, dim)
-    assert latents.sample_prior(9).shape == (9, dim)
+    assert latents.sample_prior(9).shape == (9, 4, dim)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_estimates_leave_no_gradients_and_need_none(start):
         evidence = annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=3, start=start))
         coordinates = laplace_approximation(Latents(vae.model, vae.guide, x))
     sandwich = bidirectional_monte_carlo(vae.model, vae.guide, x, Annealing(num_temperatures=3, start=start))
-    for each in (*evidence, *coordinates, *sandwich.lower, *sandwich.upper):
+    for each in (*evidence[:-1], *coordinates, *sandwich.lower[:-1], *sandwich.upper[:-1]):
         assert not each.requires_grad
     assert all(p.grad is None for p in vae.parameters())
 
@@ -397,7 +397,7 @@ def test_laplace_proposal_refuses_bad_arguments(arguments, message):
 
 
 def check_evidence(evidence, batch, acceptance=True):
-    assert all(field.shape == (batch,) for field in evidence)
+    assert all(field.shape == (batch,) for field in evidence[:-1])
     assert evidence.log_px.dtype == torch.float64
     assert (evidence.num_invalid == 0).all()
     if acceptance:
@@ -658,8 +658,8 @@ def test_estimates_do_not_depend_on_memory(memory):
     settings = Annealing(16, 15, "guide")
     evidence = annealed_importance_sampling(vae.model, near_guide(vae), x, settings, memory=memory)
     sandwich = bidirectional_monte_carlo(vae.model, near_guide(vae), x, settings, memory=memory)
-    assert sandwich.x.shape == (3, 7)
-    for found, at in ((evidence, x), (sandwich.lower, sandwich.x), (sandwich.upper, sandwich.x)):
+    assert sandwich.data.shape == (3, 7)
+    for found, at in ((evidence, x), (sandwich.lower, sandwich.data), (sandwich.upper, sandwich.data)):
         check_evidence(found, 3)
         assert ((found.log_px - vae.log_px(at)).abs() < 5 * found.mc_se + 0.05).all()
         assert (found.mc_se < 0.15).all()
@@ -716,7 +716,7 @@ def test_a_grey_pixel_is_refused_and_simulated_ones_are_not():
     x = torch.full((2, 12), 0.3, dtype=torch.float64)
     with pytest.raises(ContractError, match="outside the support"):
         annealed_importance_sampling(vae.model, vae.guide, x)
-    assert set(bidirectional_monte_carlo(vae.model, vae.guide, x, Annealing(2, 1)).x.unique().tolist()) == {0, 1}
+    assert set(bidirectional_monte_carlo(vae.model, vae.guide, x, Annealing(2, 1)).data.unique().tolist()) == {0, 1}
 
 
 # ---- bidirectional Monte Carlo
@@ -730,7 +730,7 @@ def test_the_sandwich_encloses_the_exact_evidence_and_narrows(start):
         settings = Annealing(8, num, start)
         sandwich = bidirectional_monte_carlo(vae.model, near_guide(vae), x, settings)
         assert isinstance(sandwich, Sandwich)
-        exact = vae.log_px(sandwich.x)
+        exact = vae.log_px(sandwich.data)
         below, above = exact - sandwich.lower.log_px, sandwich.upper.log_px - exact
         for gap in (below, above):
             assert gap.mean() > -4 * gap.std() / 60**0.5
@@ -743,7 +743,7 @@ def test_the_sandwich_encloses_the_exact_evidence_and_narrows(start):
     assert widths[0] > 4 * error
     assert widths[0] > 3 * abs(widths[1])
     assert abs(widths[1]) < 0.3
-    assert stats.kstest(sandwich.x.numpy() @ np.ones(15), stats.norm(vae.mean.sum(), total(vae)).cdf).pvalue > 0.01
+    assert stats.kstest(sandwich.data.numpy() @ np.ones(15), stats.norm(vae.mean.sum(), total(vae)).cdf).pvalue > 0.01
 
 
 def total(vae):
@@ -756,12 +756,12 @@ def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
     model, guide, x, log_px = bumpy()
     x, settings = x[:1].expand(10_000, 1), Annealing(2, 3, start)
     sandwich = bidirectional_monte_carlo(model, guide, x, settings, memory=10**6)  # in about ten chunks
-    exact = log_px[sandwich.x[:, 0].long()]
+    exact = log_px[sandwich.data[:, 0].long()]
     for ratio in ((exact - sandwich.upper.log_px).exp(), (sandwich.lower.log_px - exact).exp()):
         error = ratio.std().item() / 100
         assert abs(ratio.mean().item() - 1) < 4 * error
         assert error < 0.06
-    share = sandwich.x.mean().item()
+    share = sandwich.data.mean().item()
     assert abs(share - log_px[1].exp().item()) < 4 * 0.5 / 100
 
 

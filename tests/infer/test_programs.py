@@ -118,13 +118,6 @@ def test_posterior_samples_have_the_guides_moments():
     assert ((z.mean(0) - exact.mean).abs() < 4 * standard_error).all()
 
 
-def two_observed(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
-        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x[:, 1])
-
-
 def subsampled(x):
     with pyro.plate("data", 100, subsample_size=len(x)):
         z = pyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
@@ -175,11 +168,10 @@ def local_guide(x):
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [
-        (two_observed, local_guide, "exactly one observed site"),
-        (unobserved, local_guide, "exactly one observed site"),
+        (unobserved, local_guide, "must have an observed site"),
         (subsampled, subsampled_guide, "scaled"),
-        (global_latent, global_guide, "in one data plate"),
-        (global_latent, local_guide, "in one data plate"),
+        (global_latent, global_guide, "outside the data plate"),
+        (global_latent, local_guide, "outside the data plate"),
         (no_event, no_event_guide, "in one data plate"),
     ],
 )
@@ -217,7 +209,7 @@ def test_check_program_names_what_is_wrong():
     check_program(vae.model, vae.guide, x)
     with pytest.raises(ValueError, match=r"2 observations of site 'x' lie outside the support of BernoulliVector"):
         check_program(vae.model, vae.guide, torch.cat([x, torch.full((2, 12), 0.5, dtype=torch.float64)]))
-    with pytest.raises(ValueError, match=r"got \(0, 12\)"):
+    with pytest.raises(ValueError, match=r"\(0, 12\)"):
         check_program(vae.model, vae.guide, x[:0])
 
 
@@ -235,7 +227,7 @@ def test_find_non_finite_names_the_first_site():
 @pytest.mark.parametrize("estimate", [importance_sampling, log_weights, annealed_importance_sampling])
 def test_no_observations_and_nan_are_refused(estimate):
     vae, settings = small_vae(), () if estimate is annealed_importance_sampling else (3,)
-    with pytest.raises(ContractError, match=r"shape \(B, X\) with B > 0, got \(0, 12\)"):
+    with pytest.raises(ContractError, match=r"no datum: data has shape \(0, 12\)"):
         estimate(vae.model, vae.guide, torch.zeros(0, 12, dtype=torch.float64), *settings)
     if estimate is not log_weights:
         x = binary(4)

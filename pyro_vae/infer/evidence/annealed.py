@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
-import pyro
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.importance import reduce_log_weights, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, laplace_approximation, prior_location_and_width
 from pyro_vae.infer.evidence.result import Evidence, concatenate
-from pyro_vae.infer.programs import Program, check_program
+from pyro_vae.infer.programs import Program, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.tracing import Compiled
+from pyro_vae.infer.trees import Data, data_size, select, split
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ CREMER_2018 = Annealing(100, 10_000, "prior", 10, "linear", target_acceptance=0.
 def annealed_importance_sampling(
     model: Program,
     guide: Program,
-    x: Tensor,
+    data: Data,
     settings: Annealing = Annealing(),
     memory: int | None = None,
     compiled: bool = True,
@@ -117,7 +118,7 @@ def annealed_importance_sampling(
     Args:
         model, guide: see :func:`pyro_vae.traces`; latent sites must be continuous, there may be several. The guide
             says where the posterior is looked for, and is the start if asked.
-        x: observations, shape ``(N, X)``, on the programs' device.
+        data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the chains.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
@@ -132,7 +133,7 @@ def annealed_importance_sampling(
         ContractError: as :func:`pyro_vae.traces`, and if a site is discrete.
     """
     results = []
-    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, compiled, progress):
+    for path, betas, steps, bar in _paths(model, guide, data, settings, memory, compiled, progress):
         log_w, acceptance, _ = _anneal(path, betas, path.draw(settings.num_chains), steps)
         results.append(reduce_log_weights([log_w], settings.num_chains)._replace(acceptance=acceptance))
         bar.update(log_w.shape[1])
@@ -146,12 +147,12 @@ class Sandwich(NamedTuple):
         lower: annealed importance sampling, low in expectation.
         upper: the same chains in reverse from the exact posterior, high in expectation. Its chains share their first
             point, so that ``mc_se`` understates how much another simulation would differ: use that of :meth:`width`.
-        x: the observations, shape ``(N, X)``.
+        data: the simulated data, as the programs take them.
     """
 
     lower: Evidence
     upper: Evidence
-    x: Tensor
+    data: Data
 
     def width(self) -> tuple[float, float]:
         """Mean of upper minus lower, and its standard error over observations, in nats."""
@@ -163,7 +164,7 @@ class Sandwich(NamedTuple):
 def bidirectional_monte_carlo(
     model: Program,
     guide: Program,
-    x: Tensor,
+    data: Data,
     settings: Annealing = Annealing(),
     memory: int | None = None,
     compiled: bool = True,
@@ -177,12 +178,13 @@ def bidirectional_monte_carlo(
 
     Args:
         model, guide, settings, memory, compiled, progress: see :func:`annealed_importance_sampling`.
-        x: only its shape and type count: as many observations are drawn.
+        data: what is observed is drawn anew, for as many data; conditions and masks stay.
     """
     lower, upper = [], []
-    x, posterior_draws = Latents(model, guide, x).simulate()
+    with scoring(model, guide):
+        data, posterior_draws = Latents(model, guide, data).simulate()
     first = 0
-    for path, betas, steps, bar in _paths(model, guide, x, settings, memory, compiled, progress):
+    for path, betas, steps, bar in _paths(model, guide, data, settings, memory, compiled, progress):
         size = path.coordinates.loc.shape[0]
         log_w, acceptance, _ = _anneal(path, betas, path.draw(settings.num_chains), steps)
         lower.append(reduce_log_weights([log_w], settings.num_chains)._replace(acceptance=acceptance))
@@ -192,7 +194,7 @@ def bidirectional_monte_carlo(
         upper.append(inverse._replace(log_px=-inverse.log_px, acceptance=acceptance))
         first += size
         bar.update(size)
-    return Sandwich(concatenate(lower), concatenate(upper), x)
+    return Sandwich(concatenate(lower), concatenate(upper), data)
 
 
 class _State(NamedTuple):
@@ -222,11 +224,11 @@ class _Path:
         if self.settings.start == "guide":
             u = self.latents.sample_guide(num_chains)
         else:
-            u = self.latents.sample_prior(num_chains * len(loc)).unflatten(0, (num_chains, len(loc)))
+            u = self.latents.sample_prior(num_chains)
         return self.coordinates.from_latents(u)
 
     def evaluate(self, e: Tensor) -> _State:
-        return _State(e, *self._evaluate(e, self.latents.x, *self.coordinates))
+        return _State(e, *self._evaluate(e, self.latents.data, *self.coordinates))
 
     def transition(self, state: _State, beta: Tensor, step: Tensor) -> tuple[_State, Tensor]:
         """Hamiltonian Monte Carlo (Neal 2011, section 5.3.2) that leaves the density at ``beta`` unchanged.
@@ -258,9 +260,9 @@ class _Path:
 
 
 @torch.enable_grad()
-def _evaluate(latents: Latents, start: str, e: Tensor, x: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
+def _evaluate(latents: Latents, start: str, e: Tensor, data: Data, *coordinates: Tensor) -> tuple[Tensor, ...]:
     """The entries of :class:`_State` after e: log-densities of both ends of the path, and their gradients."""
-    latents, coordinates, e = latents.of(x), Coordinates(*coordinates), e.detach().requires_grad_()
+    latents, coordinates, e = latents.of(data), Coordinates(*coordinates), e.detach().requires_grad_()
     u = coordinates.to_latents(e)
     if start == "guide":
         log_prior, log_likelihood, log_guide = latents.log_joint_and_guide(u)
@@ -278,15 +280,17 @@ def _evaluate(latents: Latents, start: str, e: Tensor, x: Tensor, *coordinates: 
 
 
 def _paths(
-    model: Program, guide: Program, x: Tensor, settings: Annealing, memory: int | None, compiled: bool, progress: bool
+    model: Program, guide: Program, data: Data, settings: Annealing, memory: int | None, compiled: bool, progress: bool
 ) -> Iterator[tuple[_Path, Tensor, Tensor, tqdm]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, frozen step sizes ``(T - 1, B)``, the bar."""
-    with torch.no_grad(), pyro.validation_enabled(False):
-        check_program(model, guide, x[:1000])
-        rows = max(1, rows_per_chunk(model, guide, x, memory) // 3)  # a gradient keeps what a forward pass would drop
+    with scoring(model, guide):
+        check_program(model, guide, select(data, slice(1000)))
+        rows = max(
+            1, rows_per_chunk(model, guide, data, memory) // 3
+        )  # a gradient keeps what a forward pass would drop
     size, betas, evaluate = max(1, rows // settings.num_chains), None, None
-    with tqdm(total=len(x), disable=not progress, unit="image", desc="annealing") as bar:
-        for part in x.split(rows):
+    with tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing") as bar:
+        for part in split(data, rows):
             check_program(model, guide, part)
             latents = Latents(model, guide, part)
             if evaluate is None:
@@ -294,11 +298,11 @@ def _paths(
                 evaluate = Compiled(evaluate) if compiled else evaluate
             whole = _Path(latents, _coordinates(latents, settings), settings, evaluate)
             if betas is None:
-                some = slice(None, None, max(1, len(part) // min(32, size)))  # spread over the chunk
+                some = slice(None, None, max(1, data_size(part) // min(32, size)))  # spread over the chunk
                 num = settings.num_temperatures or _pilot(whole.select(some))
-                betas = settings.temperatures(num).to(x)
+                betas = settings.temperatures(num).to(latents.like)
                 bar.set_postfix(temperatures=num)
-            for first in range(0, len(part), size):
+            for first in range(0, data_size(part), size):
                 path = whole.select(slice(first, first + size))
                 yield path, betas, _warm_up(path, betas), bar
 
@@ -310,7 +314,7 @@ def _coordinates(latents: Latents, settings: Annealing) -> Coordinates:
     if settings.start == "guide":
         draws = latents.sample_guide(64)
         return diagonal(draws.mean(0), draws.std(0).clamp(min=1e-6))
-    return diagonal(*(each.expand(len(latents.x), -1) for each in prior_location_and_width(latents)))
+    return diagonal(*(each.expand(data_size(latents.data), -1) for each in prior_location_and_width(latents)))
 
 
 def _anneal(path: _Path, betas: Tensor, e: Tensor, steps: Tensor, adapt: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,7 +353,7 @@ def _pilot(path: _Path, least: int = 5, most: int = 1000) -> int:
     allowed = math.log1p(settings.num_chains * settings.error**2)  # of log w, if it is normal
     num = least
     while num < most:
-        betas = settings.temperatures(num).to(path.latents.x)
+        betas = settings.temperatures(num).to(path.latents.like)
         log_w, _, _ = _anneal(path, betas, path.draw(settings.num_chains), _warm_up(path, betas))
         ratio = log_w.var(0).nanmean().item() / allowed
         if ratio <= 1:

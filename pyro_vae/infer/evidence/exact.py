@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import pyro
 import torch
 import torch.nn.functional as F
 from pyro import poutine
@@ -13,12 +12,16 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.infer.programs import Program, check_program, particle_trace, sample_sites, sum_log_prob, traces
+from pyro_vae.infer.programs import Program, latent_sites, particle_trace, scoring, sum_log_prob, traces
 from pyro_vae.infer.supports import Latents, innermost
+from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
 
-def quadrature(model: Program, guide: Program, x: Tensor, num_points: int = 2**14, batch_size: int = 2**15) -> Evidence:
+def quadrature(
+    model: Program, guide: Program, data: Data, num_points: int = 2**14, batch_size: int = 2**15
+) -> Evidence:
     """log p(x) by the trapezoidal rule over all latent variables, of one or two dimensions in all.
 
     ``log p(x) = log sum_i exp(log p(x, u_i)) |cell_i|``, in the unconstrained coordinates u of :class:`Latents`. Each
@@ -33,7 +36,7 @@ def quadrature(model: Program, guide: Program, x: Tensor, num_points: int = 2**1
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; of the guide only the sites matter.
-        x: observations, shape ``(B, X)``.
+        data: likewise.
         num_points: points of an observation's grid, at least 1024; with two dimensions, its root in each.
         batch_size: pairs of a point and an observation scored at a time.
 
@@ -51,25 +54,27 @@ def quadrature(model: Program, guide: Program, x: Tensor, num_points: int = 2**1
     if num_points < 1024:
         raise ValueError(f"num_points must be at least 1024, got {num_points}")
     _check_batch_size(batch_size)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for part in x.split(1000):
+    with scoring(model, guide):
+        for part in split(data, 1000):
             check_program(model, guide, part)
-        latents = Latents(model, guide, x[:1])
+        latents = Latents(model, guide, data)
         if not 1 <= latents.dim <= 2:
             raise ContractError(
                 f"quadrature is for 1 or 2 latent dimensions, the model has D = {latents.dim}: use "
                 "annealed_importance_sampling"
             )
-        prior_draws = latents.sample_prior(1001)
+        prior_draws = latents.prior_draws(1001)
         start = _prior_frame(prior_draws.double())
         score = partial(_log_integrand, dtype=prior_draws.dtype, batch_size=batch_size)
-        coarse, fine = (_unit_grid(points, latents.dim, x.device) for points in (num_points // 4, num_points))
+        coarse, fine = (
+            _unit_grid(points, latents.dim, latents.like.device) for points in (num_points // 4, num_points)
+        )
         results = []
-        for few in x.split(max(1, batch_size // len(coarse))):
+        for few in split(data, max(1, batch_size // len(coarse))):
             part = Latents(model, guide, few)
             frame, found = _locate(part, start, coarse, score)
             results.append(_integrate(part, frame, found, fine, score))
-    return _exact_evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
+    return _exact_evidence(len(fine), *(torch.cat(field) for field in zip(*results, strict=True)))
 
 
 class _Frame(NamedTuple):
@@ -113,7 +118,7 @@ def _log_integrand(
 ) -> Iterator[Tensor]:
     """log p(x, u) |du / dt| at the points ``unit``, in chunks ``(k, B)``, in the order of the points."""
     log_det = torch.linalg.slogdet(frame.axes).logabsdet
-    for part in unit.split(max(1, batch_size // len(latents.x))):
+    for part in unit.split(max(1, batch_size // data_size(latents.data))):
         t = frame.t(part)
         u = frame.centre + torch.einsum("bij,kbj->kbi", frame.axes, t.sinh())
         log_prior, log_likelihood = latents.log_joint(u.to(dtype))
@@ -122,8 +127,8 @@ def _log_integrand(
 
 def _locate(latents: Latents, start: _Frame, unit: Tensor, score: Callable) -> tuple[_Frame, Tensor]:
     """The frame that fits each observation's integrand, and whether it was found, ``(B,)``."""
-    frame = _Frame(*(part.expand(len(latents.x), *part.shape[1:]) for part in start))
-    found = torch.zeros(len(latents.x), dtype=torch.bool, device=unit.device)
+    frame = _Frame(*(part.expand(data_size(latents.data), *part.shape[1:]) for part in start))
+    found = torch.zeros(data_size(latents.data), dtype=torch.bool, device=unit.device)
     for _ in range(60):
         values = torch.cat(list(score(latents, frame, unit)))
         zoomed, settled = _zoom(frame, unit, values)
@@ -226,13 +231,13 @@ def _integrate(
     return total + log_cell, torch.where(found, error, math.inf), invalid
 
 
-def enumeration(model: Program, guide: Program, x: Tensor, limit: int = 2**16, batch_size: int = 2**15) -> Evidence:
+def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, batch_size: int = 2**15) -> Evidence:
     """log p(x) = log sum_z p(x, z), over all values z of all latent variables, which are discrete.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; of the guide only the sites matter. A site may depend on others, but
             not the values it can take.
-        x: observations, shape ``(B, X)``.
+        data: likewise.
         limit: the largest number of values z.
         batch_size: pairs of a value and an observation scored at a time.
 
@@ -246,12 +251,11 @@ def enumeration(model: Program, guide: Program, x: Tensor, limit: int = 2**16, b
         ValueError: if ``batch_size`` is below 1.
     """
     _check_batch_size(batch_size)
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for part in x.split(1000):
+    with scoring(model, guide):
+        for part in split(data, 1000):
             check_program(model, guide, part)
-        model_trace, _ = traces(model, guide, x[:1], 1)
-        latent = [name for name in sample_sites(model_trace) if not model_trace.nodes[name]["is_observed"]]
-        choices = {name: _choices(name, model_trace.nodes[name]) for name in latent}
+        model_trace, _ = traces(model, guide, select(data, slice(1)), 1)
+        choices = {name: _choices(name, model_trace.nodes[name]) for name in latent_sites(model_trace)}
         count = math.prod(len(values) ** elements for values, elements, _ in choices.values())
         if count > limit:
             sizes = " * ".join(
@@ -261,13 +265,13 @@ def enumeration(model: Program, guide: Program, x: Tensor, limit: int = 2**16, b
                 f"the latent variables take {count} values together ({sizes}), more than the limit of {limit}: raise "
                 "the limit, or use importance_sampling"
             )
-        results = []
-        for part in x.split(max(1, batch_size // min(count, 1024))):
-            log_px = x.new_full((len(part),), -math.inf, dtype=torch.float64)
+        device, results = first_tensor(data).device, []
+        for part in split(data, max(1, batch_size // min(count, 1024))):
+            log_px = torch.full((data_size(part),), -math.inf, dtype=torch.float64, device=device)
             invalid = torch.zeros_like(log_px, dtype=torch.long)
-            for index in torch.arange(count, device=x.device).split(max(1, batch_size // len(part))):
+            for index in torch.arange(count, device=device).split(max(1, batch_size // data_size(part))):
                 values = {
-                    name: z.unsqueeze(1).expand(-1, len(part), *z.shape[1:])
+                    name: z.unsqueeze(1).expand(-1, data_size(part), *z.shape[1:])
                     for name, z in _decode(index, choices).items()
                 }
                 trace = particle_trace(poutine.condition(model, data=values), part, len(index))
@@ -276,7 +280,7 @@ def enumeration(model: Program, guide: Program, x: Tensor, limit: int = 2**16, b
                 log_px = torch.logaddexp(log_px, log_joint.logsumexp(0))
                 invalid += (log_joint.isnan() | log_joint.isposinf()).sum(0)
             results.append((log_px, torch.zeros_like(log_px), invalid))
-    return _exact_evidence(*(torch.cat(field) for field in zip(*results, strict=True)))
+    return _exact_evidence(count, *(torch.cat(field) for field in zip(*results, strict=True)))
 
 
 def _choices(name: str, site: dict) -> tuple[Tensor, int, torch.Size]:
@@ -317,6 +321,6 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def _exact_evidence(log_px: Tensor, error: Tensor, invalid: Tensor) -> Evidence:
+def _exact_evidence(num_points: int, log_px: Tensor, error: Tensor, invalid: Tensor) -> Evidence:
     nan = torch.full_like(log_px, math.nan)
-    return Evidence(log_px, error, ess=nan, khat=nan, num_invalid=invalid, acceptance=nan)
+    return Evidence(log_px, error, ess=nan, khat=nan, num_invalid=invalid, acceptance=nan, num_samples=num_points)

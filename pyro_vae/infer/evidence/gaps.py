@@ -16,6 +16,7 @@ from pyro_vae.infer.evidence.local import (
 )
 from pyro_vae.infer.evidence.result import Evidence, mean_and_errors
 from pyro_vae.infer.programs import Program, log_weights
+from pyro_vae.infer.trees import Data, data_size, split
 
 Family = Literal["mean_field", "flow"]
 
@@ -87,7 +88,7 @@ def inference_gaps(
     model: Program,
     guide: Program,
     log_px: Tensor | Evidence,
-    x: Tensor,
+    data: Data,
     mean_field: LocalPosterior | None = None,
     flow: LocalPosterior | None = None,
     num_steps: int = 300,
@@ -104,7 +105,7 @@ def inference_gaps(
     Args:
         model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
         log_px: log p(x) of the observations, shape ``(N,)``: a tensor, taken to be exact, or evidence.
-        x: observations, shape ``(N, X)``, on the programs' device.
+        data: see :func:`pyro_vae.traces`; on the programs' device.
         mean_field: local mean fields of the observations, if made already, with settings of their own.
         flow: local flows, likewise.
         num_steps: steps of each optimization that is left to do.
@@ -118,19 +119,21 @@ def inference_gaps(
         ContractError: see :func:`local_mean_field`.
     """
     values, errors = (log_px.log_px, log_px.mc_se) if isinstance(log_px, Evidence) else (log_px, None)
-    if values.shape != x.shape[:1]:
-        raise ValueError(f"log_px must have one value for each of {len(x)} observations, got {tuple(values.shape)}")
+    if values.shape != (data_size(data),):
+        raise ValueError(
+            f"log_px must have one value for each of {data_size(data)} observations, got {tuple(values.shape)}"
+        )
     check_positive(num_steps=num_steps, batch_size=batch_size)
     check_draws(num_samples)
     settings = {"num_steps": num_steps, "batch_size": batch_size, "progress": progress}
     if mean_field is None:
-        mean_field = local_mean_field(model, guide, x, **settings)
+        mean_field = local_mean_field(model, guide, data, **settings)
     if flow is None:
-        flow = local_flow(model, guide, x, mean_field, **settings)
+        flow = local_flow(model, guide, data, mean_field, **settings)
     bounds = [
-        mean_log_weight([partial(log_weights, model, guide, part) for part in x.split(batch_size)], num_samples),
-        mean_field.elbo(model, guide, x, num_samples, batch_size),
-        flow.elbo(model, guide, x, num_samples, batch_size),
+        mean_log_weight([partial(log_weights, model, guide, part) for part in split(data, batch_size)], num_samples),
+        mean_field.elbo(model, guide, data, num_samples, batch_size),
+        flow.elbo(model, guide, data, num_samples, batch_size),
     ]
     (elbo, elbo_mean_field, elbo_flow), bound_errors = zip(*bounds, strict=True)
     values = values.to(elbo)

@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Literal
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import pareto_smooth, pareto_tail_length
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, whitened_log_joint
 from pyro_vae.infer.evidence.result import Evidence, concatenate
-from pyro_vae.infer.programs import Program, check_program, log_weights
+from pyro_vae.infer.programs import Program, log_weights, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.tracing import Compiled
+from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
 SAMPLES_PER_CHUNK = 64
 """Samples of one observation scored together: enough that the encoder, run once per chunk, costs next to nothing."""
@@ -26,7 +27,7 @@ SAMPLES_PER_CHUNK = 64
 def importance_sampling(
     model: Program,
     guide: Program,
-    x: Tensor,
+    data: Data,
     num_samples: int,
     proposal: Literal["guide", "laplace"] = "guide",
     widening: float = 1.0,
@@ -45,7 +46,7 @@ def importance_sampling(
 
     Args:
         model, guide: see :func:`pyro_vae.traces`.
-        x: observations, shape ``(N, X)``, on the programs' device.
+        data: see :func:`pyro_vae.traces`; on the programs' device.
         num_samples: K, at least 1.
         proposal: guide, or laplace: :func:`pyro_vae.laplace_approximation`, for any number of continuous sites.
         widening: factor of the Laplace proposal's standard deviations, positive.
@@ -73,16 +74,16 @@ def importance_sampling(
         raise ValueError(f"widening and df must be positive, got {widening} and {df}")
     if proposal == "guide" and (widening != 1 or df is not None):
         raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
-    with torch.no_grad(), pyro.validation_enabled(False):
-        check_program(model, guide, x[:1000])
-        rows = rows_per_chunk(model, guide, x, memory)
+    with scoring(model, guide):
+        check_program(model, guide, select(data, slice(1000)))
+        rows = rows_per_chunk(model, guide, data, memory)
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
         size = max(1, rows // samples)
         if proposal == "guide":
-            parts = _from_guide(model, guide, x, size, compiled)
+            parts = _from_guide(model, guide, data, size, compiled)
         else:
-            parts = _from_laplace(model, guide, x, rows, size, widening, df, compiled)
-        total = num_samples * x.shape[0]
+            parts = _from_laplace(model, guide, data, rows, size, widening, df, compiled)
+        total = num_samples * data_size(data)
         with tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)") as bar:
 
             def chunks(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
@@ -96,37 +97,37 @@ def importance_sampling(
 
 
 def _from_guide(
-    model: Program, guide: Program, x: Tensor, size: int, compiled: bool
+    model: Program, guide: Program, data: Data, size: int, compiled: bool
 ) -> Iterator[Callable[[int], Tensor]]:
     """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
-    weigh = _per_number(lambda num_samples, x: log_weights(model, guide, x, num_samples), compiled)
-    for part in x.split(size):
+    weigh = _per_number(lambda num_samples, data: log_weights(model, guide, data, num_samples), compiled)
+    for part in split(data, size):
         check_program(model, guide, part)
         yield lambda num_samples, part=part: weigh(num_samples)(part)
 
 
 def _from_laplace(
-    model: Program, guide: Program, x: Tensor, rows: int, size: int, widening: float, df: float | None, compiled: bool
+    model: Program, guide: Program, data: Data, rows: int, size: int, widening: float, df: float | None, compiled: bool
 ) -> Iterator[Callable[[int], Tensor]]:
     """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
-    latents = Latents(model, guide, x[:1])
-    zero = torch.zeros(latents.dim, dtype=x.dtype, device=x.device)
+    latents = Latents(model, guide, select(data, slice(1)))
+    zero = latents.like.new_zeros(latents.dim)
     if df is None:
         base = dist.Normal(zero, widening).to_event(1)
     else:
         base = dist.MultivariateStudentT(torch.full_like(zero[0], df), zero, widening * torch.diag_embed(zero + 1))
 
-    def log_weights(num_samples: int, x: Tensor, *coordinates: Tensor) -> Tensor:
-        e = base.sample((num_samples, len(x)))
-        return whitened_log_joint(latents.of(x), Coordinates(*coordinates), e) - base.log_prob(e)
+    def weights(num_samples: int, data: Data, *coordinates: Tensor) -> Tensor:
+        e = base.sample((num_samples, len(coordinates[0])))
+        return whitened_log_joint(latents.of(data), Coordinates(*coordinates), e) - base.log_prob(e)
 
-    weigh = _per_number(log_weights, compiled)
-    for part in x.split(max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
+    weigh = _per_number(weights, compiled)
+    for part in split(data, max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
         check_program(model, guide, part)
         approximation = laplace_approximation(latents.of(part))
-        for first in range(0, len(part), size):
+        for first in range(0, data_size(part), size):
             among = slice(first, first + size)
-            given = part[among], *approximation.select(among)
+            given = select(part, among), *approximation.select(among)
             yield lambda num_samples, given=given: weigh(num_samples)(*given)
 
 
@@ -185,6 +186,7 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
         khat=khat,
         num_invalid=invalid,
         acceptance=torch.full_like(total, math.nan),
+        num_samples=num_samples,
     )
 
 
@@ -194,17 +196,21 @@ def _replace(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return torch.logaddexp(total + rest.log(), new.logsumexp(0))
 
 
-def rows_per_chunk(model: Program, guide: Program, x: Tensor, memory: int | None) -> int:
+def rows_per_chunk(model: Program, guide: Program, data: Data, memory: int | None) -> int:
     """How many z may be scored at once in ``memory`` bytes; None: half of what a GPU has free, 128 MiB on a CPU.
 
     Raises:
         ValueError: if ``memory`` is below 1.
     """
     if memory is None:
-        memory = torch.cuda.mem_get_info(x.device)[0] // 2 if x.device.type == "cuda" else 2**27
+        memory = _free_memory(first_tensor(data).device)
     if memory < 1:
         raise ValueError(f"memory must be at least 1 byte, got {memory}")
-    return max(1, memory // _bytes_per_sample(model, guide, x[:1]))
+    return max(1, memory // _bytes_per_sample(model, guide, select(data, slice(1))))
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**27
 
 
 class _CountBytes(TorchDispatchMode):
@@ -219,11 +225,11 @@ class _CountBytes(TorchDispatchMode):
         return result
 
 
-def _bytes_per_sample(model: Program, guide: Program, x: Tensor) -> int:
+def _bytes_per_sample(model: Program, guide: Program, data: Data) -> int:
     """Bytes of intermediate results that one more sample of z brings, an upper bound of what it holds at a time."""
     sizes = []
     for num_samples in (64, 128):
         with _CountBytes() as count:
-            log_weights(model, guide, x, num_samples)
+            log_weights(model, guide, data, num_samples)
         sizes.append(count.total)
     return max(1, (sizes[1] - sizes[0]) // 64)

@@ -4,17 +4,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
 from pyro_vae.errors import ContractError, check_widths
+from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK
 from pyro_vae.infer.flows import import_zuko
-from pyro_vae.infer.programs import Program, check_program
+from pyro_vae.infer.programs import Program, scoring
 from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.trees import Data, data_size, select, split
 
 SAMPLES_OF_START = 256
 """Draws of the guide whose mean and standard deviation a local posterior starts from."""
@@ -59,13 +60,13 @@ class LocalPosterior(NamedTuple):
         return LocalPosterior(self.loc[among], self.scale[among], self.flow, parameters)
 
     def elbo(
-        self, model: Program, guide: Program, x: Tensor, num_samples: int = 1000, batch_size: int = 100
+        self, model: Program, guide: Program, data: Data, num_samples: int = 1000, batch_size: int = 100
     ) -> tuple[Tensor, Tensor]:
         """E_q[log p(x, u) - log q(u)] from K fresh draws, and its standard error: ``(B,)`` each, nats per datum.
 
         Args:
             model, guide: those that the posterior was made for.
-            x: the observations that it was made for, shape ``(B, X)``.
+            data: those that it was made for.
             num_samples: K, at least 2.
             batch_size: observations at a time.
 
@@ -74,11 +75,11 @@ class LocalPosterior(NamedTuple):
         """
         check_positive(batch_size=batch_size)
         check_draws(num_samples)
-        if len(x) != len(self.loc):
-            raise ValueError(f"the posterior is one of {len(self.loc)} observations, got {len(x)}")
+        if data_size(data) != len(self.loc):
+            raise ValueError(f"the posterior is one of {len(self.loc)} observations, got {data_size(data)}")
         draws = []
-        for among in _slices(len(x), batch_size):
-            part, own = Latents(model, guide, x[among]), self.select(among)
+        for among in _slices(data_size(data), batch_size):
+            part, own = Latents(model, guide, select(data, among)), self.select(among)
             draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
         return mean_log_weight(draws, num_samples)
 
@@ -86,7 +87,7 @@ class LocalPosterior(NamedTuple):
 def local_mean_field(
     model: Program,
     guide: Program,
-    x: Tensor,
+    data: Data,
     num_steps: int = 300,
     num_samples: int = 16,
     lr: float = 0.1,
@@ -107,7 +108,7 @@ def local_mean_field(
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
-        x: observations, shape ``(N, X)``, on the programs' device.
+        data: see :func:`pyro_vae.traces`; on the programs' device.
         num_steps: steps of Adam, at least 1.
         num_samples: samples per observation and step, at least 1.
         lr: learning rate of the first step.
@@ -122,7 +123,7 @@ def local_mean_field(
     _check_lr(lr)
 
     parts = []
-    for latents, _, bar in _chunks(model, guide, x, num_steps, batch_size, progress, "local mean field"):
+    for latents, _, bar in _chunks(model, guide, data, num_steps, batch_size, progress, "local mean field"):
         u = latents.sample_guide(SAMPLES_OF_START)
         start = LocalPosterior(u.mean(0), u.std(0), None, {})
         if not (u.isfinite().all() and (start.scale > 0).all()):
@@ -149,7 +150,7 @@ def local_mean_field(
 def local_flow(
     model: Program,
     guide: Program,
-    x: Tensor,
+    data: Data,
     start: LocalPosterior | None = None,
     num_steps: int = 300,
     num_samples: int = 48,
@@ -173,7 +174,7 @@ def local_flow(
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; the latent variables continuous.
-        x: observations, shape ``(N, X)``, on the programs' device.
+        data: see :func:`pyro_vae.traces`; on the programs' device.
         start: the factorized Gaussian to start from; None: :func:`local_mean_field`, in as many steps.
         num_steps: steps of Adam, at least 1.
         num_samples: samples per observation and step, at least 1.
@@ -192,13 +193,13 @@ def local_flow(
     _check_lr(lr)
     check_widths("hidden", hidden)
     if start is None:
-        start = local_mean_field(model, guide, x, num_steps, batch_size=batch_size, progress=progress)
-    if len(start.loc) != len(x) or start.flow is not None:
-        raise ValueError(f"start must be a factorized Gaussian of {len(x)} observations")
+        start = local_mean_field(model, guide, data, num_steps, batch_size=batch_size, progress=progress)
+    if len(start.loc) != data_size(data) or start.flow is not None:
+        raise ValueError(f"start must be a factorized Gaussian of {data_size(data)} observations")
     flow = _Flow(start.loc.shape[1], transforms, hidden).to(start.loc).requires_grad_(False)
 
     parts = []
-    for latents, among, bar in _chunks(model, guide, x, num_steps, batch_size, progress, "local flow"):
+    for latents, among, bar in _chunks(model, guide, data, num_steps, batch_size, progress, "local flow"):
         base = start.select(among)
 
         def objective(parameters: dict[str, Tensor], noise: Tensor, latents=latents, base=base) -> Tensor:
@@ -300,14 +301,14 @@ def _better(latents: Latents, start: LocalPosterior, end: LocalPosterior) -> Loc
 
 
 def _chunks(
-    model: Program, guide: Program, x: Tensor, num_steps: int, batch_size: int, progress: bool, name: str
+    model: Program, guide: Program, data: Data, num_steps: int, batch_size: int, progress: bool, name: str
 ) -> Iterator[tuple[Latents, slice, tqdm]]:
     """``batch_size`` observations at a time: their latent variables, their place, and the progress bar of them all."""
-    for part in x.split(batch_size):
+    for part in split(data, batch_size):
         check_program(model, guide, part)
-    with tqdm(total=num_steps * len(x), disable=not progress, unit="step", unit_scale=True, desc=name) as bar:
-        for among in _slices(len(x), batch_size):
-            yield Latents(model, guide, x[among]), among, bar
+    with tqdm(total=num_steps * data_size(data), disable=not progress, unit="step", unit_scale=True, desc=name) as bar:
+        for among in _slices(data_size(data), batch_size):
+            yield Latents(model, guide, select(data, among)), among, bar
 
 
 def _slices(size: int, batch_size: int) -> Iterator[slice]:
@@ -334,7 +335,7 @@ def _log_weights(latents: Latents, u: Tensor, log_q: Tensor) -> Tensor:
 def mean_log_weight(draws: list[Callable[[int], Tensor]], num_samples: int) -> tuple[Tensor, Tensor]:
     """The mean of K log-weights, and its standard error, from ``draw(k) -> (k, B_i)``: ``(sum_i B_i,)`` each."""
     counts = [min(SAMPLES_PER_CHUNK, num_samples - done) for done in range(0, num_samples, SAMPLES_PER_CHUNK)]
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with scoring():
         log_w = torch.cat([torch.cat([draw(count) for count in counts]).double() for draw in draws], dim=1)
     return log_w.mean(0), log_w.std(0) / num_samples**0.5
 

@@ -1,7 +1,8 @@
 """What every estimator of log p(x) returns."""
 
+import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Evidence(NamedTuple):
-    """Estimates of log p(x) with errors and diagnostics, one entry per observation; NaN where an estimator has none.
+    """Estimates of log p(x) with errors and diagnostics, one entry per datum; NaN where an estimator has none.
+
+    x is all that the model observes, of several sites together, without what was masked; where the model is passed
+    more, it is log p(x | c), given the rest.
 
     Attributes:
         log_px: log p(x), nats, shape ``(B,)``.
@@ -25,6 +29,7 @@ class Evidence(NamedTuple):
         num_invalid: how many log-weights were NaN or infinite. A weight of zero (log-weight ``-inf``) counts in the
             average as zero; a NaN makes ``log_px`` NaN.
         acceptance: acceptance rate of the estimator's Markov transitions.
+        num_samples: importance samples, chains or points behind each estimate; not one entry per datum.
     """
 
     log_px: Tensor
@@ -33,6 +38,7 @@ class Evidence(NamedTuple):
     khat: Tensor
     num_invalid: Tensor
     acceptance: Tensor
+    num_samples: int = 0
 
     def mean(self) -> tuple[float, float, float]:
         """Mean of ``log_px``, its standard error over observations, and its Monte Carlo error alone, in nats.
@@ -50,23 +56,36 @@ class Evidence(NamedTuple):
         """
         return self.mc_se.square().mean().item() / 2
 
-    def share_bad_k(self, num_samples: int) -> float | None:
-        """The share of observations whose k is above :func:`pyro_vae.pareto_k_threshold`; None if none has a k."""
+    def share_bad_k(self, num_samples: int | None = None) -> float | None:
+        """The share of data whose k is above :func:`pareto_k_threshold`; None if none has a k."""
+        if num_samples is not None:
+            warnings.warn("share_bad_k() needs no number: the evidence knows it", DeprecationWarning, stacklevel=2)
         khat = self.khat[~self.khat.isnan()]  # fewer than 21 samples have no k
-        return (khat > pareto_k_threshold(num_samples)).double().mean().item() if len(khat) else None
+        return (khat > pareto_k_threshold(self.num_samples)).double().mean().item() if len(khat) else None
 
-    def to_dataset(self, image: Tensor | None = None, **attributes) -> "xr.Dataset":
-        """One variable per field along the dimension ``image``, numbered by ``image``, ``(B,)``, or from 0."""
+    def to_dataset(
+        self, datum: Tensor | None = None, *, image: Tensor | None = None, **attributes: Any
+    ) -> "xr.Dataset":
+        """One variable per field along the dimension ``datum``, numbered by ``datum``, ``(B,)``, or from 0.
+
+        ``num_samples`` and ``attributes`` are attributes of the data set; ``image`` is the old name of ``datum``.
+        """
+        if image is not None:
+            warnings.warn("to_dataset(datum=...) is the new spelling of image=", DeprecationWarning, stacklevel=2)
+            datum = image
         import xarray as xr  # which who samples alone need not wait for
 
-        data = {name: ("image", value.detach().cpu().numpy()) for name, value in self._asdict().items()}
-        number = np.arange(self.log_px.numel()) if image is None else image.cpu().numpy()
-        return xr.Dataset(data, coords={"image": number}, attrs=attributes)
+        fields = {name: value for name, value in self._asdict().items() if name != "num_samples"}
+        data = {name: ("datum", value.detach().cpu().numpy()) for name, value in fields.items()}
+        number = np.arange(self.log_px.numel()) if datum is None else datum.cpu().numpy()
+        return xr.Dataset(data, coords={"datum": number}, attrs={"num_samples": self.num_samples} | attributes)
 
 
 def concatenate(parts: Iterable[Evidence]) -> Evidence:
-    """Evidence of the observations of all parts, one after the other."""
-    return Evidence(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    """Evidence of the data of all parts, one after the other."""
+    parts = list(parts)
+    fields = (torch.cat(field) for field in zip(*(part[:-1] for part in parts), strict=True))
+    return Evidence(*fields, num_samples=parts[0].num_samples)
 
 
 def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:

@@ -1,0 +1,188 @@
+"""check_program: whether the log-weights of a model and guide are those of the data that they are given."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution, constraints
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.programs import Program, Traces, latent_sites, particle_trace, sample_sites, traces, unseen_sites
+from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
+
+MOST_ALONE = 8
+"""Data that are scored without the others, at most: in a small batch the neighbours that are missing count for more."""
+
+
+def check_program(model: Program, guide: Program, data: Data) -> None:
+    """Run model and guide once on ``data`` and refuse what would give a number that is no log-likelihood.
+
+    Supports are judged by draws: those of the guide must lie in the model's support, and those of the model in the
+    guide's, which else misses part of the posterior. Some of the data are scored alone, too: what changes then depends
+    on its neighbours in the batch. Programs run in the mode that they are in.
+
+    Args:
+        model, guide, data: see :func:`pyro_vae.traces`.
+
+    Raises:
+        ContractError: as :func:`pyro_vae.traces`, and if data hold NaN, or an observation lies outside the support
+            of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or an
+            observed site holds something else than the data, or model and guide disagree about the support of a
+            latent site, or p(x | z) or q(z | x) of a datum depends on other data.
+    """
+    data_size(data)
+    for path, leaf in named_tensors(data):
+        if leaf.isnan().any():
+            count = leaf.isnan().reshape(len(leaf), -1).any(1).sum().item()
+            raise ContractError(
+                f"{count} of {len(leaf)} observations hold NaN ({path}): fill in what was not seen, and mask it"
+            )
+    with torch.no_grad(), pyro.validation_enabled(False):
+        both = traces(model, guide, data, num_samples=2)
+        _check_latent_supports(both)
+        for name in sample_sites(both.model):
+            if both.model.nodes[name]["is_observed"]:
+                _check_observed(name, both.model.nodes[name], data)
+        _check_unseen(model, both, data)
+        _check_rows(model, guide, both, data)
+
+
+def _check_latent_supports(both: Traces) -> None:
+    for name in sample_sites(both.guide):
+        guided, modelled = both.guide.nodes[name]["fn"], both.model.nodes[name]["fn"]
+        for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
+            if not other.support.check(drawn.sample()).all():
+                raise ContractError(
+                    f"at site '{name}' the {whose} draws from {type(drawn).__name__} on {drawn.support}, outside "
+                    f"the support of {type(other).__name__}, {other.support}: prior and posterior must have the "
+                    "same support, or the posterior be over all reals"
+                )
+
+
+def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
+    """Refuse an observed site that scores something else than the data, or values outside its support."""
+    value, size = site["value"], len(tensors(data)[0])
+    if value.numel() == 0:
+        raise ContractError(
+            f"the observed site '{name}' ({type(site['fn']).__name__}) observes no data, as pyro.factor does, so that "
+            "nothing says whether its number is a log-likelihood: write it as a distribution that observes them"
+        )
+    constraint = site["fn"].support
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    seen = _seen(site)
+    found = value if value.dim() - site["fn"].event_dim >= 1 else value.unsqueeze(0)
+    rows = found.dim() - site["fn"].event_dim - 1
+    if found.shape[rows] != size:
+        found = found.expand(*found.shape[:rows], size, *found.shape[rows + 1 :])
+    if not _holds_data(found.flatten(0, rows)[-size:].reshape(size, -1), _last(seen, found, rows), data):
+        raise ContractError(
+            f"the observed site '{name}' holds something else than the observations that the model was given, so that "
+            "its density is not theirs: observe a tensor of the data, or columns of it, as it is"
+        )
+    valid = constraint.check(value)
+    invalid = ~valid & _reduced(seen, value, constraint.event_dim)
+    if invalid.any():
+        count = _last(invalid.reshape(*valid.shape, *[1] * constraint.event_dim), found, rows).any(1).sum().item()
+        raise ContractError(
+            f"{count} observations of site '{name}' lie outside the support of {type(site['fn']).__name__}, "
+            f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
+            "likelihood for its values"
+        )
+
+
+def _seen(site: dict[str, Any]) -> Tensor:
+    """Which entries of a site's value count, a shape that broadcasts to the value's: what is masked does not."""
+    fn, mask = site["fn"], site["mask"]
+    seen = torch.ones((), dtype=torch.bool, device=site["value"].device)
+    if mask is not None:
+        mask = torch.as_tensor(mask, device=seen.device).bool()
+        seen = seen & mask.reshape(*mask.shape, *[1] * fn.event_dim)
+    while isinstance(fn, Independent | MaskedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            mask = torch.as_tensor(fn._mask, device=seen.device).bool()
+            seen = seen & mask.reshape(*mask.shape, *[1] * fn.event_dim)
+        fn = fn.base_dist
+    return seen
+
+
+def _last(entries: Tensor, like: Tensor, rows: int) -> Tensor:
+    """Booleans that broadcast to ``like``, whose dimension ``rows`` is the datum, as ``(B, n)``: of its last sample."""
+    entries, like = torch.broadcast_tensors(entries, like)
+    size = like.shape[-(like.dim() - rows)] if rows < like.dim() else 1
+    while entries.dim() > like.dim():
+        entries = entries[-1]
+    return entries.flatten(0, rows)[-size:].reshape(size, -1)
+
+
+def _reduced(seen: Tensor, value: Tensor, event_dim: int) -> Tensor:
+    """``seen`` for events of a constraint: one is judged if all of its entries count."""
+    seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, value.shape))
+    while seen.dim() > value.dim():
+        seen = seen.any(0)
+    return seen.flatten(-event_dim).all(-1) if event_dim else seen
+
+
+def _holds_data(value: Tensor, seen: Tensor, data: Data) -> bool:
+    """Whether what was seen of ``value``, ``(B, n)``, is a tensor of the data, or different columns of them."""
+    leaves = [leaf.reshape(len(leaf), -1) for leaf in tensors(data)]
+    if any(leaf.shape == value.shape and ((leaf.to(value) == value) | ~seen).all() for leaf in leaves):
+        return True
+    columns = torch.cat([leaf.double() for leaf in leaves] + [value.double()], 1)
+    kinds, kind = columns.unique(dim=1, return_inverse=True)
+    known, asked = kind[: -value.shape[1]], kind[-value.shape[1] :]
+    count = kinds.shape[1]
+    return bool((asked.bincount(minlength=count) <= known.bincount(minlength=count)).all())
+
+
+def _check_unseen(model: Program, both: Traces, data: Data) -> None:
+    """Refuse sites that depend on the unseen part of another, if the guide lacks it: drawn anew, nothing may change."""
+    again = _score(model, both.model, data, slice(None))
+    missing = [name for name in unseen_sites(again) if name not in both.guide.nodes]
+    if not missing:
+        return
+    for name in sample_sites(both.model):
+        if not _alike(again.nodes[name]["log_prob"], both.model.nodes[name]["log_prob"]):
+            raise ContractError(
+                f"site '{name}' depends on {' or '.join(missing)}, the part of a site with an obs_mask that was not "
+                "observed, which the guide lacks: let the guide draw it, or sum it out"
+            )
+
+
+def _check_rows(model: Program, guide: Program, both: Traces, data: Data) -> None:
+    """Refuse programs in which a datum's log-probability depends on its neighbours in the batch."""
+    size = len(tensors(data)[0])
+    if size < 2:
+        return
+    some = slice(0, max(1, min(size // 2, MOST_ALONE)))
+    for what, program, trace in (("guide", guide, both.guide), ("model", model, both.model)):
+        alone = _score(program, trace, select(data, some), some)
+        for name in sample_sites(trace):
+            if _alike(alone.nodes[name]["log_prob"], trace.nodes[name]["log_prob"][:, some]):
+                continue
+            first, second = (_score(program, trace, data, slice(None)).nodes[name]["log_prob"] for _ in range(2))
+            noisy = not _alike(first, second)  # dropout in training mode, for example
+            if noisy or _alike(alone.nodes[name]["log_prob"], first[:, some]):
+                continue
+            raise ContractError(
+                f"log-probabilities of {what} site '{name}' change if a datum is scored without the others of its "
+                "batch, so that they are of no datum: batch normalization in training mode is the usual cause, "
+                "module.eval() mends it; else let each row depend on itself alone"
+            )
+
+
+def _score(program: Program, trace: poutine.Trace, data: Data, some: slice) -> poutine.Trace:
+    """The program run again on some of the data, with the values that it had in ``trace``."""
+    values = {name: trace.nodes[name]["value"][:, some] for name in latent_sites(trace)}
+    again = particle_trace(poutine.condition(program, data=values), data, 2)
+    again.compute_log_prob()
+    return again
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether log-probabilities are the same up to rounding, in batches of other sizes."""
+    relative = 1e-9 if b.dtype == torch.float64 else 1e-4
+    return torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=relative, atol=relative)
