@@ -22,9 +22,9 @@ class Latents:
     """The latent variables z of ``model`` for given data, as vectors u in R^D.
 
     u puts the sites one after the other, each mapped from its support to the whole space; log-densities are those of u,
-    so they count ``log |dz / du|``. A mask on a latent site is not applied: where the masked part bears on nothing else it
-    integrates to one, as it should. The part of an ``obs_mask`` site that was not seen is no latent variable if the
-    guide lacks it.
+    so they count ``log |dz / du|``. A mask on a latent site is not applied: where the masked part bears on nothing
+    else it integrates to one, as it should. The part of an ``obs_mask`` site that was not seen is no latent variable if
+    the guide lacks it.
 
     Args:
         model, guide, data: see :func:`pyro_vae.traces`.
