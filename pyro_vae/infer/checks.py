@@ -111,8 +111,8 @@ def _seen(site: dict[str, Any]) -> Tensor:
 
 def _last(entries: Tensor, like: Tensor, rows: int) -> Tensor:
     """Booleans that broadcast to ``like``, whose dimension ``rows`` is the datum, as ``(B, n)``: of its last sample."""
-    entries, like = torch.broadcast_tensors(entries, like)
-    size = like.shape[-(like.dim() - rows)] if rows < like.dim() else 1
+    size = like.shape[rows]
+    entries = entries.broadcast_to(torch.broadcast_shapes(entries.shape, like.shape))
     while entries.dim() > like.dim():
         entries = entries[-1]
     return entries.flatten(0, rows)[-size:].reshape(size, -1)

@@ -242,3 +242,29 @@ def test_an_observed_site_that_is_not_x_is_refused():
         check_program(lambda x: vae.model(1 - x), vae.guide, x)
     with pytest.raises(ContractError, match="site 'x' holds something else"):
         importance_sampling(lambda x: vae.model(torch.ones_like(x)), vae.guide, x, 5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_a_distribution_masks_was_not_seen(inside):
+    shape = (50, 3) if inside else (50, 1)
+    y, seen = torch.randn(50, 3, dtype=torch.float64), torch.rand(shape) < 0.6
+
+    def model(y, seen):
+        with pyro.plate("data", len(y), dim=-1):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(len(y)), 1.0))
+            normals = dist.Normal(z.unsqueeze(-1).expand(*z.shape, 3), 0.5)
+            made = normals.mask(seen).to_event(1) if inside else normals.to_event(1).mask(seen.squeeze(-1))
+            pyro.sample("y", made, obs=y)
+
+    def guide(y, seen):
+        count, total = seen.expand(len(y), 3).sum(-1), (seen * y).sum(-1)
+        with pyro.plate("data", len(y), dim=-1):
+            pyro.sample("z", dist.Normal(4 * total / (1 + 4 * count), (1 + 4 * count) ** -0.5))
+
+    check_program(model, guide, {"y": y, "seen": seen})
+    for log_w, each, some in zip(log_weights(model, guide, {"y": y, "seen": seen}, 2).T, y, seen, strict=True):
+        each = each[some.expand(3)]  # the posterior is exact, so each log-weight is the log-likelihood
+        covariance = torch.ones(len(each), len(each), dtype=y.dtype) + torch.eye(len(each), dtype=y.dtype) / 4
+        zero = torch.zeros(len(each), dtype=y.dtype)
+        truth = dist.MultivariateNormal(zero, covariance).log_prob(each) if len(each) else each.sum()
+        assert log_w.tolist() == pytest.approx([truth.item()] * 2, abs=1e-6)
