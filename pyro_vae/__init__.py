@@ -9,7 +9,7 @@ from pyro_vae import _moved
 
 __version__ = "0.2.0.dev0"
 # What is public is listed once, in __init__.pyi, for readers, type checkers and this; each name is imported at its
-# first use, so that who needs CompiledSVI alone does not wait for data sets and plots.
+# first use, so that CompiledSVI alone can be had without waiting for data sets and plots.
 _listed, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __path__.append(str(Path(__file__).with_name("_moved")))
 _moved.register()

@@ -21,8 +21,8 @@ def check_program(model: Program, guide: Program, data: Data) -> None:
     """Run model and guide once on ``data`` and refuse what would give a number that is no log-likelihood.
 
     Supports are judged by draws: those of the guide must lie in the model's support, and those of the model in the
-    guide's, which else misses part of the posterior. Some of the data are scored alone, too: what changes then depends
-    on its neighbours in the batch. Programs run in the mode that they are in.
+    guide's, which otherwise misses part of the posterior. Some of the data are scored alone, too: what changes then
+    depends on its neighbours in the batch. Programs run in the mode that they are in.
 
     Args:
         model, guide, data: see :func:`pyro_vae.traces`.

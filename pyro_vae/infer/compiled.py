@@ -50,7 +50,7 @@ class CompiledSVI:
     tensors are the ones it met. Those that modules and the loss have as attributes are watched, and a change traces
     anew. What changes often, such as the weight of a warm-up, must be a tensor that is changed in place.
 
-    NaN is not looked for: :func:`pyro_vae.fit` does, once per epoch.
+    It does not look for NaN; :func:`pyro_vae.fit` does, once per epoch.
 
     Args:
         model, guide: Pyro programs with the same arguments; see above.

@@ -70,7 +70,7 @@ class Objective(ABC):
 
 @contextmanager
 def uncounted(loss: object) -> Iterator[None]:
-    """Whatever happens meanwhile, such as the tracing of a step, is no step of an objective."""
+    """Context: what happens inside, such as the tracing of a step, does not count as a step of an objective."""
     clock = loss._clock() if isinstance(loss, Objective) else SimpleNamespace(runs=True)
     before, clock.runs = clock.runs, False
     try:
@@ -109,12 +109,12 @@ class ELBO(Objective):
 
 
 class BetaELBO(Objective):
-    """The ELBO with its KL divergence weighed by beta, warmed up, and with free bits.
+    """The ELBO with its KL divergence multiplied by beta, warmed up, and with free bits.
 
     E_q[log p(x | z)] - beta sum_j max(KL_j, free_bits), where KL_j is the mean over the batch of the divergence of
     latent dimension j, if prior and posterior factorize over dimensions, else of the whole site (Higgins et al. 2017,
-    equation 4; free bits: Kingma et al. 2016, equation 15). Below beta = 1 or with free bits it is no bound of
-    log p(x); above beta = 1 it is a looser one. The gradient is the pathwise one of this expression.
+    equation 4; free bits: Kingma et al. 2016, equation 15). Below beta = 1 or with free bits it is not a bound
+    of log p(x); above beta = 1 it is a looser one. The gradient is the pathwise one of this expression.
 
     The warm-up advances by itself, once for each time that the loss is differentiated: under ``pyro.infer.SVI``,
     :class:`PyroSVI`, :class:`CompiledSVI`, :func:`pyro_vae.fit` or a loop of your own. :meth:`advance` sets it to any
@@ -277,7 +277,7 @@ class CIWAE(Objective):
 
 
 class _Separated(Objective):
-    """Objectives whose gradient is put together: z's part, the model's and the guide's are weighed apart.
+    """Objectives whose gradient is put together from z's part, the model's and the guide's, each with its own weights.
 
     log q is scored at a copy of z, for which an autoregressive ``posteriors.Flow`` must be inverted, dimension by
     dimension: ten times slower than :class:`IWAE`; with a coupling flow it is not.

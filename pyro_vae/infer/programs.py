@@ -58,7 +58,8 @@ def leaf_traces(
 ) -> tuple[Traces, dict[str, Tensor], dict[str, Tensor]]:
     """As :func:`traces`, but with both scored at variables of their own that hold the values drawn.
 
-    Derivatives by these leaves, by the model's parameters and by the guide's can so be told apart, and weighed apart.
+    Derivatives by these leaves, by the model's parameters and by the guide's are thus separate, each with its own
+    weight.
     A guide of several sites is run a second time, at the leaves, and must then be the same function: no dropout in it.
 
     Returns:

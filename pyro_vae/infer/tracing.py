@@ -31,7 +31,7 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
     """
     validation = Distribution._validate_args
     try:
-        import torch._inductor as inductor  # takes a second, which those who do not compile need not wait
+        import torch._inductor as inductor  # takes a second, which only compiling should cost
 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own future

@@ -121,7 +121,7 @@ class VampPrior(Prior):
     Args:
         latent_dim: number D of latent dimensions.
         components: pseudo-inputs, at least 1; the paper has 500, which cost as much as 500 images more per step.
-        learned: train the pseudo-inputs, kept in [0, 1]; else they stay the training images they start as.
+        learned: train the pseudo-inputs, kept in [0, 1]; otherwise they stay the training images that they start as.
 
     Raises:
         ValueError: if ``components`` is below 1, or exceeds the number of training images.

@@ -27,7 +27,7 @@ class Annealing:
 
     The path is start(z)^(1 - beta) p(x, z)^beta, beta from 0 to 1. Hamiltonian Monte Carlo follows it in coordinates
     in which the start is about a unit ball. Step sizes are adapted for each observation and temperature by a warm-up
-    with chains of its own, and frozen before the chains that count begin: the estimate is unbiased only so.
+    with chains of its own, and frozen before the chains that count begin: otherwise the estimate would be biased.
 
     Args:
         num_chains: C, at least 2.
@@ -122,7 +122,8 @@ def annealed_importance_sampling(
         settings: of the chains.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
-        compiled: compile what is called often, see :class:`pyro_vae.svi.Compiled`; not for programs with side effects.
+        compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
+            effects.
         progress: show a progress bar.
 
     Returns:
@@ -173,8 +174,9 @@ def bidirectional_monte_carlo(
     """Enclose log p(x) of observations that are drawn from the model itself (Grosse, Ghahramani & Adams 2015).
 
     The z that an observation was drawn from is an exact draw of its posterior. Chains that are annealed from it back
-    to the start have weights of mean 1 / p(x), whence an estimate that is high in expectation. A narrow sandwich
-    vouches for the settings, on data like those simulated; a wide one says by how much they may fail.
+    to the start have weights of mean 1 / p(x), which gives an estimate that is high in expectation. A narrow
+    gap between the two shows that the settings suffice for data like those simulated; a wide one, how far they may
+    fail.
 
     Args:
         model, guide, settings, memory, compiled, progress: see :func:`annealed_importance_sampling`.
@@ -233,8 +235,9 @@ class _Path:
     def transition(self, state: _State, beta: Tensor, step: Tensor) -> tuple[_State, Tensor]:
         """Hamiltonian Monte Carlo (Neal 2011, section 5.3.2) that leaves the density at ``beta`` unchanged.
 
-        ``step`` is the step size of each observation, ``(B,)``; it is varied at random by a fifth, lest a trajectory
-        return to where it began. Returns the chains and the mean acceptance probability of each observation.
+        ``step`` is the step size of each observation, ``(B,)``; it is varied at random by a fifth, so that no
+        trajectory keeps returning to where it began. Returns the chains and the mean acceptance probability of each
+        observation.
         """
 
         def log_density(at: _State) -> Tensor:

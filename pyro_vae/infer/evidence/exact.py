@@ -181,7 +181,7 @@ def _near_peak(values: Tensor, unit: Tensor, nats: float) -> tuple[Tensor, Tenso
     Also whether the edge of the grid is among the former, ``(B,)``. A peak may lie between the points: where f is
     quadratic it is at most D/8 times the sum of f's second differences higher than the nearest of them, which is a
     maximum along at least one axis. Half the second differences along such axes are added before points are compared,
-    so that of several peaks narrower than the grid's spacing none is lost for lying less close to a point than another.
+    so that, of several peaks narrower than the grid's spacing, none is lost only because it is further from a point.
     """
     dim = unit.shape[1]
     n = round(len(unit) ** (1 / dim))

@@ -57,7 +57,7 @@ class InferenceGaps(NamedTuple):
     def amortization_gap(self, family: Family = "mean_field") -> tuple[Tensor, Tensor]:
         """L[q*] - L[q], what one network for all observations loses, and its Monte Carlo error: ``(B,)`` each, nats.
 
-        ``family`` is the guide's own, else this is no gap of amortization, and may be negative.
+        ``family`` must be the guide's own; otherwise this is not a gap of amortization, and may be negative.
         """
         best, error = self._best(family)
         return best - self.elbo, torch.hypot(error, self.elbo_se)

@@ -81,7 +81,7 @@ def laplace_approximation(
 
 
 def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:
-    """Median of p(u), and half the width of its central 68 %: mean and standard deviation, were it normal; ``(D,)``."""
+    """Median of p(u), and half the width of its central 68 %: mean and standard deviation if it is normal; ``(D,)``."""
     at = torch.tensor([0.16, 0.5, 0.84]).to(latents.like)
     low, median, high = latents.prior_draws(2048).quantile(at, dim=0)
     return median, (high - low).clamp(min=1e-6) / 2

@@ -1,4 +1,4 @@
-"""Posteriors of single observations, amortized over none: the best of their family."""
+"""Posteriors of single observations, without amortization: the best of their family."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,9 @@ SAMPLES_OF_CHOICE = 256
 
 
 class LocalPosterior(NamedTuple):
-    """A posterior for each of B observations, amortized over none: u = loc + scale * f(eps), with eps ~ N(0, I).
+    """A posterior for each of B observations, without amortization: u = loc + scale * f(eps), with eps ~ N(0, I).
 
-    u is the vector of all latent variables of :class:`pyro_vae.evidence.latents.Latents`, on the whole space.
+    u is the vector of all latent variables of :class:`pyro_vae.infer.Latents`, on the whole space.
 
     Attributes:
         loc: shape ``(B, D)``.

@@ -49,7 +49,7 @@ class Evidence(NamedTuple):
         return mean_and_errors(self.log_px, self.mc_se)
 
     def shortfall(self) -> float:
-        """By how many nats the mean of ``log_px`` is low in expectation, about: that of half the squared errors.
+        """By how many nats, about, the mean of ``log_px`` is low in expectation: half the mean squared error.
 
         The logarithm of an unbiased estimate with relative error s is low by s^2 / 2. Unlike the error of the mean it
         does not shrink with more observations.
@@ -73,7 +73,7 @@ class Evidence(NamedTuple):
         if image is not None:
             warnings.warn("to_dataset(datum=...) is the new spelling of image=", DeprecationWarning, stacklevel=2)
             datum = image
-        import xarray as xr  # which who samples alone need not wait for
+        import xarray as xr  # here: sampling alone should not wait for it
 
         fields = {name: value for name, value in self._asdict().items() if name != "num_samples"}
         data = {name: ("datum", value.detach().cpu().numpy()) for name, value in fields.items()}
