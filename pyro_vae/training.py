@@ -1,4 +1,4 @@
-"""fit: epochs of an engine's steps, with validation, a learning-rate schedule, checkpoints and resumption."""
+"""fit: epochs of an engine's steps, with validation and a learning-rate schedule; callbacks do all else."""
 
 import io
 import math
@@ -7,9 +7,9 @@ import textwrap
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pyro
 import torch
@@ -17,15 +17,19 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.errors import CheckpointError, NonFiniteError
+from pyro_vae.errors import CheckpointError, NonFiniteError, check_at_least_one
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
-from pyro_vae.infer.programs import find_non_finite
+from pyro_vae.infer.programs import evaluating, find_non_finite
+from pyro_vae.infer.trees import Data, call, concatenate, first_tensor, split
+from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
-FORMAT = "pyro_vae.training/2"
+FORMAT = "pyro_vae.training/3"
 """Marks a checkpoint; another layout gets another number."""
+RECENT = 5000
+"""Observations on which the training ELBO is estimated."""
 
 
 class Epoch(NamedTuple):
@@ -36,8 +40,7 @@ class Epoch(NamedTuple):
         objective: minus the loss, averaged over the epoch's steps; whatever bound that is.
         train_elbo: the plain ELBO after the epoch, of the last ``RECENT`` observations trained on, about.
         validation_elbo: the plain ELBO after the epoch; NaN without validation data.
-        learning_rate: of the epoch's last step.
-        seconds: that the epoch took.
+        learning_rate, seconds: of the epoch's last step; that the epoch took.
     """
 
     epoch: int
@@ -48,276 +51,400 @@ class Epoch(NamedTuple):
     seconds: float
 
 
-RECENT = 5000
-"""Observations on which the training ELBO is estimated."""
-
-
 class Batches(Protocol):
-    """What ``fit`` trains on: each iteration is one epoch of mini-batches ``(B, X)``; ``len`` is their number."""
+    """What ``fit`` trains on: each iteration is one epoch of mini-batches; ``len`` is their number.
 
-    def __iter__(self) -> Iterator[Tensor]: ...
+    A mini-batch is a tensor, a tuple or list of tensors, or a dict of them, whose first dimension is the datum: the
+    programs are called as ``model(x)``, ``model(*tensors)`` or ``model(**tensors)``. A ``DataLoader`` is one.
+    """
+
+    def __iter__(self) -> Iterator[Data]: ...
 
     def __len__(self) -> int: ...
 
 
+class Callback:
+    """Something to do in a training: override what is needed. Callbacks are called in the order given."""
+
+    def load(self, training: "Training") -> None:
+        """Before anything else: put the training where it shall begin."""
+
+    def start(self, training: "Training") -> None:
+        """Before the first epoch, after every ``load``: ``training.history`` has the epochs of an earlier call."""
+
+    def epoch(self, training: "Training") -> None:
+        """After each epoch: ``training.history[-1]`` is its row, the module has its weights."""
+
+    def save(self, training: "Training") -> None:
+        """After each epoch, when every callback's ``epoch`` is done: write what shall outlast the process."""
+
+    def end(self, training: "Training") -> None:
+        """After the last epoch; not where something was raised, which ends the training."""
+
+
+class EarlyStopping(Callback):
+    """Stop when the validation ELBO has not risen for so many epochs.
+
+    Raises:
+        ValueError: if ``patience`` is below 1; by ``fit``, without validation data.
+    """
+
+    def __init__(self, patience: int):
+        check_at_least_one(patience=patience)
+        self.patience = patience
+
+    def start(self, training: "Training") -> None:
+        _check_validation(self, training)
+        self.epoch(training)
+
+    def epoch(self, training: "Training") -> None:
+        if len(training.history) - best_epoch(training.history) >= self.patience:
+            training.stop()
+
+
+class BestWeights(Callback):
+    """Leave the module with the weights of the highest validation ELBO, not with the last ones.
+
+    Raises:
+        ValueError: by ``fit``, without validation data.
+        CheckpointError: by ``fit``, if a training is resumed that did not keep them.
+    """
+
+    def start(self, training: "Training") -> None:
+        _check_validation(self, training)
+        if training.history and not training.kept.get("best_weights"):
+            raise CheckpointError("the checkpoint has no best weights, since BestWeights was not among its callbacks")
+
+    def epoch(self, training: "Training") -> None:
+        if best_epoch(training.history) == len(training.history):
+            training.kept["best_weights"] = training.weights()
+
+    def end(self, training: "Training") -> None:
+        training.module.load_state_dict(training.kept["best_weights"])
+
+
+class Checkpoint(Callback):
+    """Write everything needed to resume to a file, after each epoch, atomically.
+
+    Args:
+        path: the file.
+        resume: go on from it if it exists. The trajectory is that of an uninterrupted run.
+
+    Raises:
+        CheckpointError: by ``fit``, if the file is damaged, or of another model, optimizer or schedule.
+        OSError: by ``fit``, if it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | str, resume: bool = False):
+        self.path, self.resume = Path(path), resume
+
+    def load(self, training: "Training") -> None:
+        if not (self.resume and self.path.exists()):
+            return
+        device, file = next(training.module.parameters()).device, io.BytesIO(self.path.read_bytes())
+        try:
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
+            raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
+        try:
+            training.load_state_dict(content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} {error}") from error
+
+    def save(self, training: "Training") -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
+            torch.save(training.state_dict(), file)
+        os.replace(partial, self.path)
+
+
+class OnEpoch(Callback):
+    """Call a function with the history so far, after each epoch and once when a training is resumed: for a log.
+
+    Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written.
+    """
+
+    def __init__(self, function: Callable[[list[Epoch]], object]):
+        self.function = function
+
+    def start(self, training: "Training") -> None:
+        if training.history:
+            self.function(training.history)
+
+    def save(self, training: "Training") -> None:
+        self.function(training.history)
+
+
+def best_epoch(history: Sequence[Epoch]) -> int:
+    """The first of the epochs with the highest validation ELBO, counted from 1; 0 of an empty history."""
+    return max(history, key=lambda row: row.validation_elbo).epoch if history else 0
+
+
+def _check_validation(callback: Callback, training: "Training") -> None:
+    if training.validation is None:
+        raise ValueError(f"{type(callback).__name__} needs validation data")
+
+
 def fit(
-    vae: nn.Module,
+    module: nn.Module,
     train: Batches,
-    validation: Tensor | None = None,
+    validation: Data | None = None,
     *,
     epochs: int = 30,
     lr: float = 3e-3,
-    schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle",
+    optimizer: Literal["adam"] | OptimizerFactory = "adam",
+    schedule: Literal["one_cycle", "constant", "stages"] | ScheduleFactory = "one_cycle",
     loss: PyroELBO | Objective | None = None,
     engine: Callable[..., Engine] = PyroSVI,
-    patience: int | None = None,
-    weights: Literal["last", "best"] = "last",
-    checkpoint: Path | None = None,
-    resume: bool = False,
-    on_epoch: Callable[[list[Epoch]], None] | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
+    **old: Any,
 ) -> list[Epoch]:
-    """Train a VAE with Adam and leave it with the weights asked for.
+    """Train a module's programs and leave it with the last weights, or with those that a callback chooses.
 
     Args:
-        vae: a module with the Pyro programs ``model`` and ``guide``.
-        train: mini-batches of observations on the module's device.
-        validation: observations ``(N, X)`` for the plain ELBO after each epoch; without them it is NaN.
+        module: has the Pyro programs ``model`` and ``guide``, such as a VAE.
+        train: mini-batches on the module's device, see :class:`Batches`.
+        validation: data of the same kind for the plain ELBO after each epoch; without them it is NaN.
         epochs: passes over ``train``, at least 1.
         lr: learning rate, positive: the peak of the cycle, or that of the first stage.
-        schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle), ``constant``, or
-            ``stages``: stage i = 0, 1, .. has 3^i epochs at the rate lr 10^(-i / 7) (Burda et al. 2016, section 5).
+        optimizer: ``adam``, or a function called as ``optimizer(parameters, lr=lr)`` with the module's parameters,
+            which returns an optimizer of torch; so ``torch.optim.SGD`` itself. Where parameters need different ones,
+            as for ``torch.optim.Muon``, return :class:`pyro_vae.optimizers.Together`. Those without a schedule, which
+            have ``train`` and ``eval``, are switched around training and evaluation.
+        schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle), ``constant``,
+            ``stages``: stage i = 0, 1, .. has 3^i epochs at the rate lr 10^(-i / 7) (Burda et al. 2016, section 5); or
+            a function called as ``schedule(optimizer, steps_per_epoch=..., epochs=...)``, which returns a scheduler of
+            torch. It is stepped after each gradient step.
         loss: the training objective, or one of Pyro's ELBOs. Default: Pyro's ``Trace_ELBO()``.
         engine: called as ``engine(model, guide, optim, loss)``.
-        patience: stop when the validation ELBO has not risen for so many epochs. Default: never.
-        weights: leave the module with its ``last`` weights, or with those of the ``best`` validation ELBO.
-        checkpoint: file that receives everything needed to resume, after each epoch, atomically.
-        resume: go on from ``checkpoint`` if it exists. The trajectory is that of an uninterrupted run.
-        on_epoch: called with the history so far after each epoch, and once when a run is resumed.
+        callbacks: :class:`EarlyStopping`, :class:`BestWeights`, :class:`Checkpoint`, :class:`OnEpoch`, or of your own.
         progress: show a progress bar.
+        old: keywords of version 0.1.0, which callbacks have replaced; they give a DeprecationWarning.
 
     Returns:
         The history, a row per epoch.
 
     Raises:
-        TypeError: if ``loss`` is a class.
-        ValueError: if a setting is out of its range, or model, guide and data break the rules of
-            :func:`pyro_vae.check_program`.
+        TypeError: if ``loss`` is a class, or ``optimizer`` or ``schedule`` return something else than they should.
+        ValueError: if a setting is out of its range, or :func:`pyro_vae.check_program` refuses model, guide or data.
         NonFiniteError: if training meets a NaN or an infinity. The message names the site; the module and the
             checkpoint hold the last good state.
-        CheckpointError: if the checkpoint is truncated, or of another model or schedule.
     """
-    _check_settings(epochs, lr, patience, weights, validation)
+    check_at_least_one(epochs=epochs)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
     loss = loss or pyro.infer.Trace_ELBO()
     if isinstance(loss, type):
         raise TypeError(f"loss is the class {loss.__name__}: pass an object, such as {loss.__name__}()")
-    on_gpu = next(vae.parameters()).is_cuda
-    optim = torch.optim.Adam(vae.parameters(), lr=lr, fused=True, capturable=on_gpu)
-    steps = len(train)
-    if steps < 1:
-        raise ValueError("there is no mini-batch to train on")
-    settings: dict[str, object] = {"schedule": schedule, "lr": lr}
-    if schedule == "one_cycle":
-        settings["steps"] = epochs * steps
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optim, max_lr=lr, total_steps=epochs * steps, cycle_momentum=False
-        )
-    elif schedule == "stages":
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 10 ** (-_stage(step // steps) / 7))
-    elif schedule == "constant":
-        scheduler = torch.optim.lr_scheduler.ConstantLR(optim, factor=1.0)
-    else:
-        raise ValueError(f"schedule must be one_cycle, constant or stages, got {schedule}")
-    if on_gpu and schedule != "constant":  # a CUDA graph reads the rate of each step where it lies
-        for group in optim.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=next(vae.parameters()).device)
-    svi = engine(vae.model, vae.guide, optim, loss)
-    state = _State(vae, optim, scheduler, settings)
-    if resume and checkpoint is not None and checkpoint.exists():
-        state.load(checkpoint)
-        if on_epoch:
-            on_epoch(state.history)
-
-    bar = tqdm(
-        total=epochs * steps,
-        initial=len(state.history) * steps,
-        disable=not progress,
-        unit="step",
-        desc="training",
-    )
-    with bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; it is an error here, with more to say
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for engines that do
-        for epoch in range(len(state.history) + 1, epochs + 1):
-            if patience is not None and len(state.history) - state.best_epoch >= patience:
-                break
-            start = time.perf_counter()
-            good = {name: value.clone() for name, value in vae.state_dict().items()}
-            total, size = 0.0, 0
-            recent: deque[Tensor] = deque()
-            num_recent = 0
-            for number, batch in enumerate(train):
-                if epoch == 1 and number == 0:
-                    check_program(vae.model, vae.guide, batch)
-                if isinstance(loss, Objective):
-                    loss.advance((epoch - 1) * steps + number)
-                value = _step(svi, vae, batch)
-                if isinstance(value, tuple):
-                    raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
-                total += value if isinstance(loss, PyroELBO) else value * len(batch)
-                size += len(batch)
-                recent.append(batch)
-                num_recent += len(batch)
-                while num_recent - len(recent[0]) >= RECENT:
-                    num_recent -= len(recent.popleft())
-                rate = scheduler.get_last_lr()[0]
-                scheduler.step()
-                bar.update()
-            # a compiled step does not wait to see its loss, so that a NaN is found here
-            if not math.isfinite(total) or not all(p.isfinite().all() for p in vae.parameters()):
-                vae.load_state_dict(good)
-                raise NonFiniteError(
-                    f"training stopped: the training loss was NaN or infinite in epoch {epoch}; the weights are those "
-                    "of the epoch before. A smaller learning rate may help; the engine PyroSVI names the site"
-                )
-            validation_elbo = math.nan
-            if validation is not None:
-                validation_elbo = _validation_elbo(vae, validation)
-                if not math.isfinite(validation_elbo):
-                    raise _non_finite(vae, validation, f"the validation ELBO is {validation_elbo}")
-            train_elbo = estimate_elbo(vae.model, vae.guide, torch.cat(list(recent))).mean().item()
-            seconds = time.perf_counter() - start
-            row = Epoch(epoch, -float(total) / size, train_elbo, validation_elbo, float(rate), seconds)
-            state.record(row)
-            if checkpoint is not None:
-                state.save(checkpoint)
-            if on_epoch:
-                on_epoch(state.history)
-            bar.set_postfix(
-                epoch=f"{epoch}/{epochs}", train=f"{row.train_elbo:.2f}", validation=f"{validation_elbo:.2f}"
-            )
-    if weights == "best":
-        vae.load_state_dict(state.best_weights)
-    return state.history
+    if not hasattr(train, "__len__") or len(train) < 1:
+        raise ValueError("there is no mini-batch to train on: train must have some, and len(train) be their number")
+    callbacks = [*callbacks, *_callbacks_of(old)]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(f"callbacks must be Callback objects, got {name_of(callback)}")
+    training = Training(module, train, validation, epochs, lr, optimizer, schedule)
+    return training.run(engine, loss, callbacks, progress)
 
 
-def _stage(epoch: int) -> int:
-    """The stage of an epoch, both counted from 0, where stage i has 3^i epochs."""
-    stage, end = 0, 1
-    while epoch >= end:
-        stage += 1
-        end += 3**stage
-    return stage
-
-
-def _validation_elbo(vae: nn.Module, x: Tensor) -> float:
-    return estimate_elbo(vae.model, vae.guide, x).mean().item()
-
-
-def _check_settings(epochs: int, lr: float, patience: int | None, weights: str, validation: Tensor | None) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be positive and finite, got {lr}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
+def _callbacks_of(old: dict[str, Any]) -> list[Callback]:
+    """The callbacks that do what keywords of version 0.1.0 did."""
+    known = {"patience": None, "weights": "last", "checkpoint": None, "resume": False, "on_epoch": None}
+    if unknown := ", ".join(old.keys() - known):
+        raise TypeError(f"fit() got an unexpected keyword argument: {unknown}")
+    patience, weights, checkpoint, resume, on_epoch = (known | old).values()
     if weights not in ("last", "best"):
         raise ValueError(f"weights must be last or best, got {weights}")
-    if validation is None and (patience is not None or weights == "best"):
-        raise ValueError("patience and weights='best' need validation data")
+    new = {
+        "EarlyStopping(patience)": EarlyStopping(patience) if patience is not None else None,
+        "BestWeights()": BestWeights() if weights == "best" else None,
+        "Checkpoint(path, resume)": Checkpoint(checkpoint, resume) if checkpoint is not None else None,
+        "OnEpoch(function)": OnEpoch(on_epoch) if on_epoch is not None else None,
+    }
+    if old:
+        instead = f"callbacks=[{', '.join(name for name, made in new.items() if made)}], of pyro_vae.training"
+        warnings.warn(f"{', '.join(old)} of fit: write {instead}", DeprecationWarning, stacklevel=3)
+    return [made for made in new.values() if made]
 
 
-def _step(svi: Engine, vae: nn.Module, batch: Tensor) -> float | Tensor:
-    """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
-    try:
-        value = svi.step(batch)
-    except NonFiniteError as error:
-        raise _non_finite(vae, batch, str(error)) from error
-    except ValueError as error:
-        if find_non_finite(vae.model, vae.guide, batch) is None:
-            raise
-        raise _non_finite(vae, batch, "Pyro refuses a value") from error
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _non_finite(vae, batch, f"the training loss is {value}")
-    return value
+class Training:
+    """A training on its way: what callbacks see, and all that a checkpoint holds.
 
-
-def _non_finite(vae: nn.Module, x: Tensor, what: str) -> NonFiniteError:
-    """The error that says where the NaN is, as far as a look at the observations ``x`` can tell."""
-    sites = (find_non_finite(vae.model, vae.guide, part) for part in x.split(1000))
-    site = next((site for site in sites if site), None)
-    place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
-    return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")
-
-
-class _State:
-    """Everything that a run needs to go on: saved to and loaded from one file."""
+    Attributes:
+        module, train, validation, epochs: as given to :func:`fit`.
+        optimizer, scheduler: those of torch.
+        history: a row per epoch so far.
+        kept: what callbacks want to find again when a training is resumed, each under a name of its own: tensors,
+            numbers, strings, and lists, tuples and dicts of these.
+    """
 
     def __init__(
         self,
-        vae: nn.Module,
-        optim: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        settings: dict[str, object],
+        module: nn.Module,
+        train: Batches,
+        validation: Data | None,
+        epochs: int,
+        lr: float,
+        optimizer: str | OptimizerFactory,
+        schedule: str | ScheduleFactory,
     ):
-        self.vae = vae
-        self.optim = optim
-        self.scheduler = scheduler
-        self.settings = settings
+        self.module, self.train, self.validation, self.epochs = module, train, validation, epochs
+        self.optimizer = make_optimizer(optimizer, list(module.parameters()), lr)
+        self.scheduler = make_schedule(schedule, self.optimizer, len(train), epochs)
         self.history: list[Epoch] = []
-        self.best_epoch = 0
-        self.best_elbo = -math.inf
-        self.best_weights: dict[str, Tensor] = {}
+        self.kept: dict[str, Any] = {}
+        self._settings = {"optimizer": name_of(optimizer), "schedule": name_of(schedule), "lr": lr}
+        if schedule not in ("constant", "stages"):  # these do not depend on when a training ends
+            self._settings["steps"] = epochs * len(train)
+        self._stopped = False
 
-    def record(self, row: Epoch) -> None:
-        self.history.append(row)
-        if row.validation_elbo > self.best_elbo:
-            self.best_epoch, self.best_elbo = row.epoch, row.validation_elbo
-            self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
+    def stop(self) -> None:
+        """End the training with the epoch that is done."""
+        self._stopped = True
 
-    def save(self, path: Path) -> None:
-        cuda = torch.cuda.is_available()
-        content = {
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the module's weights as they are."""
+        return {name: value.clone() for name, value in self.module.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here as if nothing had happened, random states included."""
+        return {
             "format": FORMAT,
-            "settings": self.settings,
-            "weights": self.vae.state_dict(),
-            "optimizer": self.optim.state_dict(),
+            "settings": self._settings,
+            "weights": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": [tuple(row) for row in self.history],
-            "best_epoch": self.best_epoch,
-            "best_elbo": self.best_elbo,
-            "best_weights": self.best_weights,
+            "kept": self.kept,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if cuda else [],
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
-            torch.save(content, file)
-        os.replace(partial, path)
 
-    def load(self, path: Path) -> None:
-        device = next(self.vae.parameters()).device
-        file = io.BytesIO(path.read_bytes())
-        try:
-            content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
-            raise CheckpointError(f"{path} is damaged, or no checkpoint of this program") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a checkpoint of this program")
-        previous = content.get("settings", {})
-        for name, value in self.settings.items():
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Go on from a state, of this version or of 0.1.0.
+
+        Raises:
+            CheckpointError: if it is no such state, or that of another model, optimizer or schedule.
+        """
+        if not isinstance(content, dict) or content.get("format") not in (FORMAT, "pyro_vae.training/2"):
+            raise CheckpointError("is not a checkpoint of this program")
+        previous = {"optimizer": "adam"} | content["settings"]  # 0.1.0 had no other
+        for name, value in self._settings.items():
             if previous.get(name) != value:
-                raise CheckpointError(f"{path} belongs to a run with {name} {previous.get(name)}, not {value}")
+                raise CheckpointError(f"belongs to a run with {name} {previous.get(name)}, not {value}")
         try:
-            self.vae.load_state_dict(content["weights"])
-            self.optim.load_state_dict(content["optimizer"])
+            self.module.load_state_dict(content["weights"])
+            self.optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} belongs to another model: {textwrap.shorten(str(error), 200)}") from error
+            raise CheckpointError(f"belongs to another model: {textwrap.shorten(str(error), 200)}") from error
         self.scheduler.load_state_dict(content["scheduler"])
         self.history = [Epoch(*row) for row in content["history"]]
-        self.best_epoch = content["best_epoch"]
-        self.best_elbo = content["best_elbo"]
-        self.best_weights = content["best_weights"]
+        self.kept = content["kept"] if "kept" in content else {"best_weights": content["best_weights"]}
         torch.set_rng_state(content["rng"].cpu())
         for index, rng in enumerate(content["cuda_rng"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(rng.cpu(), index)
+
+    def run(
+        self, engine: Callable[..., Engine], loss: PyroELBO | Objective, callbacks: Sequence[Callback], progress: bool
+    ) -> list[Epoch]:
+        """Train to the end; return the history."""
+        svi = engine(self.module.model, self.module.guide, self.optimizer, loss)
+        for callback in callbacks:
+            callback.load(self)
+        for callback in callbacks:
+            callback.start(self)
+        total, done = self.epochs * len(self.train), len(self.history) * len(self.train)
+        bar = tqdm(total=total, initial=done, disable=not progress, unit="step", desc="training")
+        with bar, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; an error here, with more to say
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # engines do that
+            while len(self.history) < self.epochs and not self._stopped:
+                self.history.append(row := self._epoch(svi, loss, bar))
+                for callback in callbacks:
+                    callback.epoch(self)
+                for callback in callbacks:
+                    callback.save(self)
+                elbos = {"train": f"{row.train_elbo:.2f}", "validation": f"{row.validation_elbo:.2f}"}
+                bar.set_postfix(epoch=f"{row.epoch}/{self.epochs}", **elbos)
+        for callback in callbacks:
+            callback.end(self)
+        return self.history
+
+    def _epoch(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> Epoch:
+        """Train and evaluate for one epoch."""
+        start, epoch = time.perf_counter(), len(self.history) + 1
+        good = self.weights()
+        switch((self.optimizer,), "train")
+        try:
+            objective, rate, recent = self._steps(svi, loss, bar)
+        finally:
+            switch((self.optimizer,), "eval")
+        # a compiled step does not wait to see its loss, so that a NaN is found here
+        if not math.isfinite(objective) or not all(p.isfinite().all() for p in self.module.parameters()):
+            self.module.load_state_dict(good)
+            raise NonFiniteError(
+                f"training stopped: the training loss was NaN or infinite in epoch {epoch}; the weights are those of "
+                "the epoch before. A smaller learning rate may help; the engine PyroSVI names the site"
+            )
+        validation_elbo = math.nan
+        if self.validation is not None:
+            validation_elbo = _validation_elbo(self.module, self.validation)
+            if not math.isfinite(validation_elbo):
+                raise _non_finite(self.module, self.validation, f"the validation ELBO is {validation_elbo}")
+        train_elbo = estimate_elbo(self.module.model, self.module.guide, recent).mean().item()
+        return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
+
+    def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
+        """One pass over the mini-batches: minus the loss per datum, the last learning rate, and the last data."""
+        total, size, rate = 0.0, 0, math.nan
+        recent: deque[tuple[int, Data]] = deque()
+        before, num_recent = len(self.history) * len(self.train), 0
+        for number, batch in enumerate(self.train):
+            if before == number == 0:
+                with evaluating(self.module.model, self.module.guide):
+                    check_program(self.module.model, self.module.guide, batch)
+            if isinstance(loss, Objective):
+                loss.advance(before + number)
+            value = _step(svi, self.module, batch)
+            if isinstance(value, tuple):
+                raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
+            count = len(first_tensor(batch))
+            total += value if isinstance(loss, PyroELBO) else value * count
+            size += count
+            recent.append((count, batch))
+            num_recent += count
+            while num_recent - recent[0][0] >= RECENT:
+                num_recent -= recent.popleft()[0]
+            rate = self.scheduler.get_last_lr()[0]
+            self.scheduler.step()
+            bar.update()
+        if size == 0:
+            raise ValueError(f"train gave no mini-batch in epoch {len(self.history) + 1}: is it an iterator, used up?")
+        return -float(total) / size, float(rate), concatenate([batch for _, batch in recent])
+
+
+def _validation_elbo(module: nn.Module, data: Data) -> float:
+    return estimate_elbo(module.model, module.guide, data).mean().item()
+
+
+def _step(svi: Engine, module: nn.Module, batch: Data) -> float | Tensor:
+    """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
+    try:
+        value = call(svi.step, batch)
+    except NonFiniteError as error:
+        raise _non_finite(module, batch, str(error)) from error
+    except ValueError as error:
+        if find_non_finite(module.model, module.guide, batch) is None:
+            raise
+        raise _non_finite(module, batch, "Pyro refuses a value") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _non_finite(module, batch, f"the training loss is {value}")
+    return value
+
+
+def _non_finite(module: nn.Module, data: Data, what: str) -> NonFiniteError:
+    """The error that says where the NaN is, as far as a look at the data can tell."""
+    sites = (find_non_finite(module.model, module.guide, part) for part in split(data, 1000))
+    site = next((site for site in sites if site), None)
+    place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
+    return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy import integrate, special, stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, LinearGaussianVAE, MeanField, StandardNormal
 
@@ -106,3 +106,25 @@ class GaussianChain:
         noise = self.scale**2 * torch.eye(len(self.weight)).to(x)
         covariance = self.weight @ latent @ self.weight.mT + noise
         return torch.as_tensor(stats.multivariate_normal(cov=covariance.numpy()).logpdf(x.numpy()))
+
+
+class Unrelated(nn.Module):
+    """x does not depend on z, so that the loss of beta is log(2 pi) / 2 + beta KL: it tells the weight of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc + x.new_zeros(len(x), 1), 1.0).to_event(1))
+
+    @staticmethod
+    def weight(loss) -> float:
+        loss = loss.item() if isinstance(loss, Tensor) else loss
+        return (loss - math.log(2 * math.pi) / 2) / 2  # KL = loc^2 / 2

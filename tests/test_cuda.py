@@ -6,11 +6,23 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import binary, linear_gaussian, small_vae
+from oracles import Unrelated, binary, linear_gaussian, small_vae
 from torch import nn
 
-from pyro_vae import ELBO, Annealing, CompiledSVI, PyroSVI, annealed_importance_sampling, fit, importance_sampling, runs
+from pyro_vae import (
+    ELBO,
+    Annealing,
+    BetaELBO,
+    CompiledSVI,
+    PyroSVI,
+    annealed_importance_sampling,
+    fit,
+    importance_sampling,
+    runs,
+)
 from pyro_vae.data.fetched import Digits
+from pyro_vae.optimizers import Together
+from pyro_vae.training import Checkpoint, OnEpoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STEPS = 8  # of which CompiledSVI records the third
@@ -88,8 +100,36 @@ def test_batches_of_several_sizes_are_recorded_apart():
     assert ((losses - expected.mean(1)).abs() < 5 * expected.std(1)).all()
 
 
-@pytest.mark.parametrize("schedule", ["one_cycle", "constant"])
-def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path, schedule):
+def test_a_recorded_step_sees_the_warm_up():
+    program, objective, x = Unrelated().cuda(), BetaELBO(2.0, warmup=5, period=7, kl="analytic"), torch.zeros(3, 1)
+    optim = torch.optim.Adam(program.parameters(), lr=1e-15, fused=True, capturable=True)
+    svi = CompiledSVI(program.model, program.guide, optim, objective)
+    weights = [Unrelated.weight(svi.step(x.double().cuda())) for _ in range(14)]
+    assert weights == pytest.approx([min(step, 5) / 5 * 2 for step in (*range(7), *range(7))], abs=1e-6)
+
+
+def sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr / 100, momentum=0.9)  # Pyro's losses are sums over the batch
+
+
+def muon(parameters, lr):
+    matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+    return Together(torch.optim.Muon(matrices, lr=lr), torch.optim.Adam(others, lr=lr, fused=True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "optimizer"),
+    [
+        ("one_cycle", "adam"),
+        ("constant", "adam"),
+        ("one_cycle", torch.optim.AdamW),
+        ("one_cycle", torch.optim.RMSprop),
+        ("one_cycle", sgd),
+        ("stages", muon),
+    ],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path, schedule, optimizer):
     data = Digits("unused").load("cuda")
 
     def train(epochs_of_runs, checkpoint):
@@ -101,7 +141,8 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path, schedule)
                 if len(history) == stop and stop < 3:
                     raise KeyboardInterrupt
 
-            settings = {"schedule": schedule, "checkpoint": checkpoint, "resume": number > 0, "on_epoch": on_epoch}
+            callbacks = [Checkpoint(checkpoint, resume=number > 0), OnEpoch(on_epoch)]
+            settings = {"schedule": schedule, "callbacks": callbacks, "optimizer": optimizer}
             try:
                 history = fit(vae, data.batches(100), data.validation, epochs=3, engine=CompiledSVI, **settings)
             except KeyboardInterrupt:

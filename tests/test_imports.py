@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("errors", "infer", "parts", "data", "vae linear handrolled training testing", "runs", "cli", "experiments")
+ORDER = (
+    "errors",
+    "infer",
+    "parts",
+    "data optimizers",
+    "vae linear handrolled training testing",
+    "runs",
+    "cli",
+    "experiments",
+)
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 LEVELS |= {"_moved": 0, "": 0}  # the package itself holds its version and no more; what it lists is elsewhere
 

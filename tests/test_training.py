@@ -4,10 +4,12 @@ from functools import partial
 
 import pyro
 import pytest
+import schedulefree
 import torch
 from oracles import binary, small_vae
 from pyro.infer import Trace_ELBO
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vae import (
     ELBO,
@@ -19,11 +21,16 @@ from pyro_vae import (
     Conditional,
     MeanField,
     NonFiniteError,
+    PyroSVI,
     StandardNormal,
     log_weights,
 )
 from pyro_vae import fit as plain_fit
 from pyro_vae.errors import CheckpointError
+from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.diagnostics import estimate_elbo
+from pyro_vae.optimizers import Together
+from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, OnEpoch
 
 
 class Fixed:
@@ -60,6 +67,25 @@ class BreaksDown(nn.Module):
     def forward(self, *inputs):
         self.calls -= 1
         return self.part(*(x if self.calls >= 0 else x * math.nan for x in inputs))
+
+
+def muon(parameters, lr):
+    """Muon takes matrices only; other parameters go to another optimizer."""
+    matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+    return Together(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr / 10))
+
+
+def cosine(optimizer, *, steps_per_epoch, epochs):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
+
+
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": torch.optim.RMSprop,
+    "muon": muon,
+    "schedule_free": schedulefree.AdamWScheduleFree,
+}
 
 
 def fit(*args, **kwargs):
@@ -144,18 +170,18 @@ def test_one_cycle_rises_to_lr_and_falls():
 
 def test_patience_counts_epochs_since_the_best(scripted):
     scripted(-5.0, -3.0, -4.0, -3.5, -3.0, -1.0)
-    history = fit(small_vae(), Fixed(binary(20)), binary(4), epochs=6, patience=3)
+    history = fit(small_vae(), Fixed(binary(20)), binary(4), epochs=6, callbacks=[EarlyStopping(3)])
     # the equal value of epoch 5 is no rise
     assert [row.validation_elbo for row in history] == [-5, -3, -4, -3.5, -3]
 
 
 def test_patience_does_not_stop_while_the_bound_rises(scripted):
     scripted(-5.0, -4.0, -3.0, -2.0)
-    assert len(fit(small_vae(), Fixed(binary(20)), binary(4), epochs=4, patience=1)) == 4
+    assert len(fit(small_vae(), Fixed(binary(20)), binary(4), epochs=4, callbacks=[EarlyStopping(1)])) == 4
 
 
-@pytest.mark.parametrize(("weights", "epoch"), [("best", 2), ("last", 4)])
-def test_weights_left_in_the_module(scripted, weights, epoch):
+@pytest.mark.parametrize(("callbacks", "epoch"), [([BestWeights()], 2), ([], 4)], ids=["best", "last"])
+def test_weights_left_in_the_module(scripted, callbacks, epoch):
     scripted(-5.0, -3.0, -4.0, -3.5)
     vae, states = small_vae(), []
     fit(
@@ -164,8 +190,7 @@ def test_weights_left_in_the_module(scripted, weights, epoch):
         binary(4),
         epochs=4,
         schedule="constant",
-        weights=weights,
-        on_epoch=lambda _: states.append(state(vae)),
+        callbacks=[OnEpoch(lambda _: states.append(state(vae))), *callbacks],
     )
     assert not torch.equal(
         states[1]["likelihood.network.layers.0.weight"], states[3]["likelihood.network.layers.0.weight"]
@@ -173,33 +198,36 @@ def test_weights_left_in_the_module(scripted, weights, epoch):
     assert_same(state(vae), states[epoch - 1])
 
 
-@pytest.mark.parametrize("schedule", ["one_cycle", "constant"])
-@pytest.mark.parametrize("weights", ["last", "best"])
-def test_resuming_gives_the_uninterrupted_run(tmp_path, schedule, weights):
+@pytest.mark.parametrize(
+    ("schedule", "optimizer"),
+    [
+        *(("one_cycle", "adam"), ("constant", "adam"), ("stages", "adam")),
+        *(("one_cycle", "SGD"), (cosine, "AdamW"), ("one_cycle", "muon"), ("constant", "schedule_free")),
+    ],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_resuming_gives_the_uninterrupted_run(tmp_path, schedule, optimizer, best):
     x, validation = binary(50), binary(30)
-    settings = {"epochs": 5, "lr": 0.05, "schedule": schedule, "weights": weights}
+    settings = {"epochs": 5, "schedule": schedule, "optimizer": OPTIMIZERS.get(optimizer, "adam")}
+    settings["lr"] = 0.002 if optimizer == "SGD" else 0.05  # Pyro's losses are sums over the batch
+    chosen = [BestWeights()] if best else []
 
     def new():
         torch.manual_seed(3)
         return small_vae()
 
     whole = new()
-    expected = fit(whole, Shuffled(x), validation, **settings)
+    expected = fit(whole, Shuffled(x), validation, callbacks=chosen, **settings)
 
     path = tmp_path / "checkpoint.pt"
+    callbacks = [*chosen, Checkpoint(path), OnEpoch(interrupt_after(2))]
     with pytest.raises(KeyboardInterrupt):
-        fit(new(), Shuffled(x), validation, checkpoint=path, on_epoch=interrupt_after(2), **settings)
+        fit(new(), Shuffled(x), validation, callbacks=callbacks, **settings)
     resumed, seen = new(), []
     torch.manual_seed(99)  # what happened before must not matter
-    history = fit(
-        resumed,
-        Shuffled(x),
-        validation,
-        checkpoint=path,
-        resume=True,
-        on_epoch=lambda h: seen.append(len(h)),
-        **settings,
-    )
+    callbacks = [OnEpoch(lambda h: seen.append(len(h))), Checkpoint(path, resume=True), *chosen]  # in any order
+    history = fit(resumed, Shuffled(x), validation, callbacks=callbacks, **settings)
     assert without_time(history) == without_time(expected)
     assert_same(state(resumed), state(whole))
     assert seen == [2, 3, 4, 5]
@@ -209,35 +237,29 @@ def test_resuming_in_the_middle_of_patience(tmp_path, scripted):
     path, x = tmp_path / "checkpoint.pt", binary(20)
     scripted(-3.0, -4.0, -5.0)
     vae, states = small_vae(), []
+    note = OnEpoch(lambda h: (states.append(state(vae)), interrupt_after(2)(h)))
     with pytest.raises(KeyboardInterrupt):
-        fit(
-            vae,
-            Fixed(x),
-            x,
-            epochs=9,
-            patience=2,
-            weights="best",
-            checkpoint=path,
-            on_epoch=lambda h: (states.append(state(vae)), interrupt_after(2)(h)),
-        )
+        fit(vae, Fixed(x), x, epochs=9, callbacks=[EarlyStopping(2), Checkpoint(path), BestWeights(), note])
     other = small_vae()
-    history = fit(other, Fixed(x), x, epochs=9, patience=2, weights="best", checkpoint=path, resume=True)
+    callbacks = [EarlyStopping(2), BestWeights(), Checkpoint(path, resume=True)]
+    history = fit(other, Fixed(x), x, epochs=9, callbacks=callbacks)
     assert [row.validation_elbo for row in history] == [-3, -4, -5]
     assert_same(state(other), states[0])
 
 
 def test_resuming_a_finished_training_trains_nothing(tmp_path):
     path, vae, x = tmp_path / "checkpoint.pt", small_vae(), binary(20)
-    history = fit(vae, Fixed(x), x, epochs=2, checkpoint=path)
+    history = fit(vae, Fixed(x), x, epochs=2, callbacks=[Checkpoint(path)])
     before = path.read_bytes()
     other = small_vae()
-    assert fit(other, Fixed(x), x, epochs=2, checkpoint=path, resume=True) == history
+    assert fit(other, Fixed(x), x, epochs=2, callbacks=[Checkpoint(path, resume=True)]) == history
     assert_same(state(other), state(vae))
     assert path.read_bytes() == before
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path):
-    history = fit(small_vae(), Fixed(binary(20)), epochs=2, checkpoint=tmp_path / "checkpoint.pt", resume=True)
+    path = str(tmp_path / "checkpoint.pt")
+    history = fit(small_vae(), Fixed(binary(20)), epochs=2, callbacks=[Checkpoint(path, resume=True)])
     assert len(history) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -269,11 +291,11 @@ def module(path):
 @pytest.mark.parametrize("spoil", [damaged, empty, text, tensors, tensor, module], ids=lambda f: f.__name__)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, spoil):
     path, x = tmp_path / "checkpoint.pt", binary(20)
-    fit(small_vae(), Fixed(x), epochs=1, checkpoint=path)
+    fit(small_vae(), Fixed(x), epochs=1, callbacks=[Checkpoint(path)])
     spoil(path)
     content = path.read_bytes()
     with pytest.raises(CheckpointError) as caught:
-        fit(small_vae(), Fixed(x), epochs=1, checkpoint=path, resume=True)
+        fit(small_vae(), Fixed(x), epochs=1, callbacks=[Checkpoint(path, resume=True)])
     assert str(path) in str(caught.value)
     assert "checkpoint of this program" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -288,6 +310,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, spoil):
         ({}, {"lr": 0.5}, "lr 0.001, not 0.5"),
         ({"schedule": "constant"}, {}, "schedule constant, not one_cycle"),
         ({}, {"schedule": "constant"}, "schedule one_cycle, not constant"),
+        ({"schedule": cosine}, {}, "schedule cosine, not one_cycle"),
+        ({"schedule": cosine}, {"schedule": cosine, "epochs": 3}, "steps 2, not 3"),
+        ({"optimizer": torch.optim.SGD}, {}, "optimizer SGD, not adam"),
+        ({"optimizer": muon}, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "optimizer muon, not SGD"),
     ],
     ids=str,
 )
@@ -298,21 +324,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, first, second, words):
         vae = small_vae(latent_dim=settings.pop("latent_dim"))
         if resume:
             with pytest.raises(CheckpointError, match=words) as caught:
-                fit(vae, Fixed(x), checkpoint=path, resume=True, **settings)
+                fit(vae, Fixed(x), callbacks=[Checkpoint(path, resume=True)], **settings)
             assert "\n" not in str(caught.value)
+            assert str(path) in str(caught.value)
         else:
-            fit(vae, Fixed(x), checkpoint=path, **settings)
+            fit(vae, Fixed(x), callbacks=[Checkpoint(path)], **settings)
 
 
 def test_a_constant_schedule_can_be_prolonged(tmp_path):
     path, x = tmp_path / "checkpoint.pt", binary(20)
-    fit(small_vae(), Fixed(x), epochs=2, schedule="constant", checkpoint=path)
-    assert len(fit(small_vae(), Fixed(x), epochs=3, schedule="constant", checkpoint=path, resume=True)) == 3
+    for epochs in (2, 3):
+        callbacks = [Checkpoint(path, resume=True)]
+        history = fit(small_vae(), Fixed(x), epochs=epochs, schedule="constant", callbacks=callbacks)
+        assert len(history) == epochs
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_oserror(tmp_path):
     with pytest.raises(OSError, match="No such file"):
-        fit(small_vae(), Fixed(binary(20)), epochs=1, checkpoint=tmp_path / "missing" / "checkpoint.pt")
+        fit(small_vae(), Fixed(binary(20)), epochs=1, callbacks=[Checkpoint(tmp_path / "missing" / "checkpoint.pt")])
 
 
 def broken(part, calls):
@@ -326,6 +355,12 @@ def broken(part, calls):
     return vae
 
 
+def calls_of_check(part):
+    vae = broken(part, calls=10**6)
+    check_program(vae.model, vae.guide, binary(20))
+    return next(10**6 - module.calls for module in vae.modules() if isinstance(module, BreaksDown))
+
+
 @pytest.mark.parametrize("validated", [True, False])
 @pytest.mark.parametrize(
     ("part", "site"),
@@ -333,15 +368,16 @@ def broken(part, calls):
 )
 def test_nan_stops_training_and_names_the_site(tmp_path, part, site, validated):
     path, x = tmp_path / "checkpoint.pt", binary(60)
-    # check_program takes the first call, each of the three steps of an epoch another one, and so does its training ELBO
-    vae, states = broken(part, calls=1 + 4 + 4 + 1), []
+    # check_program takes the first calls, each of the three steps of an epoch one, and so does its training ELBO
+    vae, states = broken(part, calls=calls_of_check(part) + 4 + 4 + 1), []
+    callbacks = [Checkpoint(path), OnEpoch(lambda _: states.append(state(vae)))]
     with pyro.validation_enabled(validated), pytest.raises(NonFiniteError, match=site) as caught:
-        fit(vae, Fixed(x), epochs=5, schedule="constant", checkpoint=path, on_epoch=lambda _: states.append(state(vae)))
+        fit(vae, Fixed(x), epochs=5, schedule="constant", callbacks=callbacks)
     assert "\n" not in str(caught.value)
     assert len(states) == 2
     assert all(value.isfinite().all() for value in vae.state_dict().values())
     healthy = broken(part, calls=10**6)
-    history = fit(healthy, Fixed(x), epochs=2, schedule="constant", checkpoint=path, resume=True)
+    history = fit(healthy, Fixed(x), epochs=2, schedule="constant", callbacks=[Checkpoint(path, resume=True)])
     assert [row.epoch for row in history] == [1, 2]
     assert all(math.isfinite(row.train_elbo) for row in history)
     assert_same(state(healthy), states[-1])
@@ -350,7 +386,7 @@ def test_nan_stops_training_and_names_the_site(tmp_path, part, site, validated):
 def test_nan_of_validation_stops_training_too(scripted, tmp_path):
     scripted(-3.0, math.nan)
     with pytest.raises(NonFiniteError, match="validation ELBO is nan"):
-        fit(small_vae(), Fixed(binary(20)), binary(4), epochs=5, checkpoint=tmp_path / "checkpoint.pt")
+        fit(small_vae(), Fixed(binary(20)), binary(4), epochs=5, callbacks=[Checkpoint(tmp_path / "checkpoint.pt")])
     assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]) == 1
 
 
@@ -386,15 +422,13 @@ def test_a_compiled_gradient_that_is_not_finite_is_undone():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"lr": math.nan}, "lr must be positive"),
         ({"lr": math.inf}, "lr must be positive"),
-        ({"patience": 0}, "patience must be at least 1"),
-        ({"patience": 1, "validation": None}, "need validation data"),
-        ({"weights": "best", "validation": None}, "need validation data"),
-        ({"weights": "first"}, "weights must be last or best, got first"),
+        ({"callbacks": [EarlyStopping(1)], "validation": None}, "EarlyStopping needs validation data"),
+        ({"callbacks": [BestWeights()], "validation": None}, "BestWeights needs validation data"),
         ({"schedule": "cosine"}, "schedule must be one_cycle, constant or stages, got cosine"),
     ],
     ids=str,
@@ -473,7 +507,7 @@ def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_p
             Batches(),
             epochs=5,
             engine=engine,
-            on_epoch=lambda history: states.append({k: v.clone() for k, v in vae.state_dict().items()}),
+            callbacks=[OnEpoch(lambda _: states.append(state(vae)))],
         )
     assert len(states) == 2
     for name, value in vae.state_dict().items():
@@ -498,3 +532,393 @@ def test_stages_of_the_learning_rate():
     history = fit(small_vae(), Fixed(binary(40)), epochs=14, lr=0.01, schedule="stages")
     stages = [0] + [1] * 3 + [2] * 9 + [3]
     assert [row.learning_rate for row in history] == pytest.approx([0.01 * 10 ** (-i / 7) for i in stages])
+
+
+# Trajectories, to the last bit
+
+
+class Plain:
+    """What ``fit`` of version 0.1.0 did, written down: it draws the same random numbers, in the same order."""
+
+    def __init__(self, vae, schedule, total, steps, lr, engine=PyroSVI, loss=None):
+        self.vae, self.loss = vae, loss or Trace_ELBO()
+        self.optim = torch.optim.Adam(vae.parameters(), lr=lr, fused=True)
+        lr_scheduler = torch.optim.lr_scheduler
+        if schedule == "one_cycle":
+            self.scheduler = lr_scheduler.OneCycleLR(self.optim, max_lr=lr, total_steps=total, cycle_momentum=False)
+        elif schedule == "stages":
+            stages = [0] + [1] * 3 + [2] * 9
+            self.scheduler = lr_scheduler.LambdaLR(self.optim, lambda step: 10 ** (-stages[step // steps] / 7))
+        else:
+            self.scheduler = lr_scheduler.ConstantLR(self.optim, factor=1.0)
+        self.svi = engine(vae.model, vae.guide, self.optim, self.loss)
+        self.rows, self.best = [], (-math.inf, 0, {})
+
+    def epoch(self, batches, validation):
+        total, size, seen = 0.0, 0, []
+        for batch in batches:
+            if not self.rows and not seen:
+                check_program(self.vae.model, self.vae.guide, batch)
+            value = self.svi.step(batch)
+            total += value if isinstance(self.loss, Trace_ELBO) else value * len(batch)
+            size += len(batch)
+            seen.append(batch)
+            rate = self.scheduler.get_last_lr()[0]
+            self.scheduler.step()
+        validated = estimate_elbo(self.vae.model, self.vae.guide, validation).mean().item()
+        trained = estimate_elbo(self.vae.model, self.vae.guide, torch.cat(seen)).mean().item()
+        self.rows.append((len(self.rows) + 1, -float(total) / size, trained, validated, rate, 1.0))
+        if validated > self.best[0]:
+            self.best = validated, len(self.rows), state(self.vae)
+
+    def checkpoint(self, **settings):
+        """In the layout of version 0.1.0."""
+        return {
+            "format": "pyro_vae.training/2",
+            "settings": settings,
+            "weights": self.vae.state_dict(),
+            "optimizer": self.optim.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.rows,
+            "best_epoch": self.best[1],
+            "best_elbo": self.best[0],
+            "best_weights": self.best[2],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": [],
+        }
+
+
+def fresh(seed=3):
+    torch.manual_seed(seed)
+    return small_vae()
+
+
+@pytest.mark.parametrize("loss", [None, IWAE(3)], ids=["Trace_ELBO", "IWAE"])
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "constant", "stages"])
+def test_trajectories_are_those_of_version_0_1_0(tmp_path, schedule, engine, loss):
+    x, validation, path = binary(50), binary(30), tmp_path / "checkpoint.pt"
+    plain = Plain(fresh(), schedule, 5 * 3, 3, 0.05, engine, loss)
+    for _ in range(5):
+        plain.epoch(Shuffled(x), validation)
+    settings = {"epochs": 5, "lr": 0.05, "schedule": schedule, "engine": engine, "loss": loss}
+    whole = fresh()
+    history = fit(whole, Shuffled(x), validation, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(fresh(), Shuffled(x), validation, callbacks=[Checkpoint(path), OnEpoch(interrupt_after(2))], **settings)
+    resumed = fresh(seed=4)
+    parts = fit(resumed, Shuffled(x), validation, callbacks=[Checkpoint(path, resume=True)], **settings)
+    expected = [row[:-1] for row in plain.rows]
+    assert without_time(history) == expected
+    assert without_time(parts) == expected
+    assert_same(state(whole), state(plain.vae))
+    assert_same(state(resumed), state(plain.vae))
+
+
+@pytest.mark.parametrize("callbacks", [[], [BestWeights()]], ids=["last", "best"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "constant", "stages"])
+def test_a_checkpoint_of_version_0_1_0_resumes(tmp_path, schedule, callbacks):
+    x, validation, path = binary(50), binary(30), tmp_path / "checkpoint.pt"
+    plain = Plain(fresh(), schedule, 5 * 3, 3, 0.4)  # a rate at which the last epoch is not the best
+    for number in range(5):
+        if number == 2:
+            steps = {"steps": 15} if schedule == "one_cycle" else {}
+            torch.save(plain.checkpoint(schedule=schedule, lr=0.4, **steps), path)
+        plain.epoch(Shuffled(x), validation)
+    vae = fresh(seed=4)
+    settings = {"epochs": 5, "lr": 0.4, "schedule": schedule}
+    history = fit(vae, Shuffled(x), validation, callbacks=[Checkpoint(path, resume=True), *callbacks], **settings)
+    assert without_time(history) == [row[:-1] for row in plain.rows]
+    assert_same(state(vae), plain.best[2] if callbacks else state(plain.vae))
+
+
+# Optimizers and schedules
+
+
+def by_hand(vae, batches, optim, epochs):
+    """A loop without fit, its schedule or its evaluations."""
+    svi, free = PyroSVI(vae.model, vae.guide, optim), hasattr(optim, "train")
+    for _ in range(epochs):
+        if free:
+            optim.train()
+        for batch in batches:
+            svi.step(batch)
+        if free:
+            optim.eval()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer(monkeypatch, name):
+    monkeypatch.setattr("pyro_vae.training.estimate_elbo", lambda *args: torch.zeros(1))  # these draw random numbers
+    monkeypatch.setattr("pyro_vae.training.check_program", lambda *args: None)
+    x, (ours, theirs) = binary(50), (fresh(), fresh())
+    before = state(ours)
+    torch.manual_seed(5)
+    fit(ours, Fixed(x), epochs=3, lr=0.01, optimizer=OPTIMIZERS[name], schedule="constant")
+    torch.manual_seed(5)
+    by_hand(theirs, Fixed(x), OPTIMIZERS[name](list(theirs.parameters()), lr=0.01), epochs=3)
+    assert_same(state(ours), state(theirs))
+    assert all(not torch.equal(value, before[key]) for key, value in state(ours).items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+def test_any_optimizer_learns(name, engine):
+    lr = {"SGD": 0.002, "RMSprop": 0.01}.get(name, 0.03)
+    schedule = "constant" if name == "schedule_free" else "one_cycle"
+    settings = {"optimizer": OPTIMIZERS[name], "schedule": schedule, "lr": lr, "engine": engine}
+    history = fit(small_vae(), Fixed(binary(100)), epochs=20, **settings)
+    assert history[-1].train_elbo > history[0].train_elbo + 0.3
+    assert history[-1].train_elbo > -9
+
+
+def test_together_steps_each_with_its_own_rate():
+    p, q = (nn.Parameter(torch.tensor([1.0])) for _ in range(2))
+    optim = Together(torch.optim.SGD([p], lr=0.1), torch.optim.SGD([q], lr=0.01))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 0.5**step)
+    for _ in range(2):
+        (p + q).sum().backward()
+        optim.step()
+        scheduler.step()
+        optim.zero_grad()
+    assert p.item() == pytest.approx(1 - 0.1 - 0.05)
+    assert q.item() == pytest.approx(1 - 0.01 - 0.005)
+    with pytest.raises(ValueError, match="states of 1 optimizers, not of 2"):
+        optim.load_state_dict({"optimizers": [torch.optim.SGD([p]).state_dict()]})
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Together(torch.optim.SGD([p]), torch.optim.SGD([p]))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_schedule_free_optimizers_are_switched(together):
+    """Evaluated, validated and kept are the averaged weights, which differ from those that are trained."""
+    calls, seen = [], []
+
+    class Switched(torch.optim.SGD):
+        def train(self):
+            calls.append("train")
+            self.shift(1.0)
+
+        def eval(self):
+            calls.append("eval")
+            self.shift(-1.0)
+
+        def step(self, closure=None):
+            calls.append("step")
+
+        @torch.no_grad()
+        def shift(self, by):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p += by
+
+    vae = small_vae()
+    before = state(vae)
+    callbacks = [OnEpoch(lambda _: seen.append(state(vae)))]
+
+    def optimizer(parameters, lr):
+        return Together(Switched(parameters, lr=lr)) if together else Switched(parameters, lr=lr)
+
+    fit(vae, Fixed(binary(40)), binary(5), epochs=2, optimizer=optimizer, callbacks=callbacks, schedule="constant")
+    assert calls == ["train", "step", "step", "eval"] * 2
+    for weights in (*seen, state(vae)):
+        for name, value in weights.items():
+            torch.testing.assert_close(value, before[name])
+
+
+def test_a_schedule_of_ones_own():
+    history = fit(small_vae(), Fixed(binary(40)), epochs=4, lr=0.02, schedule=cosine)
+    # of the last step of each epoch, of two; the schedule has 8
+    expected = [0.01 * (1 + math.cos(math.pi * step / 8)) for step in (1, 3, 5, 7)]
+    assert [row.learning_rate for row in history] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"optimizer": "sgd"}, ValueError, "optimizer must be adam or a factory, such as torch.optim.SGD, got sgd"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, TypeError, "called as optimizer(parameters, lr), got an ob"),
+        ({"optimizer": lambda parameters, lr: None}, TypeError, "must return a torch Optimizer, it returned NoneType"),
+        ({"optimizer": lambda parameters, lr: torch.optim.SGD}, TypeError, "it returned SGD"),
+        ({"optimizer": lambda parameters: None}, TypeError, "unexpected keyword argument 'lr'"),
+        ({"optimizer": torch.optim.Muon}, ValueError, "optimizer Muon: Muon only supports 2D parameters"),
+        ({"optimizer": torch.optim.LBFGS}, TypeError, "optimizer LBFGS needs a closure"),
+        ({"schedule": 3}, TypeError, "called as schedule(optimizer, steps_per_epoch, epochs), got an object: int"),
+        ({"schedule": lambda *args, **kwargs: 0.1}, TypeError, "must return a torch LRScheduler, it returned float"),
+        ({"schedule": torch.optim.lr_scheduler.LinearLR}, TypeError, "unexpected keyword argument 'steps_per_epoch'"),
+        ({"schedule": lambda o, **_: torch.optim.lr_scheduler.ReduceLROnPlateau(o)}, TypeError, "stepped by a measure"),
+        ({"callbacks": [EarlyStopping]}, TypeError, "callbacks must be Callback objects, got EarlyStopping"),
+        ({"epoch": 3}, TypeError, "unexpected keyword argument: epoch"),
+        ({"train": iter([binary(2)])}, ValueError, "there is no mini-batch to train on"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_what_is_refused(settings, kind, words):
+    vae = small_vae()
+    before = state(vae)
+    with pytest.raises(kind) as caught:
+        fit(vae, **{"train": Fixed(binary(20)), "epochs": 1} | settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert_same(state(vae), before)
+
+
+def test_batches_that_are_used_up():
+    class Once(Fixed):
+        def __init__(self, x):
+            super().__init__(x)
+            self.left = iter(self.parts)
+
+        def __iter__(self):
+            return self.left
+
+    with pytest.raises(ValueError, match="no mini-batch in epoch 2"):
+        fit(small_vae(), Once(binary(40)), epochs=2, schedule="constant")
+
+
+# Callbacks
+
+
+def test_patience_must_be_positive():
+    with pytest.raises(ValueError, match="patience must be a whole number of at least 1, got 0"):
+        EarlyStopping(0)
+
+
+def test_a_callback_of_ones_own(tmp_path):
+    calls = []
+
+    class Mine(Callback):
+        def load(self, training):
+            calls.append("load")
+
+        def start(self, training):
+            calls.append(("start", len(training.history), training.kept.get("sum", 0)))
+
+        def epoch(self, training):
+            training.kept["sum"] = training.kept.get("sum", 0) + training.history[-1].epoch
+            calls.append(("epoch", len(training.history)))
+            if training.kept["sum"] == 3:
+                training.stop()
+
+        def save(self, training):
+            calls.append(("save", path.exists()))
+
+        def end(self, training):
+            calls.append(("end", training.kept["sum"], training.module is vae, training.epochs))
+
+    path, vae, x = tmp_path / "checkpoint.pt", small_vae(), binary(40)
+    history = fit(vae, Fixed(x), epochs=4, callbacks=[Mine(), Checkpoint(path)])
+    assert len(history) == 2
+    first = ["load", ("start", 0, 0), ("epoch", 1), ("save", False), ("epoch", 2), ("save", True), ("end", 3, True, 4)]
+    assert calls == first
+    calls.clear()
+    history = fit(vae, Fixed(x), epochs=4, callbacks=[Checkpoint(path, resume=True), Mine()])
+    assert len(history) == 4
+    second = ["load", ("start", 2, 3), ("epoch", 3), ("save", True), ("epoch", 4), ("save", True), ("end", 10, True, 4)]
+    assert calls == second
+
+
+def test_best_weights_that_were_not_kept_are_not_made_up(tmp_path):
+    path, x = tmp_path / "checkpoint.pt", binary(40)
+    fit(small_vae(), Fixed(x), x, epochs=1, schedule="constant", callbacks=[Checkpoint(path)])
+    callbacks = [Checkpoint(path, resume=True), BestWeights()]
+    with pytest.raises(CheckpointError, match="has no best weights"):
+        fit(small_vae(), Fixed(x), x, epochs=2, schedule="constant", callbacks=callbacks)
+
+
+def test_old_keywords_still_work_and_say_the_new_spelling(tmp_path, scripted):
+    x, path, seen = binary(40), tmp_path / "checkpoint.pt", []
+    values = (-5.0, -3.0, -4.0, -3.5)
+    scripted(*values, *values)
+    old, new = fresh(), fresh()
+    keywords = {"patience": 2, "weights": "best", "checkpoint": path, "on_epoch": lambda h: seen.append(len(h))}
+    words = (
+        r"patience, weights, checkpoint, on_epoch of fit: write callbacks=\[EarlyStopping\(patience\), "
+        r"BestWeights\(\), Checkpoint\(path, resume\), OnEpoch\(function\)\], of pyro_vae.training"
+    )
+    with pytest.warns(DeprecationWarning, match=words) as caught:
+        history = plain_fit(old, Fixed(x), x, epochs=9, progress=False, **keywords)
+    assert caught[0].filename == __file__
+    assert seen == [1, 2, 3, 4]
+    callbacks = [EarlyStopping(2), BestWeights(), Checkpoint(tmp_path / "new.pt")]
+    torch.manual_seed(3)
+    small_vae()
+    assert without_time(fit(new, Fixed(x), x, epochs=9, callbacks=callbacks)) == without_time(history)
+    assert_same(state(old), state(new))
+    with pytest.warns(DeprecationWarning, match="checkpoint, resume, patience of fit"):
+        again = fit(small_vae(), Fixed(x), x, epochs=9, checkpoint=path, resume=True, patience=2)
+    assert again == history
+    with pytest.raises(ValueError, match="weights must be last or best, got first"):
+        fit(small_vae(), Fixed(x), epochs=1, weights="first")
+
+
+# Data
+
+
+class Regression(nn.Module):
+    """y ~ N(w x + z, 1) with a local z ~ N(0, 1): y given x is normal with variance 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.gain = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("y", pyro.distributions.Normal(self.slope * x + z, 1.0).to_event(1), obs=y)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            loc = self.gain * (y - self.slope * x)
+            pyro.sample("z", pyro.distributions.Normal(loc, self.log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("loss", [ELBO(), Trace_ELBO()], ids=["ELBO", "Trace_ELBO"])
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "DataLoader"])
+def test_batches_of_several_tensors(kind, engine, loss):
+    x = torch.randn(200, 1, dtype=torch.float64)
+    y = 2 * x + math.sqrt(2) * torch.randn_like(x)
+    pairs = list(zip(x.split(25), y.split(25), strict=True))
+    train = {
+        "tuple": pairs,
+        "dict": [{"y": y, "x": x} for x, y in pairs],
+        "DataLoader": DataLoader(TensorDataset(x, y), batch_size=25, shuffle=True),
+    }[kind]
+    validation = {"x": x, "y": y} if kind == "dict" else (x, y)
+    module = Regression()
+    history = fit(module, train, validation, epochs=40, lr=0.05, loss=loss, engine=engine)
+    slope = (x * y).sum() / (x * x).sum()  # least squares is the best slope
+    assert module.slope.item() == pytest.approx(slope.item(), abs=0.05)
+    assert module.gain.item() == pytest.approx(0.5, abs=0.05)
+    assert module.log_scale.exp().item() == pytest.approx(math.sqrt(0.5), abs=0.05)
+    log_likelihood = torch.distributions.Normal(slope * x, math.sqrt(2)).log_prob(y).mean().item()
+    for bound in (history[-1].validation_elbo, history[-1].train_elbo, history[-1].objective):
+        assert bound == pytest.approx(log_likelihood, abs=0.03)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bounds_are_estimated_in_evaluation_mode(training):
+    """Dropout is on in steps, off in the ELBOs; the mode is left as it was."""
+    vae, modes = small_vae(), []
+    vae.posterior.network.register_forward_hook(lambda module, *_: modes.append(module.training))
+    vae.train(training)
+    fit(vae, Fixed(binary(40)), binary(5), epochs=2)
+    checks = len(modes) - 2 * 4
+    assert checks > 0
+    assert modes == [False] * checks + [training, training, False, False] * 2
+    assert all(module.training == training for module in vae.modules())
+
+
+def test_a_nan_among_several_tensors_names_its_site():
+    module = Regression()
+
+    def poison(history):
+        with torch.no_grad():
+            module.log_scale.fill_(math.nan)
+
+    x = torch.randn(30, 1, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="guide site 'z'"):
+        fit(module, [(x, x)], (x, x), epochs=3, callbacks=[OnEpoch(poison)])

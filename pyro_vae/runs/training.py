@@ -36,7 +36,7 @@ from pyro_vae.runs.directory import check_run_dir, choose_device, open_run, prov
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test
 from pyro_vae.runs.settings import Config
-from pyro_vae.training import Epoch, fit
+from pyro_vae.training import BestWeights, Checkpoint, EarlyStopping, Epoch, OnEpoch, fit
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 WORTH_COMPILING = 5000
@@ -134,6 +134,9 @@ def fit_run(
             writer.flush()
         logged = len(history)
 
+    callbacks = [Checkpoint(run_dir / "checkpoint.pt", config.resume), OnEpoch(on_epoch)]
+    callbacks += [BestWeights()] if config.weights == "best" else []
+    callbacks += [EarlyStopping(config.patience)] if config.patience is not None else []
     batches = data.batches(config.batch_size)
     compiled = compiled_engine(config.epochs * len(batches), max_norm=config.max_norm, precision=config.precision)
     engine = PyroSVI if config.engine == "pyro" else compiled
@@ -147,11 +150,7 @@ def fit_run(
             schedule=config.schedule,
             loss=objective,
             engine=engine,
-            patience=config.patience,
-            weights=config.weights,
-            checkpoint=run_dir / "checkpoint.pt",
-            resume=config.resume,
-            on_epoch=on_epoch,
+            callbacks=callbacks,
         )
     except CheckpointError as error:
         raise RunError(f"--resume: {error}; start a new run in another --run_dir") from error

@@ -5,21 +5,23 @@ Parameters are one per observation, so that one call gives a sample of values an
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import binary, small_vae
+from oracles import Unrelated, binary, small_vae
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer import RenyiELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_vae import ELBO, IWAE, MLP, BetaELBO, CompiledSVI, Conditional, ContractError, DReG, PyroSVI, fit, log_weights
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
 from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
+from pyro_vae.training import Checkpoint
 
 X, NOISE = 1.7, 0.5
 WEIGHT, LOC, LOG_SCALE = 0.9, 0.6, -0.9  # the posterior is at 1.43 with scale 0.486: the guide is off in both
@@ -290,12 +292,109 @@ def test_beta_and_free_bits_by_hand(kl, factorizes, beta, free_bits):
     assert objective(program.model, program.guide, x).item() == pytest.approx(expected, abs=0.03 * beta)
 
 
-def test_warm_up():
-    objective, seen = BetaELBO(beta=2.0, warmup=4, period=6), []
-    for step in range(14):
-        objective.advance(step)
-        seen.append(objective._weight.item())
-    assert seen == [0, 0.5, 1, 1.5, 2, 2, 0, 0.5, 1, 1.5, 2, 2, 0, 0.5]
+def warm_up(objective, step: int) -> float:
+    """The formula of Sonderby et al. 2016, begun anew after each period (Fu et al. 2019)."""
+    at = step % objective.period if objective.period else step
+    return objective.beta * min(1.0, at / objective.warmup) if objective.warmup else objective.beta
+
+
+def pyro_svi(program, objective):
+    def model(*args):
+        pyro.module("unrelated", program)
+        program.model(*args)
+
+    return SVI(model, program.guide, pyro.optim.SGD({"lr": 1e-15}), objective)
+
+
+def engine(make, **settings):
+    def made(program, objective):
+        optim = torch.optim.SGD(program.parameters(), lr=1e-15)
+        return make(program.model, program.guide, optim, objective, **settings)
+
+    return made
+
+
+ENGINES = {"SVI": pyro_svi, "PyroSVI": engine(PyroSVI), "CompiledSVI": engine(CompiledSVI, compiler="none")}
+WARM_UPS = [{}, {"warmup": 4}, {"warmup": 4, "period": 6}, {"warmup": 5, "period": 5}]
+
+
+@pytest.mark.parametrize("settings", WARM_UPS, ids=str)
+@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
+def test_a_warm_up_advances_by_itself(make, settings):
+    program, objective, x = Unrelated(), BetaELBO(beta=2.0, kl="analytic", **settings), torch.zeros(3, 1).double()
+    with pyro.get_param_store().scope():
+        svi, losses = make(program, objective), []
+        for _ in range(14):
+            losses.append(svi.step(x))
+            svi.evaluate_loss(x)  # none of these is a step
+            objective(program.model, program.guide, x)
+            with torch.no_grad():
+                objective(program.model, program.guide, x)
+        expected = [warm_up(objective, step) for step in range(14)]
+        assert [Unrelated.weight(loss) for loss in losses] == pytest.approx(expected, abs=1e-6)
+        if make is ENGINES["CompiledSVI"]:
+            assert len(svi._graphs) == 2  # of a step and of an evaluation: no weight is part of a graph
+        objective.advance(3)  # whoever wants to, sets it; it goes on from there
+        losses = [svi.step(x) for _ in range(4)]
+    expected = [warm_up(objective, step) for step in (3, 4, 5, 6)]
+    assert [Unrelated.weight(loss) for loss in losses] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", WARM_UPS, ids=str)
+@pytest.mark.parametrize("make", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+def test_a_warm_up_in_fit_goes_on_where_it_stopped(tmp_path, make, settings):
+    losses, batches = [], [torch.zeros(size, 1).double() for size in (2, 2, 1)]  # the last is traced anew
+
+    class Noted:
+        def __init__(self, *args):
+            self.svi = make(*args)
+
+        def step(self, x):
+            losses.append(self.svi.step(x))
+            return losses[-1]
+
+    path = tmp_path / "checkpoint.pt"
+    for epochs in (1, 2, 5):  # each a new process, as it were
+        objective = BetaELBO(beta=2.0, kl="analytic", **settings)
+        plain = {"lr": 1e-15, "schedule": "constant", "progress": False, "engine": Noted, "loss": objective}
+        fit(Unrelated(), batches, epochs=epochs, callbacks=[Checkpoint(path, resume=True)], **plain)
+    expected = [warm_up(objective, step) for step in range(15)]
+    assert [Unrelated.weight(loss) for loss in losses] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_loss_counts_once_however_often_it_is_differentiated():
+    program, objective, x = Unrelated(), BetaELBO(warmup=4, kl="analytic"), torch.zeros(3, 1).double()
+    for step in range(3):
+        loss = objective(program.model, program.guide, x)
+        assert Unrelated.weight(loss) == pytest.approx(step / 4, abs=1e-6)
+        gradients = [torch.autograd.grad(loss, program.loc, retain_graph=True)[0] for _ in range(3)]
+        assert [float(each) for each in gradients] == pytest.approx([step / 4 * 2] * 3, abs=1e-6)
+
+
+def test_an_objective_of_ones_own_advances_by_itself():
+    class Tempered(ELBO):
+        """The ELBO, times the number of steps."""
+
+        def __init__(self):
+            super().__init__(kl="analytic")
+            self.factor = torch.tensor(0.0)
+
+        def advance(self, step):
+            super().advance(step)
+            self.factor.fill_(step)
+
+        def __call__(self, model, guide, *args):
+            return self.counted(self.factor.clone() * super().__call__(model, guide, *args))
+
+    for make in ENGINES.values():
+        program, x = Unrelated(), torch.zeros(3, 1).double()
+        with pyro.get_param_store().scope():
+            svi = make(program, Tempered())
+            losses = [float(svi.step(x)) for _ in range(3)]
+        assert losses == pytest.approx([step * (math.log(2 * math.pi) / 2 + 2) for step in range(3)], rel=1e-9)
+
+
+def test_advance_sets_the_weight_of_any_step():
     objective = BetaELBO(beta=3.0, warmup=2)
     objective.advance(100)
     assert objective._weight.item() == 3
@@ -308,11 +407,7 @@ def test_a_compiled_step_sees_the_warm_up():
         vae, x, objective = small_vae(), binary(5), BetaELBO(beta=2.0, warmup=3)
         svi = engine(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), lr=0.01), objective, **settings)
         torch.manual_seed(1)
-        row = []
-        for step in range(5):
-            objective.advance(step)
-            row.append(float(svi.step(x)))
-        losses.append(row)
+        losses.append([float(svi.step(x)) for _ in range(5)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert len(svi._graphs) == 1
 
@@ -323,16 +418,11 @@ def test_fit_counts_the_steps(tmp_path):
             steps.append(step)
 
     batches = [binary(4), binary(4), binary(2)]
-    steps = []
-    settings = {"loss": Counting(), "progress": False, "checkpoint": tmp_path / "checkpoint.pt"}
-
-    def stop(history):
-        if len(history) == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(small_vae(), batches, epochs=2, on_epoch=stop, **settings)
-    fit(small_vae(), batches, epochs=2, resume=True, **settings)
+    steps, path = [], tmp_path / "checkpoint.pt"
+    for epochs in (1, 2):
+        checkpoint = Checkpoint(path, resume=True)
+        settings = {"loss": Counting(), "schedule": "constant", "progress": False, "callbacks": [checkpoint]}
+        fit(small_vae(), batches, epochs=epochs, **settings)
     assert steps == [0, 1, 2, 3, 4, 5]
 
 

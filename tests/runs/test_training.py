@@ -23,6 +23,7 @@ from pyro_vae.data.fetched import MNIST, Digits
 from pyro_vae.data.images import Dataset
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures, scoring, training
+from pyro_vae.training import BestWeights
 
 TINY = [
     *("--dataset", "Digits", "--encoder.hidden", "[16]", "--decoder.hidden", "[16]", "--latent_dim", "3"),
@@ -371,10 +372,13 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     argv = ["--lr", "0.1", "--schedule", "constant", "--batch_size", "500", "--patience", "7", "--weights", "best"]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", *argv, "--objective", "ELBO", "--objective.num_particles", "5")
-    expected = {"lr": 0.1, "schedule": "constant", "patience": 7, "weights": "best", "epochs": 3}
+    expected = {"lr": 0.1, "schedule": "constant", "epochs": 3}
     assert {name: given[name] for name in expected} == expected
     assert given["loss"].num_particles == 5
-    assert (given["sizes"], given["validation"], given["resume"]) == ([500, 500, 200], 200, False)
+    assert (given["sizes"], given["validation"]) == ([500, 500, 200], 200)
+    checkpoint, _, best, stopping = given["callbacks"]
+    assert (checkpoint.path, checkpoint.resume) == (tmp_path / "run" / "checkpoint.pt", False)
+    assert (type(best), stopping.patience) == (BestWeights, 7)
 
 
 @pytest.mark.parametrize(
@@ -401,8 +405,7 @@ def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
     run(tmp_path / "run", "--weights", "best")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     saved = load_file(tmp_path / "run" / "model.safetensors")
-    assert checkpoint["best_epoch"] == 2
-    assert all(torch.equal(saved[name], value) for name, value in checkpoint["best_weights"].items())
+    assert all(torch.equal(saved[name], value) for name, value in checkpoint["kept"]["best_weights"].items())
     assert not all(torch.equal(saved[name], value) for name, value in checkpoint["weights"].items())
 
 
@@ -736,8 +739,8 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("part", "name"), [("decoder", "NaNDecoder"), ("likelihood", "NaNLikelihood")])
 def test_nan_ends_the_run_in_one_line(tmp_path, part, name, capsys):
     run_dir = tmp_path / "run"
-    # 4 calls to check the program, then 5 steps and a validation in each epoch: it breaks down in the second one
-    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "12", "--engine", "pyro"]
+    # the first calls check the program, then each epoch has 5 steps and a validation: it breaks down in the second
+    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "19", "--engine", "pyro"]
     with pytest.raises(SystemExit) as caught:
         runs.cli(lambda: run(run_dir, *argv))
     assert caught.value.code == 2

@@ -1,0 +1,171 @@
+"""Optimizers and schedules as fit makes them: by a short name, or by a factory of yours."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Adam, Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from pyro_vae.errors import reason_of
+
+Made = TypeVar("Made")
+
+OptimizerFactory = Callable[..., Optimizer]
+"""``optimizer(parameters, lr=lr)``, given a list of tensors: any optimizer class of torch is one."""
+
+ScheduleFactory = Callable[..., LRScheduler]
+"""``schedule(optimizer, steps_per_epoch=..., epochs=...)``: its scheduler is stepped after each gradient step."""
+
+
+class Together(Optimizer):
+    """Several optimizers, each with parameters of its own, as one.
+
+    >>> def muon(parameters, lr):
+    ...     matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+    ...     return Together(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr / 10))
+    >>> len(muon(torch.nn.Linear(3, 2).parameters(), lr=0.01).param_groups)
+    2
+
+    Args:
+        optimizers: of torch, at least one, none of which needs a closure.
+
+    Raises:
+        ValueError: if two hold the same parameter.
+    """
+
+    def __init__(self, *optimizers: Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+
+    def step(self, closure: None = None) -> None:
+        """Let each take its step."""
+        for each in self.optimizers:
+            each.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all."""
+        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give each its state.
+
+        Raises:
+            ValueError: if these are the states of others.
+        """
+        states = state_dict.get("optimizers", ())
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"these are the states of {len(states)} optimizers, not of {len(self.optimizers)}")
+        for each, state in zip(self.optimizers, states, strict=True):
+            each.load_state_dict(state)
+        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+        self.state = defaultdict(dict)  # another object tells a compiled engine that what it recorded is gone
+
+    def train(self) -> None:
+        """Switch those to training that make the difference."""
+        switch(self.optimizers, "train")
+
+    def eval(self) -> None:
+        """Switch those to evaluation that make the difference."""
+        switch(self.optimizers, "eval")
+
+
+def switch(optimizers: tuple[Optimizer, ...], mode: str) -> None:
+    """Call ``train()`` or ``eval()`` of optimizers without a schedule, which train other weights than those that they
+    give (Defazio et al. 2024); others have neither."""
+    for each in optimizers:
+        if hasattr(each, mode):
+            getattr(each, mode)()
+
+
+def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], lr: float) -> Optimizer:
+    """The optimizer of a short name or factory; on a GPU capturable, if it can be, for CUDA graphs.
+
+    Raises:
+        ValueError: for another name, or where the factory refuses what it is given.
+        TypeError: if it is no factory, or returns no optimizer, or one that needs a closure.
+    """
+    if not parameters:
+        raise ValueError("the module has no parameters to train")
+    on_gpu = parameters[0].is_cuda
+    if isinstance(optimizer, str):
+        if optimizer != "adam":
+            raise ValueError(f"optimizer must be adam or a factory, such as torch.optim.SGD, got {optimizer}")
+        return Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
+    if any(isinstance(each, LBFGS) for each in getattr(made, "optimizers", (made,))):
+        raise TypeError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
+    for group in made.param_groups:
+        if on_gpu and "capturable" in group:
+            group["capturable"] = True
+    return made
+
+
+def make_schedule(schedule: str | ScheduleFactory, optimizer: Optimizer, steps_per_epoch: int, epochs: int):
+    """The scheduler of a short name or factory; see :func:`pyro_vae.fit`.
+
+    Raises:
+        ValueError: for another name, or where the factory refuses what it is given.
+        TypeError: if it is no factory, or returns no scheduler, or one that needs more than the number of steps.
+    """
+    short = {"one_cycle": _one_cycle, "constant": _constant, "stages": _stages}
+    if isinstance(schedule, str) and schedule not in short:
+        raise ValueError(f"schedule must be one_cycle, constant or stages, got {schedule}; or give a factory")
+    factory = short[schedule] if isinstance(schedule, str) else schedule
+    made = _made("schedule", factory, LRScheduler, optimizer, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    if isinstance(made, ReduceLROnPlateau):
+        raise TypeError(f"schedule {name_of(schedule)} is stepped by a measure, fit steps by the number of steps alone")
+    if factory is not _constant:
+        for group in optimizer.param_groups:
+            if group.get("capturable") and group["params"][0].is_cuda:
+                # a CUDA graph reads the rate of each step where it lies
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    return made
+
+
+def name_of(factory: object) -> str:
+    """What to call a factory in a message, and in a checkpoint."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory if isinstance(factory, str) else getattr(factory, "__qualname__", type(factory).__name__)
+
+
+def _made(what: str, factory: Callable[..., object], kind: type[Made], *args: object, **kwargs: object) -> Made:
+    """What a factory makes of these arguments, checked."""
+    name = name_of(factory)
+    if not callable(factory) or isinstance(factory, kind):
+        given = f"{what}({', '.join(('parameters' if what == 'optimizer' else 'optimizer', *kwargs))})"
+        raise TypeError(f"{what} must be a short name or a factory, called as {given}, got an object: {name}")
+    try:
+        made = factory(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        kept = TypeError if isinstance(error, TypeError) else ValueError
+        raise kept(f"{what} {name}: {reason_of(error)}") from error
+    if not isinstance(made, kind):
+        raise TypeError(f"{what} {name} must return a torch {kind.__name__}, it returned {name_of(made)}")
+    return made
+
+
+def _one_cycle(optimizer: Optimizer, *, steps_per_epoch: int, epochs: int) -> LRScheduler:
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, max_lr=peaks, total_steps=epochs * steps_per_epoch, cycle_momentum=False)
+
+
+def _constant(optimizer: Optimizer, *, steps_per_epoch: int, epochs: int) -> LRScheduler:
+    return ConstantLR(optimizer, factor=1.0)
+
+
+def _stages(optimizer: Optimizer, *, steps_per_epoch: int, epochs: int) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: 10 ** (-_stage(step // steps_per_epoch) / 7))
+
+
+def _stage(epoch: int) -> int:
+    """The stage of an epoch, both counted from 0, where stage i has 3^i epochs."""
+    stage, end = 0, 1
+    while epoch >= end:
+        stage += 1
+        end += 3**stage
+    return stage
