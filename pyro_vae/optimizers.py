@@ -65,11 +65,11 @@ class Together(Optimizer):
         self.state = defaultdict(dict)  # another object tells a compiled engine that what it recorded is gone
 
     def train(self) -> None:
-        """Switch those to training that make the difference."""
+        """Switch those to training for which that makes a difference."""
         switch(self.optimizers, "train")
 
     def eval(self) -> None:
-        """Switch those to evaluation that make the difference."""
+        """Switch those to evaluation for which that makes a difference."""
         switch(self.optimizers, "eval")
 
 
@@ -86,7 +86,7 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
 
     Raises:
         ValueError: for another name, or where the factory refuses what it is given.
-        TypeError: if it is no factory, or returns no optimizer, or one that needs a closure.
+        TypeError: if it is not a factory, or returns no optimizer, or one that needs a closure.
     """
     if not parameters:
         raise ValueError("the module has no parameters to train")
@@ -109,7 +109,7 @@ def make_schedule(schedule: str | ScheduleFactory, optimizer: Optimizer, steps_p
 
     Raises:
         ValueError: for another name, or where the factory refuses what it is given.
-        TypeError: if it is no factory, or returns no scheduler, or one that needs more than the number of steps.
+        TypeError: if it is not a factory, or returns no scheduler, or one that needs more than the number of steps.
     """
     short = {"one_cycle": _one_cycle, "constant": _constant, "stages": _stages}
     if isinstance(schedule, str) and schedule not in short:

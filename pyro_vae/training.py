@@ -1,4 +1,4 @@
-"""fit: epochs of an engine's steps, with validation and a learning-rate schedule; callbacks do all else."""
+"""fit: epochs of an engine's steps, with validation and a learning-rate schedule; callbacks do the rest."""
 
 import io
 import math
@@ -40,7 +40,8 @@ class Epoch(NamedTuple):
         objective: minus the loss, averaged over the epoch's steps; whatever bound that is.
         train_elbo: the plain ELBO after the epoch, of the last ``RECENT`` observations trained on, about.
         validation_elbo: the plain ELBO after the epoch; NaN without validation data.
-        learning_rate, seconds: of the epoch's last step; that the epoch took.
+        learning_rate: of the epoch's last step.
+        seconds: that the epoch took.
     """
 
     epoch: int
@@ -67,7 +68,7 @@ class Callback:
     """Something to do in a training: override what is needed. Callbacks are called in the order given."""
 
     def load(self, training: "Training") -> None:
-        """Before anything else: put the training where it shall begin."""
+        """Before anything else: put the training where it is to begin."""
 
     def start(self, training: "Training") -> None:
         """Before the first epoch, after every ``load``: ``training.history`` has the epochs of an earlier call."""
@@ -76,7 +77,7 @@ class Callback:
         """After each epoch: ``training.history[-1]`` is its row, the module has its weights."""
 
     def save(self, training: "Training") -> None:
-        """After each epoch, when every callback's ``epoch`` is done: write what shall outlast the process."""
+        """After each epoch, when every callback's ``epoch`` is done: write what is to outlast the process."""
 
     def end(self, training: "Training") -> None:
         """After the last epoch; not where something was raised, which ends the training."""
@@ -226,7 +227,7 @@ def fit(
         The history, a row per epoch.
 
     Raises:
-        TypeError: if ``loss`` is a class, or ``optimizer`` or ``schedule`` return something else than they should.
+        TypeError: if ``loss`` is a class, or ``optimizer`` or ``schedule`` returns something other than it should.
         ValueError: if a setting is out of its range, or :func:`pyro_vae.check_program` refuses model, guide or data.
         NonFiniteError: if training meets a NaN or an infinity. The message names the site; the module and the
             checkpoint hold the last good state.
@@ -324,7 +325,7 @@ class Training:
         """Go on from a state, of this version or of 0.1.0.
 
         Raises:
-            CheckpointError: if it is no such state, or that of another model, optimizer or schedule.
+            CheckpointError: if it is not such a state, or is that of another model, optimizer or schedule.
         """
         if not isinstance(content, dict) or content.get("format") not in (FORMAT, "pyro_vae.training/2"):
             raise CheckpointError("is not a checkpoint of this program")
