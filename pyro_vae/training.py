@@ -161,7 +161,6 @@ class Checkpoint(Callback):
 
 class OnEpoch(Callback):
     """Call a function with the history so far, after each epoch and once when a training is resumed: for a log.
-
     Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written.
     """
 
