@@ -3,6 +3,7 @@ from . import infer as infer
 from . import linear as linear
 from . import parts as parts
 from . import runs as runs
+from . import testing as testing
 from .errors import ContractError as ContractError
 from .errors import NonFiniteError as NonFiniteError
 from .infer import diagnostics as diagnostics

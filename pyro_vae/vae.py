@@ -60,7 +60,7 @@ class Conditional(nn.Module):
                 f"it made {tuple(outputs.shape)}"
             )
         size = self.head.event_size if hasattr(self.head, "event_size") else self.head.latent_dim
-        made = _check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
+        made = check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
         if isinstance(self.head, Likelihood) and self.head.is_density is not None:
             is_density = not innermost(made.support).is_discrete
             if is_density != self.head.is_density:
@@ -133,7 +133,7 @@ class VAE(nn.Module):
         self.posterior = posterior
 
     def _prior(self) -> dist.TorchDistribution:
-        return _check_made(self.prior, self.prior(self.posterior), (), self.prior.latent_dim)
+        return check_made(self.prior, self.prior(self.posterior), (), self.prior.latent_dim)
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) for observations ``x``, shape ``(B, X)``."""
@@ -198,7 +198,7 @@ class TwoLayerVAE(nn.Module):
 
     def _prior(self) -> dist.TorchDistribution:
         made = self.prior(lambda x: self.top_posterior(_mean(self.posterior(x))))
-        return _check_made(self.prior, made, (), self.prior.latent_dim)
+        return check_made(self.prior, made, (), self.prior.latent_dim)
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z1, z2) for observations ``x``, shape ``(B, X)``."""
@@ -252,7 +252,7 @@ def _into_support(
     return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
 
 
-def _check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
+def check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
     """Refuse what a part made unless it is a Pyro distribution of these shapes; a later error would be less clear."""
     name, kind = type(part).__name__, type(made).__name__
     if not isinstance(made, dist.torch_distribution.TorchDistributionMixin):

@@ -59,7 +59,7 @@ MODULES = {
     "evidence.exact": ("linear",),
     "evidence.gaps": ("infer.evidence.local",),
     "evidence.latents": ("infer.supports",),
-    "log_weights": ("infer.programs",),
+    "log_weights": ("infer.programs", "infer.checks"),
     "networks": ("errors",),
     "objectives": ("errors",),
     "svi": ("errors", "infer.engines", "infer.compiled", "infer.tracing"),
