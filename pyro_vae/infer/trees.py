@@ -113,8 +113,12 @@ def select(data: Data, index: Any) -> Data:
 
 
 def split(data: Data, size: int) -> Iterator[Data]:
-    """The data, ``size`` at a time."""
-    for start in range(0, len(first_tensor(data)), size):
+    """The data, ``size`` at a time.
+
+    Raises:
+        ContractError: as :func:`data_size`.
+    """
+    for start in range(0, data_size(data), size):
         yield select(data, slice(start, start + size))
 
 

@@ -15,10 +15,10 @@ from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.importance import reduce_log_weights, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, laplace_approximation, prior_location_and_width
 from pyro_vae.infer.evidence.result import Evidence, concatenate
-from pyro_vae.infer.programs import Program, scoring
+from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.tracing import Compiled
-from pyro_vae.infer.trees import Data, data_size, select, split
+from pyro_vae.infer.trees import Data, data_size, split
 
 
 @dataclass(frozen=True)
@@ -287,12 +287,12 @@ def _paths(
 ) -> Iterator[tuple[_Path, Tensor, Tensor, tqdm]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, frozen step sizes ``(T - 1, B)``, the bar."""
     with scoring(model, guide):
-        check_program(model, guide, select(data, slice(1000)))
-        rows = max(
-            1, rows_per_chunk(model, guide, data, memory) // 3
-        )  # a gradient keeps what a forward pass would drop
+        check_program(model, guide, next(split(data, 1000)))
+        # a gradient keeps what a forward pass would drop
+        rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
     size, betas, evaluate = max(1, rows // settings.num_chains), None, None
-    with tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing") as bar:
+    bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing")
+    with bar, evaluating(model, guide):
         for part in split(data, rows):
             check_program(model, guide, part)
             latents = Latents(model, guide, part)

@@ -15,7 +15,7 @@ from pyro_vae.infer.evidence.local import (
     mean_log_weight,
 )
 from pyro_vae.infer.evidence.result import Evidence, mean_and_errors
-from pyro_vae.infer.programs import Program, log_weights
+from pyro_vae.infer.programs import Program, evaluating, log_weights
 from pyro_vae.infer.trees import Data, data_size, split
 
 Family = Literal["mean_field", "flow"]
@@ -130,8 +130,11 @@ def inference_gaps(
         mean_field = local_mean_field(model, guide, data, **settings)
     if flow is None:
         flow = local_flow(model, guide, data, mean_field, **settings)
+    draws = [partial(log_weights, model, guide, part) for part in split(data, batch_size)]
+    with evaluating(model, guide):
+        of_guide = mean_log_weight(draws, num_samples)
     bounds = [
-        mean_log_weight([partial(log_weights, model, guide, part) for part in split(data, batch_size)], num_samples),
+        of_guide,
         mean_field.elbo(model, guide, data, num_samples, batch_size),
         flow.elbo(model, guide, data, num_samples, batch_size),
     ]

@@ -76,7 +76,7 @@ def importance_sampling(
     if proposal == "guide" and (widening != 1 or df is not None):
         raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
     with scoring(model, guide):
-        check_program(model, guide, select(data, slice(1000)))
+        check_program(model, guide, next(split(data, 1000)))
         rows = rows_per_chunk(model, guide, data, memory)
         samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
         size = max(1, rows // samples)

@@ -13,7 +13,7 @@ from pyro_vae.errors import ContractError, check_widths
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK
 from pyro_vae.infer.flows import import_zuko
-from pyro_vae.infer.programs import Program, scoring
+from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, select, split
 
@@ -81,7 +81,8 @@ class LocalPosterior(NamedTuple):
         for among in _slices(data_size(data), batch_size):
             part, own = Latents(model, guide, select(data, among)), self.select(among)
             draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
-        return mean_log_weight(draws, num_samples)
+        with evaluating(model, guide):
+            return mean_log_weight(draws, num_samples)
 
 
 def local_mean_field(
@@ -304,9 +305,10 @@ def _chunks(
     model: Program, guide: Program, data: Data, num_steps: int, batch_size: int, progress: bool, name: str
 ) -> Iterator[tuple[Latents, slice, tqdm]]:
     """``batch_size`` observations at a time: their latent variables, their place, and the progress bar of them all."""
-    for part in split(data, batch_size):
-        check_program(model, guide, part)
-    with tqdm(total=num_steps * data_size(data), disable=not progress, unit="step", unit_scale=True, desc=name) as bar:
+    bar = tqdm(total=num_steps * data_size(data), disable=not progress, unit="step", unit_scale=True, desc=name)
+    with bar, evaluating(model, guide):
+        for part in split(data, batch_size):
+            check_program(model, guide, part)
         for among in _slices(data_size(data), batch_size):
             yield Latents(model, guide, select(data, among)), among, bar
 
