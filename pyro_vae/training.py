@@ -23,7 +23,7 @@ from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import evaluating, find_non_finite
-from pyro_vae.infer.trees import Data, call, concatenate, first_tensor, split
+from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor, split
 from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
 FORMAT = "pyro_vae.training/3"
@@ -396,13 +396,17 @@ class Training:
 
     def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
         """One pass over the mini-batches: minus the loss per datum, the last learning rate, and the last data."""
-        total, size, rate = 0.0, 0, math.nan
+        total, size, rate, first = 0.0, 0, math.nan, None
         recent: deque[tuple[int, Data]] = deque()
         before, num_recent = len(self.history) * len(self.train), 0
         for number, batch in enumerate(self.train):
             if before == number == 0:
                 with evaluating(self.module.model, self.module.guide):
                     check_program(self.module.model, self.module.guide, batch)
+                if self.validation is not None:
+                    check_same_structure(self.validation, batch, "the first mini-batch")
+            first = batch if first is None else first
+            check_same_structure(batch, first, "the first mini-batch")
             if isinstance(loss, Objective):
                 loss.advance(before + number)
             value = _step(svi, self.module, batch)
