@@ -349,3 +349,30 @@ def test_checks_leave_random_numbers_and_what_they_check_alone():
     testing.check_objective(mine)
     testing.check_posterior(MeanField)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Cauchy(Likelihood):
+    off = 0.0
+
+    def forward(self, loc):
+        made = dist.Cauchy(loc, torch.full_like(loc, 0.1)).to_event(1)
+        return Shifted(made, self.off) if self.off else made
+
+
+class Shifted(dist.Independent):
+    def __init__(self, made, off):
+        super().__init__(made.base_dist, 1)
+        self.off = off
+
+    def log_prob(self, value):
+        return super().log_prob(value) - self.off
+
+
+class FaultyCauchy(Cauchy):
+    off = 0.2
+
+
+def test_a_density_without_moments_integrates_to_one():
+    testing.check_likelihood(Cauchy)
+    with pytest.raises(ContractError, match="must integrate to one"):
+        testing.check_likelihood(FaultyCauchy)
