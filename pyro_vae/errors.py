@@ -1,6 +1,7 @@
 """What is refused: the exceptions of this library, and checks that raise them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ContractError(ValueError):
@@ -48,3 +49,20 @@ def reason_of(error: Exception) -> str:
 
 class RunError(Exception):
     """A user's mistake, told in one line."""
+
+
+@contextmanager
+def extra(name: str, needed_by: str) -> Iterator[None]:
+    """Around imports of packages that only ``pip install 'pyro-vae[name]'`` brings: who lacks one is told so.
+
+    Raises:
+        ModuleNotFoundError: naming the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "pyro_vae") or "pyro-vae[" in str(error):
+            raise
+        text = f"{needed_by} needs {missing}, which is not installed: pip install 'pyro-vae[{name}]'"
+        raise ModuleNotFoundError(text, name=error.name) from error

@@ -1,8 +1,11 @@
 """Data sets of images, and how pixels become observations."""
 
-from pyro_vae.data.fetched import KMNIST, MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST, cache_folder
-from pyro_vae.data.images import ENCODINGS, Batches, Data, Dataset, Images
-from pyro_vae.data.own import ImageFolder, Npy, Npz
+from pyro_vae.errors import extra
+
+with extra("runs", "pyro_vae.data"):
+    from pyro_vae.data.fetched import KMNIST, MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST, cache_folder
+    from pyro_vae.data.images import ENCODINGS, Batches, Data, Dataset, Images
+    from pyro_vae.data.own import ImageFolder, Npy, Npz
 
 __all__ = [
     "ENCODINGS",
