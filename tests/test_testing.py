@@ -352,7 +352,7 @@ def test_checks_leave_random_numbers_and_what_they_check_alone():
 
 
 class Cauchy(Likelihood):
-    off = 0.0
+    is_density, off = True, 0.0
 
     def forward(self, loc):
         made = dist.Cauchy(loc, torch.full_like(loc, 0.1)).to_event(1)
