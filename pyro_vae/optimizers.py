@@ -95,6 +95,8 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
         if optimizer != "adam":
             raise ValueError(f"optimizer must be adam or a factory, such as torch.optim.SGD, got {optimizer}")
         return Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
+    if isinstance(optimizer, partial) and "lr" in optimizer.keywords:
+        raise ValueError(f"optimizer {name_of(optimizer)}: its lr is that of fit(..., lr=), give it there")
     made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
     if any(isinstance(each, LBFGS) for each in getattr(made, "optimizers", (made,))):
         raise TypeError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,14 +22,12 @@ from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
-from pyro_vae.infer.programs import evaluating, find_non_finite
+from pyro_vae.infer.programs import Program, evaluating, find_non_finite
 from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor, split
 from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
-FORMAT = "pyro_vae.training/3"
-"""Marks a checkpoint; another layout gets another number."""
-RECENT = 5000
-"""Observations on which the training ELBO is estimated."""
+FORMAT = "pyro_vae.training/3"  # of a checkpoint; another layout gets another number
+RECENT = 5000  # observations on which the training ELBO is estimated
 
 
 class Epoch(NamedTuple):
@@ -234,7 +232,7 @@ def fit(
     check_at_least_one(epochs=epochs)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    loss = loss or pyro.infer.Trace_ELBO()
+    loss = loss or Trace_ELBO()
     if isinstance(loss, type):
         raise TypeError(f"loss is the class {loss.__name__}: pass an object, such as {loss.__name__}()")
     if not hasattr(train, "__len__") or len(train) < 1:
@@ -280,7 +278,7 @@ class Training:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         train: Batches,
         validation: Data | None,
         epochs: int,
@@ -288,7 +286,9 @@ class Training:
         optimizer: str | OptimizerFactory,
         schedule: str | ScheduleFactory,
     ):
-        self.module, self.train, self.validation, self.epochs = module, train, validation, epochs
+        self.module: nn.Module = module
+        self.train, self.validation, self.epochs = train, validation, epochs
+        self._programs: tuple[Program, Program] = (module.model, module.guide)
         self.optimizer = make_optimizer(optimizer, list(module.parameters()), lr)
         self.scheduler = make_schedule(schedule, self.optimizer, len(train), epochs)
         self.history: list[Epoch] = []
@@ -348,7 +348,7 @@ class Training:
         self, engine: Callable[..., Engine], loss: PyroELBO | Objective, callbacks: Sequence[Callback], progress: bool
     ) -> list[Epoch]:
         """Train to the end; return the history."""
-        svi = engine(self.module.model, self.module.guide, self.optimizer, loss)
+        svi = engine(*self._programs, self.optimizer, loss)
         for callback in callbacks:
             callback.load(self)
         for callback in callbacks:
@@ -365,7 +365,7 @@ class Training:
                 for callback in callbacks:
                     callback.save(self)
                 elbos = {"train": f"{row.train_elbo:.2f}", "validation": f"{row.validation_elbo:.2f}"}
-                bar.set_postfix(epoch=f"{row.epoch}/{self.epochs}", **elbos)
+                bar.set_postfix({"epoch": f"{row.epoch}/{self.epochs}"} | elbos)
         for callback in callbacks:
             callback.end(self)
         return self.history
@@ -388,10 +388,10 @@ class Training:
             )
         validation_elbo = math.nan
         if self.validation is not None:
-            validation_elbo = _validation_elbo(self.module, self.validation)
+            validation_elbo = _validation_elbo(self._programs, self.validation)
             if not math.isfinite(validation_elbo):
-                raise _non_finite(self.module, self.validation, f"the validation ELBO is {validation_elbo}")
-        train_elbo = estimate_elbo(self.module.model, self.module.guide, recent).mean().item()
+                raise _non_finite(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
+        train_elbo = estimate_elbo(*self._programs, recent).mean().item()
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
 
     def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
@@ -401,15 +401,15 @@ class Training:
         before, num_recent = len(self.history) * len(self.train), 0
         for number, batch in enumerate(self.train):
             if before == number == 0:
-                with evaluating(self.module.model, self.module.guide):
-                    check_program(self.module.model, self.module.guide, batch)
+                with evaluating(*self._programs):
+                    check_program(*self._programs, batch)
                 if self.validation is not None:
                     check_same_structure(self.validation, batch, "the first mini-batch")
             first = batch if first is None else first
             check_same_structure(batch, first, "the first mini-batch")
             if isinstance(loss, Objective):
                 loss.advance(before + number)
-            value = _step(svi, self.module, batch)
+            value = _step(svi, self._programs, batch)
             if isinstance(value, tuple):
                 raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
             count = len(first_tensor(batch))
@@ -427,28 +427,28 @@ class Training:
         return -float(total) / size, float(rate), concatenate([batch for _, batch in recent])
 
 
-def _validation_elbo(module: nn.Module, data: Data) -> float:
-    return estimate_elbo(module.model, module.guide, data).mean().item()
+def _validation_elbo(programs: tuple[Program, Program], data: Data) -> float:
+    return estimate_elbo(*programs, data).mean().item()
 
 
-def _step(svi: Engine, module: nn.Module, batch: Data) -> float | Tensor:
+def _step(svi: Engine, programs: tuple[Program, Program], batch: Data) -> float | Tensor:
     """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
     try:
         value = call(svi.step, batch)
     except NonFiniteError as error:
-        raise _non_finite(module, batch, str(error)) from error
+        raise _non_finite(programs, batch, str(error)) from error
     except ValueError as error:
-        if find_non_finite(module.model, module.guide, batch) is None:
+        if find_non_finite(*programs, batch) is None:
             raise
-        raise _non_finite(module, batch, "Pyro refuses a value") from error
+        raise _non_finite(programs, batch, "Pyro refuses a value") from error
     if isinstance(value, float) and not math.isfinite(value):
-        raise _non_finite(module, batch, f"the training loss is {value}")
+        raise _non_finite(programs, batch, f"the training loss is {value}")
     return value
 
 
-def _non_finite(module: nn.Module, data: Data, what: str) -> NonFiniteError:
+def _non_finite(programs: tuple[Program, Program], data: Data, what: str) -> NonFiniteError:
     """The error that says where the NaN is, as far as a look at the data can tell."""
-    sites = (find_non_finite(module.model, module.guide, part) for part in split(data, 1000))
+    sites = (find_non_finite(*programs, part) for part in split(data, 1000))
     site = next((site for site in sites if site), None)
     place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
     return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")

@@ -741,6 +741,11 @@ def test_a_schedule_of_ones_own():
         ({"optimizer": lambda parameters, lr: None}, TypeError, "must return a torch Optimizer, it returned NoneType"),
         ({"optimizer": lambda parameters, lr: torch.optim.SGD}, TypeError, "it returned SGD"),
         ({"optimizer": lambda parameters: None}, TypeError, "unexpected keyword argument 'lr'"),
+        (
+            {"optimizer": partial(torch.optim.SGD, lr=1.0)},
+            ValueError,
+            "SGD: its lr is that of fit(..., lr=), give it th",
+        ),
         ({"optimizer": torch.optim.Muon}, ValueError, "optimizer Muon: Muon only supports 2D parameters"),
         ({"optimizer": torch.optim.LBFGS}, TypeError, "optimizer LBFGS needs a closure"),
         ({"schedule": 3}, TypeError, "called as schedule(optimizer, steps_per_epoch, epochs), got an object: int"),

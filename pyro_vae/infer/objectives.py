@@ -65,7 +65,7 @@ class Objective(ABC):
 
     def _clock(self) -> SimpleNamespace:
         """The number of steps taken, and whether they count now; no number of its own, which would be compiled in."""
-        return self.__dict__.setdefault("_steps_taken", SimpleNamespace(steps=0, runs=True))
+        return vars(self).setdefault("_steps_taken", SimpleNamespace(steps=0, runs=True))
 
 
 @contextmanager
