@@ -277,17 +277,11 @@ class Training:
     """
 
     def __init__(
-        self,
-        module: Any,
-        train: Batches,
-        validation: Data | None,
-        epochs: int,
-        lr: float,
-        optimizer: str | OptimizerFactory,
-        schedule: str | ScheduleFactory,
+        self, module: Any, train: Batches, validation: Any, epochs: int, lr: float, optimizer: Any, schedule: Any
     ):
         self.module: nn.Module = module
-        self.train, self.validation, self.epochs = train, validation, epochs
+        self.train, self.epochs = train, epochs
+        self.validation: Data | None = validation
         self._programs: tuple[Program, Program] = (module.model, module.guide)
         self.optimizer = make_optimizer(optimizer, list(module.parameters()), lr)
         self.scheduler = make_schedule(schedule, self.optimizer, len(train), epochs)

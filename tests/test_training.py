@@ -19,6 +19,7 @@ from pyro_vae import (
     Bernoulli,
     CompiledSVI,
     Conditional,
+    ContractError,
     MeanField,
     NonFiniteError,
     PyroSVI,
@@ -927,3 +928,27 @@ def test_a_nan_among_several_tensors_names_its_site():
     x = torch.randn(30, 1, dtype=torch.float64)
     with pytest.raises(NonFiniteError, match="guide site 'z'"):
         fit(module, [(x, x)], (x, x), epochs=3, callbacks=[OnEpoch(poison)])
+
+
+@pytest.mark.parametrize(
+    ("second", "validation", "words"),
+    [
+        ({"x": (4, 1)}, None, "data['y'] is missing: the data must have the structure of the first mini-batch"),
+        ({"x": (4, 1), "y": (4, 1), "z": (4, 1)}, None, "data['z'] is new"),
+        (
+            {"x": (4, 1), "y": (4, 2)},
+            None,
+            "data['y'] has shape of one datum (2,), in the first mini-batch it has (1,)",
+        ),
+        ({"x": (4, 1), "y": (4, 1)}, {"x": (4, 1)}, "data['y'] is missing"),
+    ],
+    ids=str,
+)
+def test_batches_of_another_structure_are_refused(second, validation, words):
+    first = {"x": torch.zeros(5, 1).double(), "y": torch.zeros(5, 1).double()}
+    second, validation = (
+        each and {name: torch.zeros(shape).double() for name, shape in each.items()} for each in (second, validation)
+    )
+    with pytest.raises(ContractError) as caught:
+        fit(Regression(), [first, second], validation, epochs=1)
+    assert words in str(caught.value)
