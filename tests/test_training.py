@@ -938,7 +938,7 @@ def test_a_nan_among_several_tensors_names_its_site():
         (
             {"x": (4, 1), "y": (4, 2)},
             None,
-            "data['y'] has shape of one datum (2,), in the first mini-batch it has (1,)",
+            "data['y'] has shape of one datum (2,), in the first mini-batch it",
         ),
         ({"x": (4, 1), "y": (4, 1)}, {"x": (4, 1)}, "data['y'] is missing"),
     ],
