@@ -324,12 +324,16 @@ def _check_used(head: nn.Module, outputs: Sequence[Tensor], value: Tensor) -> No
 
 
 def _observations(head: Likelihood, size: int) -> Tensor:
-    """Data ``(size, X)`` of the kind that the head scores."""
+    """Data ``(size, X)`` of the kind that the head scores; the first rows hold nothing but its extremes."""
     shape = (size, head.event_size)
+    levels = head.levels or 17
     if head.encoding == "binary":
-        return torch.bernoulli(torch.full(shape, 0.4))
-    if head.encoding == "integers":
-        return torch.randint(head.levels or 17, shape).float()
-    if head.encoding == "dequantized":
-        return 0.01 + 0.98 * torch.rand(shape)
-    return call(head, *raw_outputs(head, (size,))).sample()
+        x, extremes = torch.bernoulli(torch.full(shape, 0.4)), (0.0, 1.0)
+    elif head.encoding == "integers":
+        x, extremes = torch.randint(levels, shape).float(), (0.0, levels - 1.0)
+    elif head.encoding == "dequantized":
+        x, extremes = torch.rand(shape).clamp(0.01, 0.99), (1e-6, 1 - 1e-6)
+    else:
+        return call(head, *raw_outputs(head, (size,))).sample()
+    x[: len(extremes)] = torch.tensor(extremes)[:, None]
+    return x
