@@ -316,6 +316,7 @@ def _closed_form_bound(model_trace: poutine.Trace, guide_trace: poutine.Trace) -
         except NotImplementedError:
             bound = bound + site["log_prob_sum"] - guide_site["log_prob_sum"]
         else:
+            kl = torch.as_tensor(kl)  # the number 0 for a distribution that is masked altogether
             bound = bound - scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
     auxiliary = (s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and n not in model_trace.nodes)
     return bound - sum(site["log_prob_sum"] for site in auxiliary)

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-from pyro import distributions as dist
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyro_vae.errors import ContractError, check_at_least_one, check_choice
+from pyro_vae.errors import check_at_least_one, check_choice
+from pyro_vae.infer.divergences import divergences
 from pyro_vae.infer.programs import (
     Program,
     Traces,
@@ -105,7 +104,7 @@ class ELBO(Objective):
         check_pathwise(both.guide)
         if self.kl == "sampled":
             return -log_weights_of(both).mean()
-        return -(_log_likelihood(both) - sum(_divergences(both, self.kl))).mean()
+        return -(_log_likelihood(both) - sum(divergences(both, self.kl))).mean()
 
 
 class BetaELBO(Objective):
@@ -166,11 +165,11 @@ class BetaELBO(Objective):
             self._weight = self._weight.to(first_tensor(data).device)
         both = traces(model, guide, data, self.num_particles)
         check_pathwise(both.guide)
-        divergences = _divergences(both, self.kl, by_dimension=self.free_bits > 0)
+        parts = divergences(both, self.kl, by_dimension=self.free_bits > 0)
         if self.free_bits:
-            total = sum(each.mean((0, 1)).clamp(min=self.free_bits).sum() for each in divergences)
+            total = sum(each.mean((0, 1)).clamp(min=self.free_bits).sum() for each in parts)
         else:
-            total = sum(divergences).mean()
+            total = sum(parts).mean()
         # a copy: the weight of the next step is set while this loss is differentiated
         return self.counted(self._weight.clone() * total - _log_likelihood(both).mean())
 
@@ -430,49 +429,3 @@ def _log_likelihood(both: Traces) -> Tensor:
     """log p(x | z), ``(K, B)``."""
     sites = (both.model.nodes[name] for name in sample_sites(both.model))
     return sum(site["log_prob"] for site in sites if site["is_observed"])
-
-
-def _divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[Tensor]:
-    """KL(q || p) of each latent site, ``(K, B)``, or an estimate of it; ``(K, B, D)`` if both factorize, and asked."""
-    for name in sample_sites(both.guide):
-        site, prior = both.guide.nodes[name], both.model.nodes[name]
-        q, p = site["fn"], prior["fn"]
-        if by_dimension and (parts := _factors(q)) and (others := _factors(p)):
-            q, p = parts, others
-        if kl == "analytic":
-            try:
-                yield _divergence(q, p).expand(*site["log_prob"].shape, *q.batch_shape[2:])
-            except NotImplementedError as error:
-                raise ContractError(
-                    f"torch has no closed form of the KL divergence from {_name(q)} to {_name(p)} at site '{name}': "
-                    'take kl="sampled"'
-                ) from error
-        elif q is site["fn"]:
-            yield site["log_prob"] - prior["log_prob"]
-        else:
-            yield q.log_prob(site["value"]) - p.log_prob(site["value"])
-
-
-def _divergence(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
-    """KL(q || p) in closed form; torch knows more of them for normal distributions with covariances than without."""
-    parts, others = _factors(q), _factors(p)
-    if (parts is None) != (others is None):
-        q, p = (_with_covariance(made, each) for made, each in ((q, parts), (p, others)))
-    return kl_divergence(q, p)
-
-
-def _with_covariance(made: dist.TorchDistribution, parts: dist.TorchDistribution | None) -> dist.TorchDistribution:
-    if not isinstance(parts, torch.distributions.Normal):
-        return made
-    return dist.MultivariateNormal(parts.loc, scale_tril=parts.scale.diag_embed())
-
-
-def _name(made: dist.TorchDistribution) -> str:
-    return type(made if (parts := _factors(made)) is None else parts).__name__
-
-
-def _factors(made: dist.TorchDistribution) -> dist.TorchDistribution | None:
-    """The distribution of each dimension of a vector, if they are independent by construction."""
-    if isinstance(made, torch.distributions.Independent) and made.event_dim == made.reinterpreted_batch_ndims == 1:
-        return made.base_dist
-    return None

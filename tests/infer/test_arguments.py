@@ -236,7 +236,7 @@ def test_fit_trains_on_batches_of_trees(engine, kind):
 
 def test_batches_of_another_structure_are_refused():
     program, data = Gaussian(), data_of("dict", 6)
-    with pytest.raises(ContractError, match=r"data\['rated'\]"):
+    with pytest.raises(ContractError, match=r"data\['pixels'\] is new"):
         fit(program, [data, data_of("masked", 6)], epochs=1, progress=False)
     with pytest.raises(ContractError, match=r"data\['y'\] is missing"):
         fit(program, [data], {k: v for k, v in data.items() if k != "y"}, epochs=1, progress=False)
