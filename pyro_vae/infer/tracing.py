@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
@@ -178,7 +179,7 @@ def trace_graph(function: Callable[..., Any], tensors: Iterable[Tensor]) -> Grap
     """
 
     def guarded(*tensors: Tensor) -> Any:
-        with _Guard():
+        with _Guard(), _OneHot():
             return function(*tensors)
 
     validate = Distribution._validate_sample  # distributions made beforehand have a switch of their own, which is on
@@ -214,6 +215,18 @@ class _Guard(TorchDispatchMode):
                 "a mask, which one graph cannot hold: write torch.where, or train with PyroSVI"
             )
         return func(*args, **(kwargs or {}))
+
+
+class _OneHot(TorchFunctionMode):
+    """``one_hot`` of a given number of classes, without its look at the largest label."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.one_hot:
+            labels, classes = (*args, *kwargs.values()) if len(args) + len(kwargs) == 2 else (args[0], -1)
+            if classes > 0:
+                return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
+        return func(*args, **kwargs)
 
 
 def _where() -> str:

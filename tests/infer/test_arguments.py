@@ -587,3 +587,149 @@ def test_parts_of_a_tree_are_put_together_again():
     parts = [select(data, slice(0, 3)), select(data, slice(3, 7))]
     again = concatenate(parts)
     assert all(torch.equal(again[name], data[name]) for name in data)
+
+
+# ---- an image with its label, and a regression with a latent variable of each datum
+
+
+class Labelled(nn.Module):
+    """z ~ N(0, 1); five binary pixels and a label of three, both observed, given z: log p(x, y) by quadrature."""
+
+    def __init__(self):
+        super().__init__()
+        self.pixels = nn.Parameter(torch.randn(5, dtype=F64))
+        self.labels = nn.Parameter(torch.randn(3, dtype=F64))
+        self.encoder = nn.Linear(8, 2).double()
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z * self.pixels).to_event(1), obs=x)
+            pyro.sample("y", dist.Categorical(logits=z * self.labels), obs=y)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            both = torch.cat([x, nn.functional.one_hot(y, 3).to(x)], 1)
+            loc, log_scale = self.encoder(both).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def log_px(self, x, y):
+        pixels, labels = self.pixels.detach().numpy(), self.labels.detach().numpy()
+
+        def integrand(z, x, y):
+            p = 1 / (1 + np.exp(-z * pixels))
+            return (
+                stats.norm.pdf(z)
+                * np.prod(np.where(x == 1, p, 1 - p))
+                * np.exp(z * labels)[y]
+                / np.exp(z * labels).sum()
+            )
+
+        rows = zip(x.numpy(), y.numpy(), strict=True)
+        return torch.tensor([math.log(integrate.quad(integrand, -9, 9, args=row)[0]) for row in rows], dtype=F64)
+
+
+class Regression(nn.Module):
+    """A regression whose data have an effect u each: y | v, u ~ N(v w + u, 0.5), u ~ N(0, s^2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.log_scale = nn.Parameter(torch.randn(3, dtype=F64)), nn.Parameter(torch.zeros((), dtype=F64))
+        self.gain = nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+    def model(self, v, y):
+        with pyro.plate("data", len(v), dim=-1):
+            u = pyro.sample("u", dist.Normal(0.0, self.log_scale.exp()))
+            pyro.sample("y", dist.Normal(v @ self.weight + u, 0.5), obs=y)
+
+    def guide(self, v, y):
+        with pyro.plate("data", len(v), dim=-1):
+            pyro.sample("u", dist.Normal(self.gain * (y - v @ self.weight), 0.6))
+
+    def log_px(self, v, y):
+        spread = (0.25 + (2 * self.log_scale).exp()).sqrt()
+        return dist.Normal(v @ self.weight, spread).log_prob(y).detach()
+
+
+def labelled():
+    return Labelled(), (torch.bernoulli(torch.full((6, 5), 0.5, dtype=F64)), torch.randint(3, (6,)))
+
+
+def regression():
+    return Regression(), {"y": torch.randn(6, dtype=F64), "v": torch.randn(6, 3, dtype=F64)}
+
+
+@pytest.mark.parametrize("make", [labelled, regression])
+def test_other_programs_by_every_estimator(make):
+    program, data = make()
+    exact = log_px_of(program, data)
+    check_program(program.model, program.guide, data)
+    torch.testing.assert_close(quadrature(program.model, program.guide, data).log_px, exact, rtol=0, atol=1e-7)
+    for found in (
+        importance_sampling(program.model, program.guide, data, 4000, compiled=False),
+        importance_sampling(program.model, program.guide, data, 1000, proposal="laplace", compiled=False),
+        annealed_importance_sampling(
+            program.model, program.guide, data, Annealing(num_temperatures=10), compiled=False
+        ),
+    ):
+        assert ((found.log_px - exact).abs() < 5 * found.mc_se + 1e-6).all()
+    sandwich = bidirectional_monte_carlo(program.model, program.guide, data, Annealing(num_temperatures=20))
+    simulated = log_px_of(program, sandwich.data)
+    assert ((sandwich.lower.log_px - simulated).abs() < 5 * sandwich.lower.mc_se + 1e-3).all()
+    assert ((sandwich.upper.log_px - simulated).abs() < 5 * sandwich.upper.mc_se + 0.05).all()
+
+
+@pytest.mark.parametrize("make", [labelled, regression])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_other_programs_by_every_objective_and_engine(objective, make):
+    torch.manual_seed(1)
+    program, data = make()
+    draws = torch.stack([-objective(program.model, program.guide, data).detach() for _ in range(300)])
+    assert draws.mean() < log_px_of(program, data).mean() + 5 * draws.std() / 300**0.5
+    losses = []
+    for engine in (PyroSVI, lambda *given: CompiledSVI(*given, compiler="none")):
+        torch.manual_seed(1)
+        program, _ = make()
+        svi = engine(program.model, program.guide, torch.optim.Adam(program.parameters(), lr=0.01), objective)
+        losses.append([float(call(svi.step, data)) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("kl", ["sampled", "analytic"])
+def test_a_datum_masked_in_both_programs_adds_nothing(kl):
+    program, (x, y) = labelled()
+    keep = torch.tensor([True, False, True, True, False, True])
+
+    def masked(program):
+        def run(x, y):
+            with poutine.mask(mask=keep[: len(x)]):
+                program(x, y)
+
+        return run
+
+    torch.manual_seed(0)
+    found = ELBO(40_000, kl=kl)(masked(program.model), masked(program.guide), (x, y))
+    torch.manual_seed(0)
+    expected = ELBO(40_000, kl=kl)(program.model, program.guide, (x[keep], y[keep]))
+    assert found.item() == pytest.approx(expected.item() * 4 / 6, abs=0.02)
+
+
+def test_a_distribution_masked_altogether_costs_mean_field_nothing():
+    y = torch.randn(8)
+    loc = nn.Parameter(torch.tensor(0.0))
+
+    def model(y):
+        pyro.sample("u", dist.Normal(0.0, 1.0).mask(False))
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 8):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("u", dist.Normal(0.0, 1.0).mask(False))
+        pyro.sample("m", dist.Normal(loc, 1.0))
+
+    losses = []
+    for make in (PyroSVI, lambda *given: CompiledSVI(*given, compiler="none")):
+        torch.manual_seed(0)
+        losses.append(float(make(model, guide, torch.optim.SGD([loc], lr=0.0), TraceMeanField_ELBO()).step(y)))
+    assert losses[0] == pytest.approx(losses[1])
