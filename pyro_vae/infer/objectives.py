@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pyro_vae.errors import check_at_least_one, check_choice
 from pyro_vae.infer.divergences import divergences
@@ -51,9 +52,10 @@ class Objective(ABC):
 
     def counted(self, loss: Tensor) -> Tensor:
         """The loss given, watched: when it is differentiated, a step is taken, and :meth:`advance` is called with the
-        new number of steps. A loss that is only evaluated, or under ``torch.no_grad``, does not count."""
+        new number of steps. A loss that is evaluated alone, or under ``torch.func``, does not count."""
         clock = self._clock()
-        if clock.runs and loss.requires_grad:
+        # torch.func allows no change on the side
+        if clock.runs and loss.requires_grad and not is_functorch_wrapped_tensor(loss):
             once = iter((self.stepped,))  # a loss whose graph is kept may be differentiated again
             loss.register_hook(lambda _: next(once, lambda: None)())
         return loss

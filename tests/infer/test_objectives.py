@@ -371,6 +371,20 @@ def test_a_loss_counts_once_however_often_it_is_differentiated():
         assert [float(each) for each in gradients] == pytest.approx([step / 4 * 2] * 3, abs=1e-6)
 
 
+def test_a_functional_gradient_is_no_step():
+    program, objective, x = Unrelated(), BetaELBO(warmup=4, kl="analytic"), torch.zeros(3, 1).double()
+    objective.advance(1)
+
+    def loss(loc):
+        other = Unrelated()
+        other.__dict__["loc"] = loc
+        other._parameters.pop("loc")
+        return objective(other.model, other.guide, x)
+
+    gradients = [torch.func.grad(loss)(program.loc.detach()).item() for _ in range(3)]
+    assert gradients == pytest.approx([0.25 * 2] * 3, abs=1e-6)
+
+
 def test_an_objective_of_ones_own_advances_by_itself():
     class Tempered(ELBO):
         """The ELBO, times the number of steps."""
