@@ -42,6 +42,9 @@ class LinearGaussianVAE(nn.Module):
         ValueError: if the shapes disagree or ``scale`` is not positive.
     """
 
+    weight: Tensor
+    mean: Tensor
+
     def __init__(self, weight: Tensor, mean: Tensor, scale: float):
         super().__init__()
         if weight.dim() != 2 or mean.shape != weight.shape[:1]:
@@ -55,13 +58,13 @@ class LinearGaussianVAE(nn.Module):
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) for observations ``x``, shape ``(B, X)``."""
         size = self.weight.new_zeros(self.weight.shape[1])
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", dist.Normal(size, 1.0).to_event(1))
             return pyro.sample("x", dist.Normal(z @ self.weight.mT + self.mean, self.scale).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """The exact posterior of observations ``x``, shape ``(B, X)``."""
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", self.posterior(x))
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
@@ -101,7 +104,8 @@ class LinearGaussianVAE(nn.Module):
             loc: shape ``(*, D)``.
             scale: standard deviations, positive, shape ``(*, D)``.
         """
-        return self.log_px(x) - sum(self.gaps(x, loc, scale))
+        gaps = self.gaps(x, loc, scale)
+        return self.log_px(x) - (gaps.approximation + gaps.amortization)
 
     def gaps(self, x: Tensor, loc: Tensor, scale: Tensor) -> ExactGaps:
         """The gaps between log p(x) and the ELBO of q = N(loc, diag(scale^2)), nats per datum, shape ``(*,)`` each.

@@ -1,10 +1,12 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError
@@ -48,7 +50,7 @@ class Conditional(nn.Module):
     @property
     def latent_dim(self) -> int:
         """Dimensions of the head's variable, where that is latent."""
-        return self.head.latent_dim
+        return cast(Posterior, self.head).latent_dim
 
     def forward(self, condition: Tensor) -> dist.TorchDistribution:
         """The distribution given ``condition``, shape ``(*, C)``: batch shape ``(*)``."""
@@ -59,7 +61,7 @@ class Conditional(nn.Module):
                 f"{type(self.network).__name__} must map {tuple(condition.shape)} to {expected}, "
                 f"it made {tuple(outputs.shape)}"
             )
-        size = self.head.event_size if hasattr(self.head, "event_size") else self.head.latent_dim
+        size = self.head.event_size if isinstance(self.head, Likelihood) else self.latent_dim
         made = check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
         if isinstance(self.head, Likelihood) and self.head.is_density is not None:
             is_density = not innermost(made.support).is_discrete
@@ -137,13 +139,13 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) for observations ``x``, shape ``(B, X)``."""
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", self._prior())
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x) for observations ``x``, shape ``(B, X)``."""
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", _into_support(self.posterior(x), self.prior, self._prior))
 
     def initialize(self, x: Tensor) -> None:
@@ -202,14 +204,14 @@ class TwoLayerVAE(nn.Module):
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z1, z2) for observations ``x``, shape ``(B, X)``."""
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z2 = pyro.sample("z2", self._prior())
             z1 = pyro.sample("z1", self.latent(z2))
             return pyro.sample("x", self.likelihood(z1), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z1, z2 | x) for observations ``x``, shape ``(B, X)``."""
-        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z1 = pyro.sample("z1", self.posterior(x))
             return pyro.sample("z2", _into_support(self.top_posterior(z1), self.prior, self._prior))
 
@@ -255,8 +257,9 @@ def _into_support(
 def check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
     """Refuse what a part made unless it is a Pyro distribution of these shapes; a later error would be less clear."""
     name, kind = type(part).__name__, type(made).__name__
-    if not isinstance(made, dist.torch_distribution.TorchDistributionMixin):
+    if not isinstance(made, TorchDistributionMixin):
         raise ContractError(f"{name} must return a distribution of pyro.distributions, it made {kind}")
+    made = cast(dist.TorchDistribution, made)
     shapes = tuple(made.batch_shape), tuple(made.event_shape)
     if shapes != (expected := (tuple(batch), (size,))):
         mend = "; add .to_event(1)" if shapes == ((*batch, size), ()) else ""

@@ -1,6 +1,7 @@
 """All latent variables of a program as one vector of real numbers: what estimators that move through them need."""
 
 import math
+from typing import Any
 
 import pyro
 import torch
@@ -178,19 +179,19 @@ class _Place(Messenger):
         msg["value"] = value
 
 
-def innermost(support: constraints.Constraint) -> constraints.Constraint:
+def innermost(support: Any) -> constraints.Constraint:
     """The constraint of one number, inside those that put numbers together."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
 
 
-def is_whole_space(support: constraints.Constraint) -> bool:
+def is_whole_space(support: constraints.Constraint | None) -> bool:
     """Whether a support is all of R^D."""
     return innermost(support) is constraints.real
 
 
-def into_support(support: constraints.Constraint) -> Transform:
+def into_support(support: constraints.Constraint | None) -> Transform:
     """torch's bijection from R^D to a support, also for mixtures, which it does not know.
 
     Raises:

@@ -23,8 +23,8 @@ class ContinuousBernoulli(TorchDistribution):
         logits: l, shape ``(*)``.
     """
 
-    arg_constraints = {"logits": constraints.real}  # noqa: RUF012
-    support = constraints.unit_interval
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    support = constraints.unit_interval  # pyright: ignore[reportAssignmentType]
     has_rsample = True
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
@@ -75,7 +75,7 @@ class DiscretizedLogistic(TorchDistribution):
         levels: number L of bins.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None):
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
@@ -187,8 +187,8 @@ class FlowDistribution(TorchDistribution):
         log_scale: shape ``(*, D)``; None for zero.
     """
 
-    arg_constraints = {}  # noqa: RUF012
-    support = constraints.real_vector
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
     has_rsample = True
 
     def __init__(
@@ -203,7 +203,7 @@ class FlowDistribution(TorchDistribution):
     ):
         self.flow = flow
         self.context, self.loc, self.log_scale = context, loc, log_scale
-        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._last: tuple[Tensor, Tensor] | None = None
         if batch_shape is None:
             batch_shape = torch.Size() if context is None else context.shape[:-1]
         super().__init__(torch.Size(batch_shape), torch.Size([features]), validate_args=validate_args)
@@ -219,16 +219,16 @@ class FlowDistribution(TorchDistribution):
             z, log_q = self.flow().rsample_and_log_prob(shape)
         else:
             z, log_q = self.flow(self.context.expand(*shape, -1)).rsample_and_log_prob()
-        if self.log_scale is not None:
+        if self.loc is not None and self.log_scale is not None:
             z = self.loc + self.log_scale.exp() * z
             log_q = log_q - self.log_scale.sum(-1)
         self._last = (z, log_q)
         return z
 
     def log_prob(self, z: Tensor) -> Tensor:
-        if z is self._last[0]:
+        if self._last is not None and z is self._last[0]:
             return self._last[1]
-        if self.log_scale is not None:
+        if self.loc is not None and self.log_scale is not None:
             z = (z - self.loc) * torch.exp(-self.log_scale)
         log_q = self.flow(self.context).log_prob(z)
         return log_q if self.log_scale is None else log_q - self.log_scale.sum(-1)

@@ -141,6 +141,8 @@ class LocationScale(Likelihood):
         else:
             self.register_buffer("fixed_scale", torch.tensor(float(scale)), persistent=False)
 
+    fixed_scale: Tensor
+
     @staticmethod
     @abstractmethod
     def family(loc: Tensor, scale: Tensor) -> TorchDistribution:
@@ -225,6 +227,7 @@ class DiscretizedLogistic(Likelihood):
     """
 
     encoding = "integers"
+    levels: int
 
     def __init__(self, event_size: int, levels: int = 256, components: int = 1):
         super().__init__(event_size)
@@ -270,6 +273,7 @@ class Categorical(Likelihood):
     """
 
     encoding = "integers"
+    levels: int
 
     def __init__(self, event_size: int, levels: int = 256):
         super().__init__(event_size)

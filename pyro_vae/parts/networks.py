@@ -76,8 +76,8 @@ class MLP(Network):
         self.activate = _Activation(activation)
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise([in_features, *hidden, out_features]))
         for layer in self.layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.xavier_uniform_(layer.get_parameter("weight"))
+            nn.init.zeros_(layer.get_parameter("bias"))
 
     def forward(self, features: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -86,7 +86,7 @@ class MLP(Network):
 
     def start_at(self, output: Tensor) -> None:
         with torch.no_grad():
-            self.layers[-1].bias.copy_(output)
+            self.layers[-1].get_parameter("bias").copy_(output)
 
 
 class GatedMLP(Network):
@@ -114,8 +114,8 @@ class GatedMLP(Network):
         self.layers = nn.ModuleList(nn.Linear(m, 2 * n) for m, n in pairwise([in_features, *hidden]))
         self.output = nn.Linear([in_features, *hidden][-1], out_features)
         for layer in self.layers:
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.kaiming_normal_(layer.get_parameter("weight"))
+            nn.init.zeros_(layer.get_parameter("bias"))
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -154,7 +154,7 @@ class _Residual(nn.Module):
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        nn.init.zeros_(self.second.get_parameter("bias"))
 
     def forward(self, images: Tensor) -> Tensor:
         return images + self.second(self.activate(self.first(self.activate(images))))
@@ -331,4 +331,5 @@ def _check_image(image_shape: Sequence[int] | None, features: int, multiple: boo
         raise ValueError(
             f"{features} features must be {relation} the {size} pixels of image_shape {tuple(image_shape)}"
         )
-    return tuple(image_shape)
+    channels, height, width = image_shape
+    return channels, height, width

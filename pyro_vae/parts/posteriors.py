@@ -63,6 +63,8 @@ class FullRank(Posterior):
         latent_dim: number D of latent dimensions.
     """
 
+    _index: Tensor
+
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         self.sizes = (latent_dim, latent_dim, latent_dim * (latent_dim - 1) // 2)

@@ -61,6 +61,9 @@ class StandardNormal(Prior):
     -1.8379
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
@@ -128,6 +131,8 @@ class VampPrior(Prior):
         RuntimeError: by ``forward``, if there are no pseudo-inputs yet.
     """
 
+    logits: Tensor
+
     def __init__(self, latent_dim: int, components: int = 100, learned: bool = True):
         super().__init__(latent_dim)
         if components < 1:
@@ -146,6 +151,8 @@ class VampPrior(Prior):
     def forward(self, posterior: PosteriorMap | None = None) -> TorchDistribution:
         if not self.pseudo_inputs.numel():
             raise RuntimeError("VampPrior has no pseudo-inputs yet: call initialize(x) with training images")
+        if posterior is None:
+            raise TypeError("VampPrior is made of posteriors: give it the map from observations to q(z | x)")
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(self.pseudo_inputs.clamp(0, 1)))
 
     def support(self, posterior: TorchDistribution) -> constraints.Constraint | None:
@@ -195,6 +202,8 @@ class Laplace(Prior):
         latent_dim: number D of latent dimensions.
     """
 
+    loc: Tensor
+
     def __init__(self, latent_dim: int):
         super().__init__(latent_dim)
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
@@ -213,6 +222,8 @@ class StudentT(Prior):
     Raises:
         ValueError: if ``df`` is not positive.
     """
+
+    loc: Tensor
 
     def __init__(self, latent_dim: int, df: float = 5.0):
         super().__init__(latent_dim)
@@ -236,6 +247,9 @@ class Uniform(Prior):
     Raises:
         ValueError: if the bounds are not finite and in order.
     """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self, latent_dim: int, low: float = -1.0, high: float = 1.0):
         super().__init__(latent_dim)

@@ -4,14 +4,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError, reason_of
@@ -54,7 +53,7 @@ def check_distribution(name: str, made: TorchDistribution) -> None:
 
 
 def check_mass(name: str, made: TorchDistribution) -> None:
-    draws = made((NUM_DRAWS,)).detach().to(torch.float64)  # as pyro.sample draws
+    draws = made(torch.Size([NUM_DRAWS])).detach().to(torch.float64)  # as pyro.sample draws
     support = innermost(made.support)
     low = int(getattr(support, "lower_bound", 0))
     high = 1 if support is constraints.boolean else int(getattr(support, "upper_bound", 4 * draws.max() + 1000))
@@ -71,10 +70,10 @@ def check_mass(name: str, made: TorchDistribution) -> None:
 def check_density(name: str, made: TorchDistribution) -> None:
     """By importance sampling from kernels around draws, in coordinates u that are all of R^D, whitened to v."""
     try:
-        into = into_support(made.support)
+        into: Any = into_support(made.support)
     except NotImplementedError:
         return
-    u = into.inv(made((NUM_DRAWS,)).detach())  # as pyro.sample draws
+    u = into.inv(made(torch.Size([NUM_DRAWS])).detach())  # as pyro.sample draws
     u = u[u.isfinite().all(-1)]
     dim = u.shape[-1]
     low, middle, high = u.quantile(u.new_tensor([0.25, 0.5, 0.75]), 0)
@@ -90,9 +89,8 @@ def check_density(name: str, made: TorchDistribution) -> None:
 
     at = loc + v @ scale.T
     x = into(at)
-    log_det = into.log_abs_det_jacobian(at, x)
-    log_det = sum_rightmost(log_det, log_det.dim() - 1)
-    inside = made.support.check(x) & x.isfinite().all(-1)
+    log_det = into.log_abs_det_jacobian(at, x).reshape(len(at), -1).sum(-1)
+    inside = cast(constraints.Constraint, made.support).check(x) & x.isfinite().all(-1)
     log_p = made.log_prob(torch.where(inside[:, None], x, x[inside][0])).detach() + log_det
     w = torch.where(inside, log_p - log_r, -math.inf).exp()
     error = (w.std() / math.sqrt(len(w))).item()

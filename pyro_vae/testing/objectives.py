@@ -97,7 +97,7 @@ def _check_loss(name: str, loss: Any, program: nn.Module) -> None:
         raise ContractError(f"{name} must leave the gradients of parameters alone: expected no backward() inside")
 
 
-def _check_descent(name: str, objective: Objective, program: nn.Module, x: Tensor) -> None:
+def _check_descent(name: str, objective: Objective, program: _Conjugate, x: Tensor) -> None:
     """A small step against the gradient makes the loss smaller, for the same noise."""
 
     def value() -> Tensor:
