@@ -10,6 +10,26 @@ import pytest
 import torch
 from torch.distributions import Distribution
 
+from pyro_vae.infer import compiled, tracing
+
+compile_graph = tracing.compile_graph
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced():
+    """Inductor takes seconds for every graph: tests run the traced graph, but for those marked ``inductor``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (compiled, tracing):
+            patch.setattr(module, "compile_graph", lambda graph, tensors: graph)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def inductor(request, monkeypatch):
+    if request.node.get_closest_marker("inductor"):
+        for module in (compiled, tracing):
+            monkeypatch.setattr(module, "compile_graph", compile_graph)
+
 
 @pytest.fixture(autouse=True)
 def clean_state():

@@ -24,7 +24,7 @@ from pyro_vae.data.fetched import Digits
 from pyro_vae.optimizers import Together
 from pyro_vae.training import Checkpoint, OnEpoch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.inductor, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 STEPS = 8  # of which CompiledSVI records the third
 
 

@@ -168,7 +168,8 @@ def undone(tensors: Iterable[Tensor], modules: dict[int, nn.Module]) -> Iterator
         hook.remove()
         with torch.no_grad():
             for buffer, value in kept.values():
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def trace_graph(function: Callable[..., Any], tensors: Iterable[Tensor]) -> GraphModule:

@@ -245,7 +245,7 @@ def test_simulate_and_sample_prior_read_u_from_bounded_draws():
     latents = Latents(vae.model, vae.guide, binary(4000, pixels=6))
     x, u = latents.simulate()
     assert set(x.unique().tolist()) == {0, 1}
-    for draws in (u, latents.sample_prior(4000)):
+    for draws in (u, latents.prior_draws(4000)):
         assert stats.kstest(draws.flatten().numpy(), stats.logistic.cdf).pvalue > 0.01  # the logit of a uniform
 
 

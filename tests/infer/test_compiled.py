@@ -52,6 +52,8 @@ POSTERIORS = {
     "FlowPosterior": lambda dim: posteriors.Flow(dim, hidden=[8]),
 }
 
+pytestmark = pytest.mark.inductor
+
 
 def vae_of(prior="StandardNormal", posterior="MeanField"):
     torch.manual_seed(3)
