@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.programs import Program, Traces, latent_sites, particle_trace, sample_sites, traces, unseen_sites
+from pyro_vae.infer.programs import (
+    Program,
+    Traces,
+    latent_sites,
+    particle_trace,
+    sample_sites,
+    site_of,
+    traces,
+    unseen_sites,
+)
 from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
 
 MOST_ALONE = 8
@@ -44,15 +53,15 @@ def check_program(model: Program, guide: Program, data: Data) -> None:
         both = traces(model, guide, data, num_samples=2)
         _check_latent_supports(both)
         for name in sample_sites(both.model):
-            if both.model.nodes[name]["is_observed"]:
-                _check_observed(name, both.model.nodes[name], data)
+            if site_of(both.model, name)["is_observed"]:
+                _check_observed(name, site_of(both.model, name), data)
         _check_unseen(model, both, data)
         _check_rows(model, guide, both, data)
 
 
 def _check_latent_supports(both: Traces) -> None:
     for name in sample_sites(both.guide):
-        guided, modelled = both.guide.nodes[name]["fn"], both.model.nodes[name]["fn"]
+        guided, modelled = site_of(both.guide, name)["fn"], site_of(both.model, name)["fn"]
         for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
             if not other.support.check(drawn.sample()).all():
                 raise ContractError(
@@ -145,7 +154,7 @@ def _check_unseen(model: Program, both: Traces, data: Data) -> None:
     if not missing:
         return
     for name in sample_sites(both.model):
-        if not _alike(again.nodes[name]["log_prob"], both.model.nodes[name]["log_prob"]):
+        if not _alike(site_of(again, name)["log_prob"], site_of(both.model, name)["log_prob"]):
             raise ContractError(
                 f"site '{name}' depends on {' or '.join(missing)}, the part of a site with an obs_mask that was not "
                 "observed, which the guide lacks: let the guide draw it, or sum it out"
@@ -161,11 +170,11 @@ def _check_rows(model: Program, guide: Program, both: Traces, data: Data) -> Non
     for what, program, trace in (("guide", guide, both.guide), ("model", model, both.model)):
         alone = _score(program, trace, select(data, some), some)
         for name in sample_sites(trace):
-            if _alike(alone.nodes[name]["log_prob"], trace.nodes[name]["log_prob"][:, some]):
+            if _alike(site_of(alone, name)["log_prob"], site_of(trace, name)["log_prob"][:, some]):
                 continue
             first, second = (_score(program, trace, data, slice(None)).nodes[name]["log_prob"] for _ in range(2))
             noisy = not _alike(first, second)  # dropout in training mode, for example
-            if noisy or _alike(alone.nodes[name]["log_prob"], first[:, some]):
+            if noisy or _alike(site_of(alone, name)["log_prob"], first[:, some]):
                 continue
             raise ContractError(
                 f"log-probabilities of {what} site '{name}' change if a datum is scored without the others of its "
@@ -176,7 +185,7 @@ def _check_rows(model: Program, guide: Program, both: Traces, data: Data) -> Non
 
 def _score(program: Program, trace: poutine.Trace, data: Data, some: slice) -> poutine.Trace:
     """The program run again on some of the data, with the values that it had in ``trace``."""
-    values = {name: trace.nodes[name]["value"][:, some] for name in latent_sites(trace)}
+    values = {name: site_of(trace, name)["value"][:, some] for name in latent_sites(trace)}
     again = particle_trace(poutine.condition(program, data=values), data, 2)
     again.compute_log_prob()
     return again

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError, check_choice
 from pyro_vae.infer.objectives import Objective, uncounted
-from pyro_vae.infer.programs import check_pathwise
+from pyro_vae.infer.programs import added, check_pathwise
 from pyro_vae.infer.tracing import (
     PLAIN,
     Attributes,
@@ -288,7 +288,8 @@ def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:
 def _loss(svi: CompiledSVI, args: tuple, kwargs: dict) -> Tensor:
     if not isinstance(svi.loss, PyroELBO):
         return svi.loss(svi.model, svi.guide, as_data(args, kwargs))
-    bound, total = _BOUNDS[type(svi.loss)], 0.0
+    bound: Any = _BOUNDS[type(svi.loss)]
+    total: Any = 0.0
     for model_trace, guide_trace in svi.loss._get_traces(svi.model, svi.guide, args, kwargs):
         check_pathwise(guide_trace)
         total = total - bound(model_trace, guide_trace) / svi.loss.num_particles
@@ -297,22 +298,22 @@ def _loss(svi: CompiledSVI, args: tuple, kwargs: dict) -> Tensor:
 
 def _sampled_bound(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
     """What ``Trace_ELBO`` differentiates if every site is reparametrized, without its waiting for the device."""
-    log_p = sum(site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample")
-    return log_p - sum(site["log_prob_sum"] for site in guide_trace.nodes.values() if site["type"] == "sample")
+    log_p = added(site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample")
+    return log_p - added(site["log_prob_sum"] for site in guide_trace.nodes.values() if site["type"] == "sample")
 
 
 def _closed_form_bound(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
     """What ``TraceMeanField_ELBO`` differentiates: KL in closed form where it is known, else sampled."""
-    bound = 0.0
+    bound: Any = 0.0
     for name, site in model_trace.nodes.items():
         if site["type"] != "sample":
             continue
-        guide_site = guide_trace.nodes.get(name)
+        guide_site: Any = guide_trace.nodes.get(name)
         if site["is_observed"] or guide_site is None:
             bound = bound + site["log_prob_sum"]
             continue
         try:
-            kl = kl_divergence(guide_site["fn"], site["fn"])
+            kl = kl_divergence(guide_site["fn"], cast(Any, site["fn"]))
         except NotImplementedError:
             bound = bound + site["log_prob_sum"] - guide_site["log_prob_sum"]
         else:

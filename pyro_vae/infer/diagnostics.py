@@ -10,11 +10,13 @@ from torch.distributions import Independent
 
 from pyro_vae.infer.programs import (
     Program,
+    added,
     latent_sites,
     log_weights,
     particle_trace,
     posterior_samples,
     scoring,
+    site_of,
     sum_log_prob,
     traces,
 )
@@ -200,7 +202,7 @@ def kl_divergence(
         for part in split(data, batch_size):
             both = traces(model, guide, part, num_samples)
             for name in latent_sites(both.model):
-                p, q = both.model.nodes[name], both.guide.nodes[name]
+                p, q = site_of(both.model, name), site_of(both.guide, name)
                 if _factorizes(p) and _factorizes(q):
                     log_ratio = _log_prob_per_dimension(q) - _log_prob_per_dimension(p)
                 else:
@@ -276,9 +278,9 @@ def mutual_information(model: Program, guide: Program, data: Data, num_samples: 
             both = traces(model, guide, part, num_samples)
             latent = latent_sites(both.model)
             log_q.append(sum_log_prob(both.guide).double())
-            log_p.append(sum(both.model.nodes[name]["log_prob"] for name in latent).double())
+            log_p.append(added(site_of(both.model, name)["log_prob"] for name in latent).double())
             for name in latent:
-                draws.setdefault(name, []).append(both.guide.nodes[name]["value"])
+                draws.setdefault(name, []).append(site_of(both.guide, name)["value"])
         z = {name: torch.cat(values, 1).flatten(0, 1) for name, values in draws.items()}
         log_qz = _log_aggregated(guide, data, z).unflatten(0, (num_samples, data_size(data)))
     log_q, log_p = torch.cat(log_q, 1), torch.cat(log_p, 1)

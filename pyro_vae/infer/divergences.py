@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.programs import Traces, sample_sites
+from pyro_vae.infer.programs import Traces, sample_sites, site_of
 
 
 def divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[Tensor]:
     """KL(q || p) of each latent site, ``(K, B)``, or an estimate of it; ``(K, B, D)`` if both factorize, and asked."""
     for name in sample_sites(both.guide):
-        site, prior = both.guide.nodes[name], both.model.nodes[name]
+        site, prior = site_of(both.guide, name), site_of(both.model, name)
         q, p = site["fn"], prior["fn"]
         if by_dimension and (parts := _factors(q)) and (others := _factors(p)):
             q, p = parts, others

@@ -1,7 +1,7 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import pyro
 import torch
@@ -21,6 +21,7 @@ class Engine(Protocol):
 
     def step(self, x: Tensor) -> float | Tensor:
         """Take one gradient step on observations ``(B, X)``; return the loss, in the loss's own scale."""
+        ...
 
 
 class PyroSVI:
@@ -70,12 +71,12 @@ class PyroSVI:
     def step(self, *args: object, **kwargs: object) -> float:
         """Take one gradient step, on observations ``(B, X)`` for example; return the loss in its own scale."""
         with pyro.get_param_store().scope(self._params):
-            return self._svi.step(*args, **kwargs)
+            return cast(float, self._svi.step(*args, **kwargs))
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> float:
         """The loss in its own scale, without a step."""
         with pyro.get_param_store().scope(self._params):
-            return self._svi.evaluate_loss(*args, **kwargs)
+            return cast(float, self._svi.evaluate_loss(*args, **kwargs))
 
 
 def _of_arguments(loss: PyroELBO | Objective) -> PyroELBO | Callable[..., Tensor]:

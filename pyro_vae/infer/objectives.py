@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from pyro_vae.infer.divergences import divergences
 from pyro_vae.infer.programs import (
     Program,
     Traces,
+    added,
     check_pathwise,
     leaf_traces,
     log_weights,
     log_weights_of,
     sample_sites,
+    site_of,
     sum_log_prob,
     traces,
 )
@@ -169,9 +171,9 @@ class BetaELBO(Objective):
         check_pathwise(both.guide)
         parts = divergences(both, self.kl, by_dimension=self.free_bits > 0)
         if self.free_bits:
-            total = sum(each.mean((0, 1)).clamp(min=self.free_bits).sum() for each in parts)
+            total = added(each.mean((0, 1)).clamp(min=self.free_bits).sum() for each in parts)
         else:
-            total = sum(parts).mean()
+            total = added(parts).mean()
         # a copy: the weight of the next step is set while this loss is differentiated
         return self.counted(self._weight.clone() * total - _log_likelihood(both).mean())
 
@@ -397,7 +399,8 @@ class TVO(Objective):
         both, _, _ = leaf_traces(model, guide, data, self.num_particles)
         log_p, log_q = sum_log_prob(both.model), sum_log_prob(both.guide)
         log_w = log_p - log_q
-        value = surrogate = 0.0
+        value: Any = 0.0
+        surrogate: Any = 0.0
         for beta, above in zip(self._betas[:-1], self._betas[1:], strict=True):
             weights = (beta * log_w.detach()).softmax(0)
             mean = (weights * log_w).sum(0)
@@ -424,10 +427,10 @@ def _through_draws(value: Tensor, draws: dict[str, Tensor], leaves: dict[str, Te
     if not torch.is_grad_enabled():
         return torch.zeros_like(value)
     slopes = torch.autograd.grad(value, list(leaves.values()), retain_graph=True)
-    return sum((slope.detach() * draw).sum() for slope, draw in zip(slopes, draws.values(), strict=True))
+    return added((slope.detach() * draw).sum() for slope, draw in zip(slopes, draws.values(), strict=True))
 
 
 def _log_likelihood(both: Traces) -> Tensor:
     """log p(x | z), ``(K, B)``."""
-    sites = (both.model.nodes[name] for name in sample_sites(both.model))
-    return sum(site["log_prob"] for site in sites if site["is_observed"])
+    sites = (site_of(both.model, name) for name in sample_sites(both.model))
+    return added(site["log_prob"] for site in sites if site["is_observed"])

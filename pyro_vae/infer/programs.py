@@ -1,9 +1,9 @@
 """Traces of a model and its guide, and their log-weights: what every bound and estimator reduces."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -66,10 +66,10 @@ def leaf_traces(
         The traces; the draws of each latent site, with their gradients; the leaves. ``(K, B, *event_shape)`` both.
     """
     guide_trace = _draw(guide, data, num_samples)
-    draws = {name: guide_trace.nodes[name]["value"] for name in sample_sites(guide_trace)}
+    draws = {name: site_of(guide_trace, name)["value"] for name in sample_sites(guide_trace)}
     leaves = {name: draw.detach().requires_grad_(draw.is_floating_point()) for name, draw in draws.items()}
     for name, leaf in leaves.items():
-        guide_trace.nodes[name]["value"] = leaf
+        site_of(guide_trace, name)["value"] = leaf
     if len(draws) > 1:  # later sites' distributions must depend on the leaves of the earlier ones
         guide_trace = particle_trace(poutine.replay(guide, trace=guide_trace), data, num_samples)
     return _scored(guide_trace, model, data, num_samples), draws, leaves
@@ -102,14 +102,15 @@ def posterior_samples(guide: Program, data: Data, num_samples: int) -> dict[str,
         num_samples: K, at least 1.
     """
     trace = particle_trace(guide, data, num_samples)
-    return {name: trace.nodes[name]["value"] for name in sample_sites(trace)}
+    return {name: site_of(trace, name)["value"] for name in sample_sites(trace)}
 
 
 def particle_trace(program: Program, data: Data, num_samples: int) -> poutine.Trace:
     """The trace of one run of a program inside a plate of K particles at dimension -2."""
 
     def with_particles() -> None:
-        with pyro.plate("particles", num_samples, dim=-2, device=first_tensor(data).device):
+        device: Any = first_tensor(data).device
+        with pyro.plate("particles", num_samples, dim=-2, device=device):
             call(program, data)
 
     return prune_subsample_sites(poutine.trace(with_particles).get_trace())
@@ -148,7 +149,7 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
         ContractError: naming the site and its distribution.
     """
     for name in sample_sites(guide_trace):
-        if not (made := guide_trace.nodes[name]["fn"]).has_rsample:
+        if not (made := site_of(guide_trace, name)["fn"]).has_rsample:
             while isinstance(made, Independent):
                 made = made.base_dist
             raise ContractError(
@@ -159,21 +160,28 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
 
 def sum_log_prob(trace: poutine.Trace) -> Tensor:
     """The sum over all sites of a trace whose log-probabilities are computed, ``(K, B)``."""
-    return sum(trace.nodes[name]["log_prob"] for name in sample_sites(trace))
+    return added(site_of(trace, name)["log_prob"] for name in sample_sites(trace))
+
+
+def site_of(trace: poutine.Trace, name: str) -> Any:
+    """A site of a trace. Pyro's own annotation says that each entry may be missing, which is true of none used here."""
+    return trace.nodes[name]
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, at least one."""
+    return cast(Tensor, sum(parts))
 
 
 def sample_sites(trace: poutine.Trace) -> list[str]:
     """The names of all sample sites, observed ones too, in the order of the program, but for pyro.deterministic."""
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["infer"].get("_deterministic")
-    ]
+    sites = ((name, site_of(trace, name)) for name in trace.nodes)
+    return [n for n, site in sites if site["type"] == "sample" and not site["infer"].get("_deterministic")]
 
 
 def latent_sites(model_trace: poutine.Trace) -> list[str]:
     """The names of the sites that are not observed, in the order of the program."""
-    return [name for name in sample_sites(model_trace) if not model_trace.nodes[name]["is_observed"]]
+    return [name for name in sample_sites(model_trace) if not site_of(model_trace, name)["is_observed"]]
 
 
 def unseen_sites(model_trace: poutine.Trace) -> list[str]:
@@ -195,7 +203,7 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
         )
     for program, trace in zip(("model", "guide"), traces, strict=True):
         for name in sample_sites(trace):
-            site = trace.nodes[name]
+            site = site_of(trace, name)
             if isinstance(site["scale"], Tensor) or site["scale"] != 1:
                 raise ContractError(
                     f"{program} site '{name}' is scaled, by a subsampled plate or poutine.scale, which biases every "
@@ -289,6 +297,6 @@ def find_non_finite(model: Program, guide: Program, data: Data, num_samples: int
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for name in sample_sites(trace):
             for what in ("value", "log_prob"):
-                if not trace.nodes[name][what].isfinite().all():
+                if not site_of(trace, name)[what].isfinite().all():
                     return f"{what.replace('_prob', '-probability')} of {program} site '{name}'"
     return None

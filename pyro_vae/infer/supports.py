@@ -1,7 +1,7 @@
 """All latent variables of a program as one vector of real numbers: what estimators that move through them need."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -15,7 +15,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.programs import Program, latent_sites, particle_trace, sample_sites, traces
+from pyro_vae.infer.programs import Program, added, latent_sites, particle_trace, sample_sites, site_of, traces
 from pyro_vae.infer.trees import Data, data_size, select
 
 
@@ -45,7 +45,7 @@ class Latents:
         with torch.no_grad(), pyro.validation_enabled(False):
             trace, _ = traces(model, guide, select(data, slice(1)), 1)
         for name in latent_sites(trace):
-            site = trace.nodes[name]
+            site = site_of(trace, name)
             if innermost(site["fn"].support).is_discrete:
                 raise ContractError(
                     f"site '{name}' is discrete, on {site['fn'].support}, so that its log-density has no gradient "
@@ -102,9 +102,9 @@ class Latents:
             trace = particle_trace(poutine.uncondition(self.model), self.data, 1)
         leaves, spec = tree_flatten(self.data)
         for name in self._observed:
-            place = self._leaf_of(name, given.nodes[name]["value"], leaves)
+            place = self._leaf_of(name, site_of(given, name)["value"], leaves)
             leaf = leaves[place]
-            leaves[place] = trace.nodes[name]["value"][0].expand(len(leaf), *[-1] * (leaf.dim() - 1)).to(leaf.dtype)
+            leaves[place] = site_of(trace, name)["value"][0].expand(len(leaf), *[-1] * (leaf.dim() - 1)).to(leaf.dtype)
             leaves[place] = leaves[place].reshape(leaf.shape)
         return tree_unflatten(leaves, spec), self._read(trace)[0]
 
@@ -135,15 +135,15 @@ class Latents:
         return trace, place
 
     def _split(self, trace: poutine.Trace, place: "_Place") -> tuple[Tensor, Tensor]:
-        log_prior = sum(self._unmasked(trace.nodes[name]) for name in self._places) + place.log_det
-        return log_prior, sum(trace.nodes[name]["log_prob"] for name in self._observed)
+        log_prior = added(self._unmasked(site_of(trace, name)) for name in self._places) + place.log_det
+        return log_prior, added(site_of(trace, name)["log_prob"] for name in self._observed)
 
     def _score_guide(self, trace: poutine.Trace, place: "_Place") -> Tensor:
-        values = {name: trace.nodes[name]["value"] for name in self._places}
+        values = {name: site_of(trace, name)["value"] for name in self._places}
         with pyro.validation_enabled(False):
             trace = particle_trace(poutine.condition(self.guide, data=values), self.data, place.u.shape[0])
             trace.compute_log_prob()
-        return sum(self._unmasked(trace.nodes[name]) for name in self._places) + place.log_det
+        return added(self._unmasked(site_of(trace, name)) for name in self._places) + place.log_det
 
     @staticmethod
     def _unmasked(site: dict) -> Tensor:
@@ -152,8 +152,8 @@ class Latents:
     def _read(self, trace: poutine.Trace) -> Tensor:
         parts = []
         for name in self._places:
-            site = trace.nodes[name]
-            value = into_support(site["fn"].support).inv(site["value"])
+            site = site_of(trace, name)
+            value: Any = into_support(site["fn"].support).inv(site["value"])
             parts.append(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1))
         return torch.cat(parts, -1)
 
@@ -175,7 +175,7 @@ class _Place(Messenger):
             transform = into_support(msg["fn"].support)
             free, value = value, transform(value)
             log_det = transform.log_abs_det_jacobian(free, value)
-            self.log_det = self.log_det + sum_rightmost(log_det, log_det.dim() - 2)
+            self.log_det = self.log_det + cast(Tensor, sum_rightmost(log_det, log_det.dim() - 2))
         msg["value"] = value
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -36,7 +36,7 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own future
-            return inductor.compile(copy.copy(graph), tensors, options={"fallback_random": True})
+            return cast(Any, inductor).compile(copy.copy(graph), tensors, options={"fallback_random": True})
     except Exception as error:  # whatever inductor fails at, the traced graph is right
         reason = "it finds no C++ compiler, install g++ or clang" if _has_no_compiler(error) else first_line(error)
         warnings.warn(f"inductor cannot compile this, which runs uncompiled, and slower: {reason}", stacklevel=2)

@@ -14,7 +14,7 @@ from torch.distributions import Independent
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.infer.programs import Program, latent_sites, particle_trace, scoring, sum_log_prob, traces
+from pyro_vae.infer.programs import Program, latent_sites, particle_trace, scoring, site_of, sum_log_prob, traces
 from pyro_vae.infer.supports import Latents, innermost
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
@@ -255,7 +255,7 @@ def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, 
         for part in split(data, 1000):
             check_program(model, guide, part)
         model_trace, _ = traces(model, guide, select(data, slice(1)), 1)
-        choices = {name: _choices(name, model_trace.nodes[name]) for name in latent_sites(model_trace)}
+        choices = {name: _choices(name, site_of(model_trace, name)) for name in latent_sites(model_trace)}
         count = math.prod(len(values) ** elements for values, elements, _ in choices.values())
         if count > limit:
             sizes = " * ".join(

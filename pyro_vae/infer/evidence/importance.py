@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -150,7 +150,9 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
         ValueError: if the chunks do not hold K log-weights.
     """
     length = pareto_tail_length(num_samples) + 1
-    total = total_square = invalid = None
+    total: Any = None
+    total_square: Any = None
+    invalid: Any = None
     seen = 0
     largest: list[Tensor] = []
     for chunk in chunks:

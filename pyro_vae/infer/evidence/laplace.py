@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from pyro_vae.infer.programs import added
 from pyro_vae.infer.supports import Latents
 
 
@@ -97,7 +98,7 @@ def _gradient(log_density: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tens
 
 def _log_joint(latents: Latents, u: Tensor) -> Tensor:
     """log p(x, u): ``(B, D) -> (B,)``."""
-    return sum(latents.log_joint(u.unsqueeze(0))).squeeze(0)
+    return added(latents.log_joint(u.unsqueeze(0))).squeeze(0)
 
 
 def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float = 0.15) -> Tensor:
@@ -151,7 +152,7 @@ def _refine(latents: Latents, approximation: Coordinates, num_steps: int, num_sa
     by shifting them along E_q[r] and scaling each axis by half of E_q[dr_d / de_d] = E_q[r_d e_d] (Stein's identity).
     Axes are those of the Hessian. Where the bound did not rise, the first one is kept.
     """
-    now, first = approximation, None
+    now, first, elbo = approximation, None, None
     for step in range(num_steps + 1):
         half = torch.randn(num_samples // 2, *now.loc.shape, dtype=now.loc.dtype, device=now.loc.device)
         e = torch.cat([half, -half])
@@ -167,7 +168,7 @@ def _refine(latents: Latents, approximation: Coordinates, num_steps: int, num_sa
         growth = (rate * (residual * e).mean(0)).clamp(-0.5, 0.5) / 2
         loc = now.loc + (now.factor @ shift.unsqueeze(-1)).squeeze(-1)
         now = Coordinates(loc, now.factor * growth.exp().unsqueeze(-2), now.log_det + growth.sum(-1))
-    higher = elbo > first
+    higher = cast(Tensor, elbo) > cast(Tensor, first)
     pairs = zip(now, approximation, strict=True)
     return Coordinates(*(torch.where(higher.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 
