@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -263,7 +265,7 @@ def modules_of(*programs: Program) -> list[nn.Module]:
     seen: set[int] = set()
     while waiting:
         each, depth = waiting.pop()
-        if id(each) in seen or depth > 6:
+        if id(each) in seen or depth > 6 or isinstance(each, Tensor | ModuleType | type):
             continue
         seen.add(id(each))
         if isinstance(each, nn.Module):
@@ -273,12 +275,11 @@ def modules_of(*programs: Program) -> list[nn.Module]:
             waiting += [(other, depth + 1) for other in inside]
         elif isinstance(each, list | tuple | dict):
             values = each.values() if isinstance(each, dict) else each
-            waiting += [(other, depth + 1) for other in values if not isinstance(other, Tensor)]
+            waiting += [(other, depth + 1) for other in islice(values, 1000)]  # data are no programs
         elif callable(each) or hasattr(each, "__dict__"):
             inside = [getattr(each, name, None) for name in ("__self__", "__func__", "__wrapped__")]
             inside += [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if _is_filled(cell)]
-            if not isinstance(each, type):
-                inside += list(getattr(each, "__dict__", {}).values())
+            inside += list(getattr(each, "__dict__", {}).values())
             waiting += [(other, depth + 1) for other in inside if other is not None]
     return list(found.values())
 
