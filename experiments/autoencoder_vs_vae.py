@@ -33,7 +33,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, fit, runs
+from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, cli, fit, runs
 from pyro_vae.data.fetched import MNIST, cache_folder
 from pyro_vae.data.images import Data, Dataset
 from pyro_vae.runs import figures
@@ -392,4 +392,4 @@ def pictures(config: Config, models: dict[tuple[str, int], Model], data: Data, r
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -59,6 +59,7 @@ from pyro_vae import (
     Conditional,
     MeanField,
     StandardNormal,
+    cli,
     handrolled,
     importance_sampling,
     runs,
@@ -680,4 +681,4 @@ def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: Path) -> Non
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 from pyro_vae.runs.scoring import number
 
 TWO = "--model TwoLayerVAE --latent_dim 100 --top.latent_dim 50 --top.hidden [100,100]"
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     done = runs.run_study(Config, argv, "bound_study")
-    finished = {name: [runs.read(path) for path in paths] for name, paths in done.directories.items()}
+    finished = {name: [runs.load(path) for path in paths] for name, paths in done.directories.items()}
     same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
     more = {"by layer": [units_by_layer(each) for each in finished.values()]}
     text = [between_bounds(finished), ""]
@@ -138,4 +138,4 @@ def between_bounds(finished: dict[str, list[runs.Run]]) -> str:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

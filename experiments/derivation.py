@@ -38,6 +38,7 @@ from pyro_vae import (
     MeanField,
     PyroSVI,
     StandardNormal,
+    cli,
     log_weights,
     quadrature,
     runs,
@@ -500,4 +501,4 @@ def plot_gradients(gradients: list[Noise], curves: dict[str, dict[int, float]], 
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

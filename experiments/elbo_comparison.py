@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm, trange
 
-from pyro_vae import VAE, NonFiniteError, PyroSVI, check_program, estimate_elbo, log_weights, runs
+from pyro_vae import VAE, NonFiniteError, PyroSVI, check_program, cli, estimate_elbo, log_weights, runs
 from pyro_vae.data.fetched import MNIST, cache_folder
 from pyro_vae.data.images import Data, Dataset
 from pyro_vae.errors import DataError
@@ -195,7 +195,7 @@ def initial_vae(data: Data, seed: int) -> VAE:
     """The untrained VAE of ``seed``: the default one of svi_mnist, for the images of ``data``, on their device."""
     device = data.train_pixels.device
     with noise(seed, device):
-        vae = runs.build(runs.Config(), data.image_shape).to(device)
+        vae = runs.build(runs.Settings(), data.image_shape).to(device)
         vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
     return vae
 
@@ -689,4 +689,4 @@ def plot_gradient_noise(stages: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -1,6 +1,6 @@
 """The old name of a command."""
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 
 if __name__ == "__main__":
-    runs.cli(runs.evaluate_main)
+    cli.guarded(runs.evaluate_main)

@@ -28,6 +28,7 @@ from pyro_vae import (
     TwoLayerVAE,
     annealed_importance_sampling,
     bidirectional_monte_carlo,
+    cli,
     estimate_elbo,
     importance_sampling,
     runs,
@@ -258,4 +259,4 @@ def figure(rows: Sequence[Row], unit: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -34,7 +34,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 from pyro_vae.data.images import Data
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if max(config.labels) > rarest:
         raise runs.RunError(f"--labels {max(config.labels)}: one class has only {rarest} training images")
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    fresh = runs.build(runs.load_config(config.run), data.image_shape).to(device)
+    fresh = runs.build(runs.load_settings(config.run), data.image_shape).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     runs.make_directory(out)
     spaces = representations(vae.guide, x, data.test)
@@ -239,4 +239,4 @@ def plot(accuracies: Accuracies, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import ELBO, IWAE, ContractError, DReG, Objective, runs
+from pyro_vae import ELBO, IWAE, ContractError, DReG, Objective, cli, runs
 from pyro_vae.infer.objectives import MIWAE, PIWAE, STL
 from pyro_vae.runs import figures
 
@@ -210,4 +210,4 @@ def plot(ratios: dict[str, dict[int, dict[str, Ratio]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -28,6 +28,7 @@ from pyro_vae import (
     ContractError,
     Evidence,
     annealed_importance_sampling,
+    cli,
     importance_sampling,
     inference_gaps,
     runs,
@@ -313,4 +314,4 @@ def _bar(axes, place: float, gaps: dict[str, Any], family: Family, own: bool, na
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

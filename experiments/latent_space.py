@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae import active_units, runs
+from pyro_vae import active_units, cli, runs
 from pyro_vae.data.images import Data
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
@@ -307,4 +307,4 @@ def report(
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

@@ -22,7 +22,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae import Likelihood, importance_sampling, runs
+from pyro_vae import Likelihood, cli, importance_sampling, runs
 from pyro_vae.data.images import Data
 from pyro_vae.parts import distributions
 from pyro_vae.parts.likelihoods import ContinuousBernoulli
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     config, run_dir, directories, summaries = runs.run_study(Config, argv, "likelihood_study")
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
-        settings, data = runs.load_config(first), runs.load_data(first)
+        settings, data = runs.load_settings(first), runs.load_data(first)
         head = settings.likelihood(data.test.shape[1])
         free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
         if head.is_density is None:
@@ -184,7 +184,7 @@ def without_latent(
 def score(run: Path, settings: runs.EvidenceSettings, data: Data) -> Score:
     """What the number of a run with ``CrossEntropy`` means, scored as the run was."""
     claimed = json.loads((run / "result.json").read_text())["test_log_likelihood"]
-    vae, x = runs.load_run(run), data.test[: settings.num_images]
+    vae, x = runs.load_model(run), data.test[: settings.num_images]
     torch.manual_seed(0)
     with torch.no_grad():
         logits = vae.likelihood.network(vae.posterior(x).mean)
@@ -205,7 +205,7 @@ def _explain(name: str, each: Score) -> str:
 
 def samples(run: Path, data: Data, columns: int = 8) -> Tensor:
     """Means of p(x | z) and draws from it, z from the prior, as one row of pictures."""
-    vae = runs.load_run(run)
+    vae = runs.load_model(run)
     torch.manual_seed(0)
     return side_by_side(data, *(figures.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True)))
 
@@ -216,4 +216,4 @@ def side_by_side(data: Data, left: Tensor, right: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

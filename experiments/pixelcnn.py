@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import trange
 from zuko.nn import MaskedMLP
 
-from pyro_vae import Network, fit, runs
+from pyro_vae import Network, cli, fit, runs
 from pyro_vae.data.images import Data
 from pyro_vae.errors import check_widths
 from pyro_vae.runs import figures
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     vae, data, device, out = runs.open_finished(config.run, config.out, "pixelcnn", config.device, config.seed)
     if data.encoding != "binary" or data.image_shape[0] != 1:
         raise runs.RunError(f"{config.run}: its images must be binary and of one channel, as MNIST's")
-    finished = runs.read(config.run)
+    finished = runs.load(config.run)
     test = data.test[: finished.result["num_images"]]
     runs.make_directory(out)
     draw = lambda: figures.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
@@ -348,7 +348,7 @@ def clock(draw: Callable[[], Tensor], repetitions: int) -> tuple[float, Tensor]:
 def against(row: Row, finished: runs.Run) -> tuple[runs.Difference, str]:
     """log p(x) of an exact model minus the VAE's, on the same images; and how the VAE's was estimated."""
     vae = finished.importance if finished.annealed is None else finished.annealed
-    places = vae["image"].values if finished.annealed is not None else np.arange(len(row.log_px))
+    places = vae["datum"].values if finished.annealed is not None else np.arange(len(row.log_px))
     difference = row.log_px[places] - vae["log_px"].values
     size = len(difference)
     mc_se = float(np.sqrt((vae["mc_se"].values ** 2).sum())) / size
@@ -412,4 +412,4 @@ def plot(rows: Sequence[Row], finished: runs.Run, data: Data, out: Path) -> None
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

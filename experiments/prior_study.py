@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 
 PRIORS = {
     "StandardNormal": "--prior StandardNormal",
@@ -51,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    runs.cli(main)
+    cli.guarded(main)

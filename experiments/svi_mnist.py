@@ -1,6 +1,6 @@
 """The main job: a VAE of MNIST as a Pyro program, trained by SVI, and its test log-likelihood with its error."""
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 
 if __name__ == "__main__":
-    runs.cli(runs.main)
+    cli.guarded(runs.main)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class ContractError(ValueError):
@@ -51,6 +52,10 @@ class RunError(Exception):
     """A user's mistake, told in one line."""
 
 
+class MissingExtra(ModuleNotFoundError):
+    """Packages are missing that an extra of this library brings."""
+
+
 @contextmanager
 def extra(name: str, needed_by: str) -> Iterator[None]:
     """Around imports of packages that only ``pip install 'pyro-vae[name]'`` brings: who lacks one is told so.
@@ -65,4 +70,15 @@ def extra(name: str, needed_by: str) -> Iterator[None]:
         if missing in ("", "pyro_vae") or "pyro-vae[" in str(error):
             raise
         text = f"{needed_by} needs {missing}, which is not installed: pip install 'pyro-vae[{name}]'"
-        raise ModuleNotFoundError(text, name=error.name) from error
+        raise MissingExtra(text, name=error.name) from error
+
+
+def need_extra(extra: str, packages: Sequence[str]) -> None:
+    """Refuse, in one line that says what to install, to go on without the packages that ``extra`` brings.
+
+    Raises:
+        MissingExtra: naming the extra and what is missing.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        remedy = f"pyro-vae needs the extra '{extra}': pip install 'pyro-vae[{extra}]'"
+        raise MissingExtra(f"{remedy} (missing: {', '.join(missing)})")

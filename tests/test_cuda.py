@@ -16,9 +16,9 @@ from pyro_vae import (
     CompiledSVI,
     PyroSVI,
     annealed_importance_sampling,
+    cli,
     fit,
     importance_sampling,
-    runs,
 )
 from pyro_vae.data.fetched import Digits
 from pyro_vae.optimizers import Together
@@ -188,7 +188,7 @@ def test_the_main_job_runs(tmp_path):
     argv = "--dataset Digits --epochs 3 --latent_dim 5 --evidence.num_samples 100 --evidence.annealed_images 20"
     results = {}
     for device in ("cpu", "cuda"):
-        runs.main([*argv.split(), "--device", device, "--run_dir", str(tmp_path / device)])
+        cli.train([*argv.split(), "--device", device, "--run_dir", str(tmp_path / device)])
         results[device] = json.loads((tmp_path / device / "result.json").read_text())
     assert results["cuda"]["test_set"] == results["cpu"]["test_set"]
     # other noise, and so another model of the same quality

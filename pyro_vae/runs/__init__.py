@@ -1,9 +1,17 @@
-"""A run's whole life: settings, training, scoring, reading back, comparing, studies, figures."""
+"""A run's whole life: settings, training, scoring, reading back, comparing, studies, figures.
 
-from pyro_vae.errors import RunError
+``train(Settings(...))`` makes a :class:`Run`, ``load(directory)`` reads one back; ``score``, ``compare`` and ``study``
+take runs or their directories. The command ``pyro-vae`` reads the same settings from a command line.
+"""
+
+from pyro_vae.errors import RunError, need_extra
+
+NEEDED = "jsonargparse yaml xarray h5netcdf arviz matplotlib torchvision PIL sklearn scipy safetensors tensorboard"
+need_extra("runs", NEEDED.split())
+
 from pyro_vae.runs import figures, judge
 from pyro_vae.runs.build import build, load_dataset, make
-from pyro_vae.runs.comparing import Difference, annealed_alike, compare_main, compare_runs
+from pyro_vae.runs.comparing import Comparison, ComparisonSettings, Difference, annealed_alike, compare, difference_of
 from pyro_vae.runs.directory import (
     check_empty,
     check_run_dir,
@@ -18,20 +26,38 @@ from pyro_vae.runs.directory import (
     write_text,
     writing,
 )
-from pyro_vae.runs.loading import Finished, Run, load_config, load_data, load_finished, load_run, open_finished, read
-from pyro_vae.runs.parsing import cli, parse, parser
+from pyro_vae.runs.loading import (
+    Finished,
+    Run,
+    load,
+    load_data,
+    load_finished,
+    load_model,
+    load_settings,
+    open_finished,
+)
+from pyro_vae.runs.parsing import parse, parser, settings_text
 from pyro_vae.runs.scoring import (
-    EvaluationSettings,
+    Scored,
     best,
-    evaluate_main,
+    evaluate,
+    evaluation_table,
     number,
     reliable,
     report_run,
+    score,
     score_test,
     some,
     some_images,
 )
-from pyro_vae.runs.settings import Config, EvidenceSettings, TopSettings, check_numbers, check_seed
+from pyro_vae.runs.settings import (
+    EvaluationSettings,
+    EvidenceSettings,
+    Settings,
+    TopSettings,
+    check_numbers,
+    check_seed,
+)
 from pyro_vae.runs.studies import (
     Study,
     StudySettings,
@@ -39,24 +65,29 @@ from pyro_vae.runs.studies import (
     difference,
     estimators,
     forest,
+    load_study,
     report_study,
     run_study,
     slug,
     standard_error,
+    study,
     summarize,
     summary_table,
     write_study,
 )
-from pyro_vae.runs.training import compiled_engine, main
+from pyro_vae.runs.training import compiled_engine, train
 
 __all__ = [
-    "Config",
+    "Comparison",
+    "ComparisonSettings",
     "Difference",
     "EvaluationSettings",
     "EvidenceSettings",
     "Finished",
     "Run",
     "RunError",
+    "Scored",
+    "Settings",
     "Study",
     "StudySettings",
     "Summary",
@@ -69,23 +100,24 @@ __all__ = [
     "check_run_dir",
     "check_seed",
     "choose_device",
-    "cli",
-    "compare_main",
-    "compare_runs",
+    "compare",
     "compiled_engine",
     "conclude",
     "difference",
+    "difference_of",
     "estimators",
-    "evaluate_main",
+    "evaluate",
+    "evaluation_table",
     "figures",
     "forest",
     "judge",
-    "load_config",
+    "load",
     "load_data",
     "load_dataset",
     "load_finished",
-    "load_run",
-    "main",
+    "load_model",
+    "load_settings",
+    "load_study",
     "make",
     "make_directory",
     "number",
@@ -94,19 +126,22 @@ __all__ = [
     "parse",
     "parser",
     "provenance",
-    "read",
     "reliable",
     "report_run",
     "report_study",
     "run_study",
+    "score",
     "score_test",
+    "settings_text",
     "slug",
     "some",
     "some_images",
     "standard_error",
+    "study",
     "summarize",
     "summary_table",
     "table",
+    "train",
     "write_csv",
     "write_json",
     "write_study",

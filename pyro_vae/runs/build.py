@@ -16,7 +16,7 @@ from pyro_vae.infer.objectives import Objective
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import MeanField
-from pyro_vae.runs.settings import Config
+from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, Conditional, TwoLayerVAE, num_outputs
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def load_dataset(dataset: Dataset, device: torch.device | str) -> Data:
         raise RunError(" ".join(str(error).split())) from error
 
 
-def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
+def build(config: Settings, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
     """The untrained model of ``config`` for images of shape ``(C, H, W)``."""
     event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
     likelihood = make("likelihood", config.likelihood, event_size)
@@ -67,12 +67,12 @@ def build(config: Config, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
     return MODELS[config.model](config, *below)
 
 
-def one_layer(config: Config, likelihood: Conditional, posterior: Conditional) -> VAE:
+def one_layer(config: Settings, likelihood: Conditional, posterior: Conditional) -> VAE:
     """z -> x."""
     return VAE(make("prior", config.prior, config.latent_dim), likelihood, posterior)
 
 
-def two_layers(config: Config, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
+def two_layers(config: Settings, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
     """z2 -> z1 -> x."""
     bottom, top = config.latent_dim, config.top.latent_dim
     latent, top_posterior = MeanField(bottom), make("posterior", config.posterior, top)

@@ -1,75 +1,122 @@
-"""Which of several finished runs is better, by how much, and how sure is that? Paired over the same test images.
+"""Which of several finished runs is better, by how much, and how sure is that? Paired over the same test data.
 
-Usage: python -m experiments.compare RUN RUN [RUN ...]
+Usage: pyro-vae compare RUN RUN [RUN ...]
 
-Each run is compared with the first one given: the mean difference of log p(x) per image, its standard error over images
+Each run is compared with the first one given: the mean difference of log p(x) per datum, its standard error over data
 (images are easy or hard for all models alike, so that it is far smaller than the errors of the two means), and the
-Monte Carlo error of the difference. log p(x) is that of annealed importance sampling, on the images that were drawn for
+Monte Carlo error of the difference. log p(x) is that of annealed importance sampling, on the data that were drawn for
 it, where every run has it, else that of importance sampling. Runs whose numbers mean different things are refused:
 another unit, another test set, another number of importance samples.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from pyro_vae.errors import RunError
-from pyro_vae.runs.directory import table
-from pyro_vae.runs.loading import Run, read
+from pyro_vae.runs import figures
+from pyro_vae.runs.directory import check_run_dir, open_run, table, write_json, write_text, writing
+from pyro_vae.runs.loading import Run, load
 
 MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "test_set")
 """What numbers mean; those of importance sampling must have as many samples, too."""
 
 
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Settings of a comparison.
+
+    Args:
+        runs: directories of finished runs, the reference first; may stand first, without --runs.
+        run_dir: directory to write result.json, table.md and differences.png to, new or empty; null: print only.
+    """
+
+    runs: Sequence[Path]
+    run_dir: Path | None = None
+
+
 class Difference(NamedTuple):
-    """Mean difference of log p(x) over images, nats; its standard error over images; its Monte Carlo error."""
+    """Mean difference of log p(x) over data, nats; its standard error over data; its Monte Carlo error."""
 
     mean: float
     se: float
     mc_se: float
 
 
-def compare_main(argv: Sequence[str] | None = None) -> list[Difference]:
-    """Print the comparison of the runs named by ``argv``; return a difference to the first run for each other run.
+class Comparison(NamedTuple):
+    """Finished runs, by which estimator they are compared, and the difference of each but the first to the first."""
+
+    runs: list[Run]
+    estimator: str
+    differences: list[Difference]
+
+    def table(self) -> str:
+        """The comparison in Markdown, with a line above that says what its numbers are."""
+        first, *others = self.runs
+        means = [f"{run.evidence[self.estimator]['log_px'].values.mean():.3f}" for run in self.runs]
+        rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "bad k")]
+        rows.append((str(first.path), means[0], "", "", "", _share(first)))
+        for run, mean, d in zip(others, means[1:], self.differences, strict=True):
+            rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
+        result, size = first.result, first.evidence[self.estimator].sizes["datum"]
+        how = "annealed" if self.estimator == "annealed" else f"{result['num_samples']:,} importance samples"
+        return f"{result['unit']}; {result['dataset']}, {size:,} test images, {how}\n{table(rows)}"
+
+
+def compare(runs: Sequence[Run | Path | str], run_dir: Path | None = None, text: str | None = None) -> Comparison:
+    """Compare finished runs, or their directories, with the first of them.
+
+    Args:
+        runs: at least two.
+        run_dir: directory to write the comparison to, new or empty; None: nothing is written.
+        text: its settings as YAML, if they are at hand.
 
     Raises:
         RunError: if a directory holds no finished run, or the runs cannot be compared.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
-    directories = parser.parse_args(sys.argv[1:] if argv is None else argv).runs
-    if len(directories) < 2:
+    paths = [Path(run.path if isinstance(run, Run) else run) for run in runs]
+    if len(paths) < 2:
         raise RunError("name at least two run directories to compare")
-    if len({directory.resolve() for directory in directories}) < len(directories):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise RunError("a run is named twice: name each run directory once")
-    finished = [read(directory) for directory in directories]
+    text = yaml.safe_dump({"runs": [str(path) for path in paths]}) if text is None else text
+    if run_dir:
+        check_run_dir(run_dir, text, resume=None)
+    finished = [run if isinstance(run, Run) else load(run) for run in runs]
     first, *others = finished
     estimator = "annealed" if annealed_alike(finished) else "importance"
-    differences = [compare_runs(run, first, estimator) for run in others]
-    means = [f"{getattr(run, estimator)['log_px'].values.mean():.3f}" for run in finished]
-    rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "bad k")]
-    rows.append((str(first.path), means[0], "", "", "", _share(first)))
-    for run, mean, d in zip(others, means[1:], differences, strict=True):
-        rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
-    result = first.result
-    how = "annealed" if estimator == "annealed" else f"{result['num_samples']:,} importance samples"
-    print(f"{result['unit']}; {result['dataset']}, {getattr(first, estimator).sizes['image']:,} test images, {how}")
-    print(table(rows))
-    return differences
+    done = Comparison(finished, estimator, [difference_of(run, first, estimator) for run in others])
+    if run_dir:
+        open_run(run_dir, text, resume=None)
+        _write(done, run_dir)
+    return done
+
+
+def _write(done: Comparison, run_dir: Path) -> None:
+    first, *others = done.runs
+    log_px = {str(run.path): run.evidence[done.estimator]["log_px"].values for run in done.runs}
+    rows = {str(run.path): d._asdict() for run, d in zip(others, done.differences, strict=True)}
+    result = {"reference": str(first.path), "estimator": done.estimator, "unit": first.result["unit"]}
+    with writing(run_dir):
+        reference = log_px.pop(str(first.path))
+        differences = {name: values - reference for name, values in log_px.items()}
+        figures.paired_differences(differences, run_dir / "differences.png", f"nats per datum above {first.path}")
+        write_text(run_dir / "table.md", done.table() + "\n")
+        write_json(run_dir / "result.json", result | {"differences": rows})
 
 
 def annealed_alike(finished: Sequence[Run]) -> bool:
     """Whether all runs have annealed estimates of the same images."""
-    images = [None if run.annealed is None else tuple(run.annealed["image"].values) for run in finished]
+    images = [None if run.annealed is None else tuple(run.annealed["datum"].values) for run in finished]
     return images[0] is not None and len(set(images)) == 1
 
 
-def compare_runs(run: Run, reference: Run, estimator: str = "importance") -> Difference:
-    """The difference of ``run`` to ``reference``, image by image; positive if ``run`` is better.
+def difference_of(run: Run, reference: Run, estimator: str = "importance") -> Difference:
+    """The difference of ``run`` to ``reference``, datum by datum; positive if ``run`` is better.
 
     Raises:
         RunError: if their numbers mean different things.
@@ -78,7 +125,7 @@ def compare_runs(run: Run, reference: Run, estimator: str = "importance") -> Dif
         ours, theirs = run.result.get(name), reference.result.get(name)
         if ours != theirs:
             raise RunError(f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}")
-    ours, theirs = getattr(run, estimator), getattr(reference, estimator)
+    ours, theirs = run.evidence[estimator], reference.evidence[estimator]
     difference = (ours["log_px"] - theirs["log_px"]).values
     size = len(difference)
     mc_se = math.sqrt((ours["mc_se"].values ** 2 + theirs["mc_se"].values ** 2).sum()) / size
@@ -88,7 +135,3 @@ def compare_runs(run: Run, reference: Run, estimator: str = "importance") -> Dif
 def _share(run: Run) -> str:
     share = run.result["share_khat_above_threshold"]
     return "-" if share is None else f"{share:.0%}"
-
-
-def _refuse(message: str) -> None:
-    raise RunError(f"{message}; usage: python -m experiments.compare RUN RUN [RUN ...]")

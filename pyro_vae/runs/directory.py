@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,26 +35,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def open_run(directory: Path, config: str, resume: bool | None) -> None:
-    """Make ``directory`` the home of the run described by ``config``, or check that it is; None: it cannot be resumed.
+def open_run(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = Path.read_text) -> None:
+    """Make ``directory`` the home of the run described by ``config``, or check that it is; see :func:`check_run_dir`.
 
     Raises:
         RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be written.
     """
-    check_run_dir(directory, config, resume)
+    check_run_dir(directory, config, resume, reread)
     with writing(f"--run_dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         if not resume:
             write_text(directory / "config.yaml", config)
 
 
-def check_run_dir(directory: Path, config: str, resume: bool | None) -> None:
+def check_run_dir(
+    directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = Path.read_text
+) -> None:
     """Check that ``directory`` can become, or with ``resume`` is, the home of the run described by ``config``.
 
     Nothing is written, so that a wrong directory is found before the data are fetched.
 
+    Args:
+        directory: the run's.
+        config: its settings as YAML.
+        resume: whether it is to be there already; None: it cannot be.
+        reread: the settings of the run that is there, as YAML, in the spelling of ``config``.
+
     Raises:
-        RunError: as :func:`open_run`.
+        RunError: if it holds another run, or anything else and ``resume`` is not asked for, or cannot be read.
     """
     saved = directory / "config.yaml"
     try:
@@ -67,7 +75,7 @@ def check_run_dir(directory: Path, config: str, resume: bool | None) -> None:
             return
         if not saved.exists():
             raise RunError(f"--resume: {directory} holds no run (there is no config.yaml)")
-        previous = yaml.safe_load(saved.read_text())
+        previous = yaml.safe_load(reread(saved))
     except OSError as error:
         raise RunError(f"--run_dir {directory}: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -88,7 +96,7 @@ def make_directory(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def check_empty(out: Path) -> None:
+def check_empty(out: Path, options: str = "--run_dir") -> None:
     """Refuse to write where anything is already.
 
     Raises:
@@ -96,7 +104,7 @@ def check_empty(out: Path) -> None:
     """
     with writing(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} exists and is never overwritten: choose another directory by --out")
+            raise RunError(f"{out} exists and is never overwritten: choose another directory by {options}")
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str | None:

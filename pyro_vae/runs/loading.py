@@ -1,6 +1,8 @@
 """Finished runs, read back from their directories."""
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,48 +17,87 @@ from pyro_vae.errors import RunError
 from pyro_vae.runs.build import build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
 from pyro_vae.runs.parsing import parse
-from pyro_vae.runs.settings import Config
+from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 
-class Run(NamedTuple):
-    """A finished run: its result, and its evidence per image, by importance sampling and, or None, annealed."""
+@dataclass(frozen=True)
+class Run:
+    """A finished run. What is large is read when it is first asked for; nothing but ``data`` needs the data set.
+
+    Attributes:
+        path: its directory.
+        result: what is in ``result.json``.
+        evidence: estimates of each datum along the dimension ``datum``, by estimator: ``importance`` and, if there is
+            such an estimate, ``annealed``.
+    """
 
     path: Path
     result: dict[str, Any]
-    importance: xr.Dataset
-    annealed: xr.Dataset | None
+    evidence: dict[str, xr.Dataset]
+
+    @property
+    def importance(self) -> xr.Dataset:
+        """log p(x) of each datum by importance sampling."""
+        return self.evidence["importance"]
+
+    @property
+    def annealed(self) -> xr.Dataset | None:
+        """log p(x) by annealed importance sampling of the data that were drawn for it, if there is such an estimate."""
+        return self.evidence.get("annealed")
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings, as they are in ``config.yaml``."""
+        return load_settings(self.path)
+
+    @cached_property
+    def model(self) -> VAE | TwoLayerVAE:
+        """The trained model, on the CPU, in evaluation mode."""
+        return load_model(self.path)
+
+    @cached_property
+    def data(self) -> Data:
+        """The data set, on the CPU."""
+        return load_data(self.path)
 
 
-def read(directory: Path) -> Run:
-    """A finished run.
+def load(directory: Path | str) -> Run:
+    """The finished run in ``directory``, whether version 0.1.0 wrote it or this one; its data set is not needed.
 
     Raises:
         RunError: if ``directory`` does not hold one.
     """
+    directory = Path(directory)
     try:
         result = json.loads((directory / "result.json").read_text())
         with xr.open_datatree(directory / "evidence.nc", engine="h5netcdf") as tree:
-            groups = {name: tree[name].to_dataset().load() for name in tree.children}
-            return Run(directory, result, groups["importance"], groups.get("annealed"))
+            evidence = {name: _by_datum(tree[name].to_dataset().load()) for name in tree.children}
+        evidence["importance"]  # there must be one
+        return Run(directory, result, evidence)
     except FileNotFoundError as error:
         raise RunError(f"{directory} holds no finished run: there is no {Path(error.filename).name}") from error
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{directory} holds a damaged run: {' '.join(str(error).split())}") from error
 
 
-def load_config(directory: Path | str) -> Config:
+def _by_datum(evidence: xr.Dataset) -> xr.Dataset:
+    """Evidence along ``datum``, which version 0.1.0 called ``image``."""
+    return evidence.rename(image="datum") if "image" in evidence.dims else evidence
+
+
+def load_settings(directory: Path | str) -> Settings:
     """The settings of a run.
 
     Raises:
         RunError: if there are none.
     """
-    config, _ = parse(Config, [f"--config={Path(directory) / 'config.yaml'}"])
-    return config
+    settings, _ = parse(Settings, [f"--config={Path(directory) / 'config.yaml'}"])
+    return settings
 
 
-def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
-    """The trained model of a finished run, on the CPU, ready for use; its data set is not needed.
+def load_model(directory: Path | str) -> VAE | TwoLayerVAE:
+    """The trained model of a run, on the CPU, in evaluation mode; its data set is not needed.
 
     Raises:
         RunError: if ``directory`` holds no trained model.
@@ -65,14 +106,24 @@ def load_run(directory: Path | str) -> VAE | TwoLayerVAE:
     weights = directory / "model.safetensors"
     if not weights.exists():
         raise RunError(f"{directory} holds no trained model (there is no model.safetensors)")
-    config = load_config(directory)
+    settings = load_settings(directory)
     try:
         with safe_open(weights, "pt") as file:
-            vae = build(config, json.loads((file.metadata() or {})["image_shape"]))
+            vae = build(settings, json.loads((file.metadata() or {})["image_shape"]))
         vae.load_state_dict(load_file(weights))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
     return vae.eval()
+
+
+def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
+    """The data set of a run.
+
+    Raises:
+        RunError: if it cannot be had.
+    """
+    settings = load_settings(directory)
+    return load_dataset(make("dataset", settings.dataset, settings.data_dir or cache_folder()), device)
 
 
 class Finished(NamedTuple):
@@ -81,21 +132,21 @@ class Finished(NamedTuple):
     vae: VAE | TwoLayerVAE
     data: Data
     device: torch.device
-    out: Path
+    run_dir: Path
 
 
-def open_finished(directory: Path, out: Path | None, name: str, device: str, seed: int) -> Finished:
-    """Open the finished run in ``directory``, with torch seeded; the study is written to ``out``, or to ``name`` there.
+def open_finished(directory: Path, run_dir: Path | None, name: str, device: str, seed: int) -> Finished:
+    """Open the finished run in ``directory``, with torch seeded, to be studied in ``run_dir``, or ``name`` there.
 
     Raises:
-        RunError: if there is no finished run, no such device, or anything in ``out`` already.
+        RunError: if there is no finished run, no such device, or anything in ``run_dir`` already.
     """
     chosen = choose_device(device)
-    out = out or directory / name
-    check_empty(out)
+    run_dir = run_dir or directory / name
+    check_empty(run_dir)
     vae, data = load_finished(directory, chosen)
     torch.manual_seed(seed)
-    return Finished(vae, data, chosen, out)
+    return Finished(vae, data, chosen, run_dir)
 
 
 def load_finished(directory: Path, device: torch.device) -> tuple[VAE | TwoLayerVAE, Data]:
@@ -106,14 +157,4 @@ def load_finished(directory: Path, device: torch.device) -> tuple[VAE | TwoLayer
     """
     if not (directory / "result.json").exists():
         raise RunError(f"{directory} holds no finished run (there is no result.json)")
-    return load_run(directory).to(device), load_data(directory, device)
-
-
-def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
-    """The data set of a run.
-
-    Raises:
-        RunError: if it cannot be had.
-    """
-    config = load_config(directory)
-    return load_dataset(make("dataset", config.dataset, config.data_dir or cache_folder()), device)
+    return load_model(directory).to(device), load_data(directory, device)

@@ -1,37 +1,41 @@
-"""Command line and run directories, shared by all experiments."""
+"""Settings read from a command line, from files, and from Python: one parser, whose options are those of a class."""
 
 import argparse
 import difflib
 import inspect
+import json
 import pydoc
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from dataclasses import fields
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-import pyro_vae
 from pyro_vae.errors import RunError
+from pyro_vae.runs.factories import as_partial, check_factories, plain, spelled, translated, translated_option
 
 T = TypeVar("T")
 
 
 PLACE = ("run_dir", "resume", "tensorboard")
 """Settings that say where a run is written and not what it is; ``config.yaml`` leaves them out."""
+MISTAKES = (ArgumentError, ValueError, TypeError, OSError, SyntaxError)
+"""What the parser and constructors raise at a user's mistakes."""
 
 
-def parser(config: type) -> ArgumentParser:
+def parser(config: type, prog: str | None = None) -> ArgumentParser:
     """A parser whose options are the arguments of the class ``config``; its docstring teaches ``--help``."""
-    result = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description=inspect.getdoc(inspect.getmodule(config))
-    )
-    result.add_class_arguments(config, fail_untyped=False)  # a user's class may have no annotations
+    about = getattr(config, "DESCRIPTION", None) or inspect.getdoc(inspect.getmodule(config))
+    result = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False, description=about)
+    with _quietly():
+        result.add_class_arguments(config, fail_untyped=False)  # a user's class may have no annotations
     result.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     types = get_type_hints(config)
     for action in result._actions:
@@ -40,20 +44,24 @@ def parser(config: type) -> ArgumentParser:
     return result
 
 
-def parse(config: type[T], argv: Sequence[str] | None = None, first: str | None = None) -> tuple[T, str]:
+def parse(
+    config: type[T], argv: Sequence[str] | None = None, first: str | None = None, prog: str | None = None
+) -> tuple[T, str]:
     """Read the command line into an instance of ``config``; return it with its YAML text, ready for ``--config``.
 
-    With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``. A value
-    that stands first, before any option, is that of the setting ``first``, if there is one.
+    With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``. What
+    stands first, before any option, is the value of the setting ``first``, if there is one: one word, or several for a
+    sequence.
 
     Raises:
         RunError: for every mistake, in one line that names the option.
         SystemExit: after ``--help`` and the like.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if first and argv and not argv[0].startswith("-"):
-        argv[0] = f"--{first}={argv[0]}"
-    options = parser(config)
+    argv = _first_named(list(sys.argv[1:] if argv is None else argv), first, config)
+    options = parser(config, prog)
+    if "--help.all" in argv or {"-h", "--help"} & set(argv):
+        print(options.format_help() if "--help.all" in argv else brief_help(config, options))
+        raise SystemExit(0)
     try:
         _refuse_empty(argv)
         argv = _joined(argv)
@@ -65,26 +73,126 @@ def parse(config: type[T], argv: Sequence[str] | None = None, first: str | None 
             if not saved.exists():
                 raise RunError(f"--resume: {run_dir} holds no run (there is no config.yaml)")
             argv, files = [f"--config={saved}", *argv], [str(saved), *files]
-        _forget_replaced_defaults(argv, files, options)
-        settings = options.parse_args(argv)
-        text = options.dump(settings.clone(), skip_unset=False)
-        instance = options.instantiate(settings)
-        values = {name: value for name, value in vars(instance).items() if name != "config"}
-        result = config(**values)
-    except (ArgumentError, ValueError, TypeError, OSError, SyntaxError) as error:
+        contents = [_read_settings(file, options) for file in files]
+        _forget_replaced_defaults(argv, contents, options)
+        argv = _in_todays_names(argv, contents)
+        with _quietly():
+            read = options.parse_args(argv)
+        result, text = _instance(config, options, read)
+    except MISTAKES as error:
         raise RunError(_one_line(str(error), config, options)) from error
     kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
     return result, yaml.safe_dump(kept, sort_keys=False)
 
 
-def _forget_replaced_defaults(argv: Sequence[str], files: Sequence[str], options: ArgumentParser) -> None:
+def settings_text(settings: Any) -> str:
+    """Settings that were made in Python as YAML text, ready for ``--config``, where they say where to write left out.
+
+    Raises:
+        RunError: if one of them cannot be written, or is none that the command line would take.
+    """
+    config = type(settings)
+    options = parser(config)
+    values = {each.name: plain(getattr(settings, each.name), f"--{each.name}") for each in fields(settings)}
+    try:
+        _forget_replaced_defaults([], [values], options)
+        with _quietly():
+            read = options.parse_object({name: value for name, value in values.items() if name not in PLACE})
+        _, text = _instance(config, options, read)
+    except MISTAKES as error:
+        raise RunError(_one_line(str(error), config, options)) from error
+    kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def _instance(config: type[T], options: ArgumentParser, read: Any) -> tuple[T, str]:
+    """Settings, and their YAML text, of what was read: checked before anything in it is called."""
+    check_factories(vars(read), config)
+    with _quietly():
+        text = options.dump(read.clone(), skip_unset=False)
+        values = {name: as_partial(value) for name, value in vars(options.instantiate(read)).items()}
+    content = {name: spelled(name, value) for name, value in yaml.safe_load(text).items()}
+    values.pop("config", None)
+    return config(**values), yaml.safe_dump(content, sort_keys=False)
+
+
+def _quietly() -> warnings.catch_warnings:
+    """Context: the parser looks classes up under every name that they have, deprecated ones too."""
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+
+
+def _first_named(argv: list[str], first: str | None, config: type) -> list[str]:
+    """The command line with the words before any option given to the setting ``first``."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    if not (first and words):
+        return argv
+    if get_origin(get_type_hints(config)[first]) is Sequence:
+        return [f"--{first}={json.dumps(words)}", *argv[len(words) :]]
+    return [f"--{first}={words[0]}", *argv[1:]]
+
+
+def _in_todays_names(argv: Sequence[str], contents: Sequence[dict[str, Any]]) -> list[str]:
+    """The command line with the content of each file of settings in its place, and old names of classes replaced."""
+    result, contents = [], iter(contents)
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--config" and (equals or (value := next(arguments, ""))):
+            result.append(f"--config={yaml.safe_dump(next(contents))}")
+        elif re.fullmatch(r"--[\w.]+", name) and equals:
+            result.append(f"{name}={translated_option(name, value)}")
+        elif result and argv and re.fullmatch(r"--[\w.]+", result[-1]):
+            result.append(translated_option(result[-1], argument))
+        else:
+            result.append(argument)
+    return result
+
+
+# Help
+
+
+def brief_help(config: type, options: ArgumentParser) -> str:
+    """What ``--help`` prints: the options that matter, which are those in ``config.MAIN`` if it says."""
+    hints = get_type_hints(config)
+    main = getattr(config, "MAIN", tuple(hints))
+    actions = {action.dest: action for action in options._actions}
+    about = str(options.description)
+    usage = [] if "Usage: " in about else [f"usage: {options.prog} [options]", ""]
+    lines = [*usage, *about.splitlines(), "", "options:"]
+    for name in main:
+        if (action := actions.get(name)) is None or action.help == argparse.SUPPRESS:
+            continue
+        shown = action.default
+        if isinstance(shown, dict):  # a class
+            shown = str(shown.get("class_path")).rsplit(".", 1)[-1]
+        text = str(action.help or "").rstrip(". ")
+        if _is_factory(hints[name]):
+            text += f": {', '.join(_classes(config, name))}, or an import path"
+        elif get_origin(hints[name]) is Literal:
+            text += f": {', '.join(map(str, get_args(hints[name])))}"
+        required = isinstance(action.default, str) and "SUPPRESS" in action.default
+        text += "" if required or shown in (None, "") else f" (default {shown})"
+        lines += textwrap.wrap(text, 116, initial_indent=f"  --{name:<14} ", subsequent_indent=" " * 19)
+    nested = [f"--{name}.help {_classes(config, name)[-1]}" for name in main if _is_factory(hints.get(name))][:1]
+    lines += ["", "--help.all lists every option" + "".join(f"; {each} those of one class" for each in nested) + "."]
+    return "\n".join(lines)
+
+
+def _is_factory(annotation: Any) -> bool:
+    return get_origin(annotation) is Callable
+
+
+# The command line before it is parsed
+
+
+def _forget_replaced_defaults(argv: Sequence[str], contents: Sequence[dict[str, Any]], options: ArgumentParser) -> None:
     """Drop the default class of each part for which one is chosen.
 
     Its options would otherwise stand in for the defaults of the class that is chosen.
     """
     first: dict[str, str] = {}
-    for file in files:
-        for name, value in _read_settings(file, options).items():
+    for content in contents:
+        for name, value in content.items():
             chosen = isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)
             first.setdefault(name, name if chosen else "")
     for argument in argv:
@@ -126,7 +234,7 @@ def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 
 
 def _read_settings(file: str, options: ArgumentParser) -> dict[str, Any]:
-    """Refuse a file of settings that cannot be read; the parser's own complaints do not name it."""
+    """Settings in a file, by the names of today; the parser's own complaints would not name the file."""
     try:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as error:
@@ -139,7 +247,7 @@ def _read_settings(file: str, options: ArgumentParser) -> dict[str, Any]:
     for name in content:
         if not any(option.split(".")[0] == str(name).split(".")[0] for option in known):
             raise RunError(f"--config {file}: unknown setting {name}{_near(str(name), known)}")
-    return content
+    return translated(content)
 
 
 VALUES = {
@@ -192,7 +300,9 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         return f"{option}: {name} has no such option{near}; --{keys[0]}.help {name} lists those it has"
     if found := re.search(r"the following arguments are required: (\w+)", problem):
         return f"{option}.{found[1]} must be given: {name} has no default for it"
-    if re.search(r"import path|No module named|has no attribute|cannot import name|subclass of", problem):
+    if re.search(
+        r"import path|No module named|has no attribute|No \S+ attribute|cannot import name|subclass of", problem
+    ):
         classes = _classes(config, option.removeprefix("--"))
         problem = re.sub(r"\.* Got value: .*", "", problem)
         if found := re.match(r"Expected a dot import path string: (\S+)", problem):
@@ -227,22 +337,3 @@ def _classes(config: type, setting: str) -> list[str]:
         if not inspect.isabstract(cls) and not re.search(r"\b_|<locals>", cls.__qualname__):
             names.append(cls.__name__)
     return sorted(set(names))
-
-
-def cli(main: Callable[[], object]) -> None:
-    """Run ``main`` as a program: a user's mistake is one line on stderr and exit status 2, Ctrl-C is status 130."""
-    try:
-        main()
-    except (RunError, pyro_vae.NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        print(f"error: out of memory ({textwrap.shorten(str(error), 200)}); try smaller sizes", file=sys.stderr)
-        sys.exit(2)

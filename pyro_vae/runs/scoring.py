@@ -1,19 +1,12 @@
-"""Score a finished run again: another estimator of log p(x), more samples, other images, training images.
-
-Usage: python -m experiments.evaluate RUN_DIR [options]
-
-The result is printed and written to RUN_DIR/evaluations, as JSON and, for each image, as netCDF; nothing there is ever
-overwritten.
-"""
+"""Scores of a trained model: those of its run, and those of a finished run by another estimator or on other data."""
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import xarray as xr
@@ -25,117 +18,90 @@ from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_thr
 from pyro_vae.infer.evidence.annealed import (
     CREMER_2018,
     WU_2017,
-    Annealing,
     annealed_importance_sampling,
     bidirectional_monte_carlo,
 )
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.runs.directory import choose_device, make_directory, provenance, table, write_json, writing
-from pyro_vae.runs.loading import load_finished
-from pyro_vae.runs.parsing import parse
-from pyro_vae.runs.settings import Config, EvidenceSettings, check_seed
+from pyro_vae.runs.directory import (
+    check_empty,
+    choose_device,
+    make_directory,
+    provenance,
+    table,
+    write_json,
+    write_text,
+    writing,
+)
+from pyro_vae.runs.loading import Run, load_finished
+from pyro_vae.runs.parsing import settings_text
+from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of one evaluation.
+class Scored(NamedTuple):
+    """A finished evaluation: its directory, what is in ``result.json``, and estimates of each datum, by estimator.
 
-    Args:
-        run: directory of a finished run; may stand first, without --run.
-        estimator: importance; annealed: annealed importance sampling; bdmc: bidirectional Monte Carlo, which encloses
-            log p(x) of images that the model itself draws.
-        split: test or training images.
-        num_images: how many of them, drawn at random, the same in every evaluation, at least 2; null: all.
-        num_samples: importance samples per image, at least 1; literature uses 5000.
-        proposal: of importance sampling: the guide, or a Gaussian at each posterior's mode with its curvature.
-        widening: factor of the Laplace proposal's standard deviations, positive; 1.1 lightens the weights' tail.
-        annealing: settings of annealed importance sampling.
-        published: annealing as published, in place of --annealing: Wu et al. 2017, or the code of Cremer et al. 2018;
-            both take 10,000 temperatures, which --annealing.num_temperatures may lower.
-        seed: of the estimate, at least 0.
-        device: auto takes a GPU if there is one.
-        name: of the files to write; null: made of the estimator and the split.
+    Of bidirectional Monte Carlo the two estimates are ``lower`` and ``upper``.
     """
 
-    run: Path
-    estimator: Literal["importance", "annealed", "bdmc"] = "annealed"
-    split: Literal["test", "train"] = "test"
-    num_images: int | None = 500
-    num_samples: int = 5000
-    proposal: Literal["guide", "laplace"] = "guide"
-    widening: float = 1.0
-    annealing: Annealing = field(default_factory=Annealing)
-    published: Literal["wu_2017", "cremer_2018"] | None = None
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    name: str | None = None
-
-    def __post_init__(self):
-        if self.num_images is not None and self.num_images < 2:
-            raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
-        if self.num_samples < 1:
-            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
-        if not self.widening > 0:
-            raise ValueError(f"--widening must be positive, got {self.widening}")
-        if self.widening != 1 and self.proposal == "guide":
-            raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
-        check_seed(self.seed)
-        importance = self.estimator == "importance"
-        if not importance and (self.proposal != "guide" or self.num_samples != EvaluationSettings.num_samples):
-            raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")
-        if importance and (self.annealing != Annealing() or self.published):
-            raise ValueError("--annealing and --published are for --estimator annealed or bdmc, not importance")
-        if self.published and replace(self.annealing, num_temperatures=None) != Annealing():
-            raise ValueError("--published leaves only --annealing.num_temperatures to choose")
-        if self.estimator == "bdmc" and self.split == "train":
-            raise ValueError("--split train: --estimator bdmc scores images that the model draws, of neither split")
-        if self.name is not None and (not self.name.strip(".") or Path(self.name).name != self.name):
-            raise ValueError(f"--name must be a plain file name, got {self.name}")
+    path: Path
+    result: dict[str, Any]
+    evidence: dict[str, Evidence]
 
 
-def evaluate_main(argv: Sequence[str] | None = None) -> Path:
-    """Evaluate as told by ``argv``; return the JSON file written.
+def score(run: Run | Path | str, **settings: Any) -> Scored:
+    """Score a finished run, or that in a directory; settings are those of :class:`EvaluationSettings`, by name.
 
     Raises:
-        RunError: for a mistake in ``argv``, or if the estimator cannot serve the model.
+        RunError: for a mistake in the settings, or if the estimator cannot serve the model.
     """
-    config, _ = parse(EvaluationSettings, argv, first="run")
-    device = choose_device(config.device)
-    name = config.name or ("bdmc" if config.estimator == "bdmc" else f"{config.estimator}-{config.split}")
-    path = config.run / "evaluations" / f"{name}.json"
-    for each in (path, path.with_suffix(".nc")):
-        if each.exists():
-            raise RunError(f"{each} exists and is never overwritten: choose another --name")
-    vae, data = load_finished(config.run, device)
-    x, among = some_images(data, config.split, config.num_images)
-    make_directory(path.parent)
-    torch.manual_seed(config.seed)
+    try:
+        return evaluate(EvaluationSettings(Path(run.path if isinstance(run, Run) else run), **settings))
+    except (ValueError, TypeError) as error:
+        raise RunError(str(error)) from error
+
+
+def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
+    """Score a finished run as told by settings; ``text`` is the same as YAML, if it is at hand.
+
+    Raises:
+        RunError: if the estimator cannot serve the model, or there is anything where it would write.
+    """
+    text = settings_text(settings) if text is None else text
+    device = choose_device(settings.device)
+    bdmc = settings.estimator == "bdmc"
+    name = settings.name or ("bdmc" if bdmc else f"{settings.estimator}-{settings.split}")
+    run_dir = settings.run_dir or settings.run / "evaluations" / name
+    check_empty(run_dir, "--name or --run_dir")
+    vae, data = load_finished(settings.run, device)
+    x, among = some_images(data, settings.split, settings.num_images)
+    make_directory(run_dir)
+    torch.manual_seed(settings.seed)
     start = time.perf_counter()
     try:
-        result, evidence = estimate(config, vae.model, vae.guide, x)
+        result, evidence = estimate(settings, vae.model, vae.guide, x)
     except (ContractError, ValueError) as error:
-        raise RunError(f"--estimator {config.estimator}: {error}") from error
+        raise RunError(f"--estimator {settings.estimator}: {error}") from error
     result |= {
-        "estimator": config.estimator,
-        "split": "simulated" if config.estimator == "bdmc" else config.split,
+        "run": str(settings.run),
+        "estimator": settings.estimator,
+        "split": "simulated" if bdmc else settings.split,
         "num_images": len(x),
         "unit": vae.likelihood.head.unit,
         "seconds": time.perf_counter() - start,
-        "seed": config.seed,
+        "seed": settings.seed,
         **provenance(device),
     }
-    with writing(path):
+    with writing(run_dir):
         groups = {group: each.to_dataset(among) for group, each in evidence.items()}
-        xr.DataTree.from_dict(groups).to_netcdf(path.with_suffix(".nc"), engine="h5netcdf")
-        write_json(path, result)
-    report_evaluation(result)
-    print(f"\n{path}")
-    return path
+        write_text(run_dir / "config.yaml", text)
+        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+        write_json(run_dir / "result.json", result)
+    return Scored(run_dir, result, evidence)
 
 
 def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tensor]:
@@ -149,36 +115,36 @@ def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tenso
         return data.observe(among), among
 
 
-def estimate(config: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def estimate(settings: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """Entries of the JSON file, and evidence by group of the netCDF file."""
-    annealing = PUBLISHED.get(config.published, config.annealing)
-    if config.published and config.annealing.num_temperatures:
-        annealing = replace(annealing, num_temperatures=config.annealing.num_temperatures)
-    if config.estimator == "bdmc":
+    annealing = PUBLISHED.get(settings.published, settings.annealing)
+    if settings.published and settings.annealing.num_temperatures:
+        annealing = replace(annealing, num_temperatures=settings.annealing.num_temperatures)
+    if settings.estimator == "bdmc":
         sandwich = bidirectional_monte_carlo(model, guide, x, annealing, progress=True)
         width, error = sandwich.width()
         lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
         result = {"lower": lower, "upper": upper, "width": width, "width_se": error, "annealing": asdict(annealing)}
         return result, {"lower": sandwich.lower, "upper": sandwich.upper}
-    if config.estimator == "annealed":
+    if settings.estimator == "annealed":
         evidence = annealed_importance_sampling(model, guide, x, annealing, progress=True)
-        settings: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
+        how: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
     else:
         evidence = importance_sampling(
-            model, guide, x, config.num_samples, config.proposal, config.widening, progress=True
+            model, guide, x, settings.num_samples, settings.proposal, settings.widening, progress=True
         )
         bad = evidence.share_bad_k()
-        settings = {"num_samples": config.num_samples, "proposal": config.proposal, "widening": config.widening}
-        settings |= {"khat_threshold": pareto_k_threshold(config.num_samples), "share_khat_above_threshold": bad}
-        settings |= {"reliable": reliable(bad)}
+        how = {"num_samples": settings.num_samples, "proposal": settings.proposal, "widening": settings.widening}
+        how |= {"khat_threshold": pareto_k_threshold(settings.num_samples), "share_khat_above_threshold": bad}
+        how |= {"reliable": reliable(bad)}
     log_likelihood, over_images, monte_carlo = evidence.mean()
     result = {"log_likelihood": log_likelihood, "log_likelihood_se": over_images, "mc_se": monte_carlo}
     result |= {"shortfall": evidence.shortfall()}
-    return result | {"num_invalid": int(evidence.num_invalid.sum())} | settings, {config.estimator: evidence}
+    return result | {"num_invalid": int(evidence.num_invalid.sum())} | how, {settings.estimator: evidence}
 
 
-def report_evaluation(result: dict[str, Any]) -> None:
-    """Print the result as a short table."""
+def evaluation_table(result: dict[str, Any]) -> str:
+    """The result of an evaluation as a short table."""
     rows = [(f"{result['num_images']:,} {result['split']} images", result["unit"], "")]
     if "width" in result:
         rows = [
@@ -201,21 +167,19 @@ def report_evaluation(result: dict[str, Any]) -> None:
             ("  error over images", number(result["log_likelihood_se"]), "other images would differ by this"),
         ]
     rows.append(("seconds", f"{result['seconds']:.0f}", ""))
-    print(f"\n{table(rows)}")
+    return table(rows)
 
 
-def score_test(
-    config: Config, vae: VAE | TwoLayerVAE, data: Data
-) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
+def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
     """Score the test images.
 
     Returns:
         The entries of result.json about them; log p(x) per image, by importance sampling; the same by annealed
         importance sampling, of the images that were drawn for it.
     """
-    torch.manual_seed(config.seed + 1)  # the same draws whether or not training was resumed
+    torch.manual_seed(run.seed + 1)  # the same draws whether or not training was resumed
     start = time.perf_counter()
-    settings = config.evidence
+    settings = run.evidence
     test = data.test[: settings.num_images]
     elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
     evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)

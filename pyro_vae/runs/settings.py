@@ -7,9 +7,9 @@ name, or by import path for a class of your own; a part takes its own options af
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyro
 from pyro.infer import Trace_ELBO
@@ -91,7 +91,7 @@ class TopSettings:
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one run.
 
     Args:
@@ -125,6 +125,12 @@ class Config:
         resume: go on with the interrupted run in --run_dir, with its settings.
         tensorboard: log curves to run_dir for TensorBoard.
     """
+
+    MAIN: ClassVar[tuple[str, ...]] = (
+        *("dataset", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim", "objective"),
+        *("epochs", "lr", "seed", "device", "run_dir", "resume"),
+    )
+    """What ``--help`` shows."""
 
     model: Literal["VAE", "TwoLayerVAE"] = "VAE"
     top: TopSettings = field(default_factory=TopSettings)
@@ -165,3 +171,75 @@ class Config:
         for name, usual in (("precision", "float32"), ("max_norm", None)):
             if self.engine == "pyro" and getattr(self, name) != usual:
                 raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")
+
+
+EVALUATION = """Score a finished run again: another estimator of log p(x), more samples, other images, training images.
+
+Usage: pyro-vae evaluate RUN [options]
+
+The result is printed and written to a directory in RUN/evaluations, as result.json and, for each datum, evidence.nc;
+nothing is ever overwritten."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of one evaluation.
+
+    Args:
+        run: directory of a finished run; may stand first, without --run.
+        estimator: importance; annealed: annealed importance sampling; bdmc: bidirectional Monte Carlo, which encloses
+            log p(x) of images that the model itself draws.
+        split: test or training images.
+        num_images: how many of them, drawn at random, the same in every evaluation, at least 2; null: all.
+        num_samples: importance samples per image, at least 1; literature uses 5000.
+        proposal: of importance sampling: the guide, or a Gaussian at each posterior's mode with its curvature.
+        widening: factor of the Laplace proposal's standard deviations, positive; 1.1 lightens the weights' tail.
+        annealing: settings of annealed importance sampling.
+        published: annealing as published, in place of --annealing: Wu et al. 2017, or the code of Cremer et al. 2018;
+            both take 10,000 temperatures, which --annealing.num_temperatures may lower.
+        seed: of the estimate, at least 0.
+        device: auto takes a GPU if there is one.
+        name: of the directory in the run's evaluations; null: made of the estimator and the split.
+        run_dir: directory to write, new or empty, in place of that one.
+    """
+
+    DESCRIPTION: ClassVar[str] = EVALUATION
+    MAIN: ClassVar[tuple[str, ...]] = (
+        *("run", "estimator", "split", "num_images", "num_samples", "proposal", "seed", "device", "name", "run_dir"),
+    )
+
+    run: Path
+    estimator: Literal["importance", "annealed", "bdmc"] = "annealed"
+    split: Literal["test", "train"] = "test"
+    num_images: int | None = 500
+    num_samples: int = 5000
+    proposal: Literal["guide", "laplace"] = "guide"
+    widening: float = 1.0
+    annealing: Annealing = field(default_factory=Annealing)
+    published: Literal["wu_2017", "cremer_2018"] | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: str | None = None
+    run_dir: Path | None = None
+
+    def __post_init__(self):
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
+        if not self.widening > 0:
+            raise ValueError(f"--widening must be positive, got {self.widening}")
+        if self.widening != 1 and self.proposal == "guide":
+            raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
+        check_seed(self.seed)
+        importance = self.estimator == "importance"
+        if not importance and (self.proposal != "guide" or self.num_samples != EvaluationSettings.num_samples):
+            raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")
+        if importance and (self.annealing != Annealing() or self.published):
+            raise ValueError("--annealing and --published are for --estimator annealed or bdmc, not importance")
+        if self.published and replace(self.annealing, num_temperatures=None) != Annealing():
+            raise ValueError("--published leaves only --annealing.num_temperatures to choose")
+        if self.estimator == "bdmc" and self.split == "train":
+            raise ValueError("--split train: --estimator bdmc scores images that the model draws, of neither split")
+        if self.name is not None and (not self.name.strip(".") or Path(self.name).name != self.name):
+            raise ValueError(f"--name must be a plain file name, got {self.name}")

@@ -1,37 +1,51 @@
-"""A study: the same run for several contenders and seeds, and differences paired by seed and image.
+"""A study: the same run for several contenders and seeds, and differences paired by seed and datum.
 
-Shared by the experiments whose name ends in ``_study``; each contender is a line of arguments of experiments.svi_mnist.
+Usage: pyro-vae study --contenders.NAME 'ARGUMENTS' --contenders.OTHER 'ARGUMENTS' [options]
+
+Each contender is a line of arguments of pyro-vae train; differences of log p(x) are those to the first one.
 """
 
+import json
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import yaml
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import make
-from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, compare_runs
+from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
 from pyro_vae.runs.directory import open_run, table, write_json, write_text, writing
-from pyro_vae.runs.loading import Run, read
-from pyro_vae.runs.parsing import parse
+from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.scoring import number
-from pyro_vae.runs.settings import Config
-from pyro_vae.runs.training import main
+from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.training import train
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """StudySettings that every study has. See the subclasses for what ``contenders`` and ``common`` mean."""
+    """Settings that every study has.
+
+    Args:
+        contenders: for each name, the arguments of pyro-vae train that make it; the first is the reference. Each is
+            given by --contenders.NAME 'ARGUMENTS'.
+        common: arguments of pyro-vae train for all runs; --help there lists them.
+        seeds: runs of each contender, at least 1.
+        run_dir: directory to write, new or empty; null: one under runs/, named by time.
+        resume: go on with the interrupted study in --run_dir; what is finished is not run again.
+    """
 
     contenders: dict[str, str]
-    common: str
+    common: str = ""
     seeds: int = 3
     run_dir: Path | None = None
     resume: bool = False
@@ -46,7 +60,7 @@ class StudySettings:
             raise ValueError("--contenders: names must differ in their letters and digits, which name directories")
 
     def arguments(self) -> list[str]:
-        """Arguments of experiments.svi_mnist for all runs."""
+        """Arguments of pyro-vae train for all runs."""
         return shlex.split(self.common)
 
 
@@ -101,17 +115,55 @@ class Study(NamedTuple):
     summaries: list[Summary]
 
 
-def run_study(settings: type[StudySettings], argv: Sequence[str] | None, name: str) -> Study:
+def study(
+    contenders: Mapping[str, str | Settings],
+    common: str = "",
+    seeds: int = 3,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+) -> Study:
+    """Run every contender with every seed, and compare each with the first.
+
+    Args:
+        contenders: by name, settings made in Python, or the arguments of ``pyro-vae train`` that make them.
+        common: more such arguments, for those contenders that are given as arguments.
+        seeds: runs of each contender, at least 1.
+        run_dir: directory to write, new or empty; None: one under runs/, named by time.
+        resume: go on with the interrupted study in ``run_dir``; what is finished is not run again.
+
+    Raises:
+        RunError: for a mistake in the settings, or if the directory holds anything else.
+    """
+    given = cast(dict[str, str], dict(contenders))  # what stands for Settings there is only what a command line has
+    try:
+        settings = StudySettings(given, common, seeds, None if run_dir is None else Path(run_dir), resume)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    content = {"contenders": {}, "common": common, "seeds": seeds}
+    for name, each in contenders.items():
+        content["contenders"][name] = each if isinstance(each, str) else yaml.safe_load(settings_text(each))
+    done = _run(settings, yaml.safe_dump(content, sort_keys=False), "study")
+    report_study(done, "log p(x) of each contender, minus that of the first")
+    return done
+
+
+def run_study(settings: type[StudySettings], argv: Sequence[str] | None, name: str, prog: str | None = None) -> Study:
     """Run the study that ``argv`` asks for, in its directory, made, or with ``--resume`` found.
 
     Raises:
         RunError: for a mistake in ``argv``, or if the directory holds anything else.
     """
-    config, text = parse(settings, argv)
-    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    open_run(run_dir, text, config.resume)
-    directories = run_all(config, run_dir)
-    return Study(config, run_dir, directories, summarize(directories))
+    return _run(*parse(settings, argv, prog=prog), name)
+
+
+def _run(settings: StudySettings, text: str, name: str) -> Study:
+    run_dir = settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    for contender in settings.contenders:  # a mistake in the last one is found now, not after hours
+        with _named(contender):
+            make("objective", _planned(settings, contender, 0)[0].objective)
+    open_run(run_dir, text, settings.resume)
+    directories = run_all(settings, run_dir)
+    return Study(settings, run_dir, directories, summarize(directories))
 
 
 def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
@@ -121,28 +173,39 @@ def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
         The run directories of each contender, one per seed.
     """
     result: dict[str, list[Path]] = {name: [] for name in settings.contenders}
-    for name, arguments in settings.contenders.items():  # a mistake in the last one is found now, not after hours
-        try:
-            config, _ = parse(Config, [*settings.arguments(), *shlex.split(arguments)])
-            make("objective", config.objective)
-        except RunError as error:
-            raise RunError(f"{name}: {error}") from error
     for seed in range(settings.seeds):
-        for name, arguments in settings.contenders.items():
+        for name in settings.contenders:
             directory = run_dir / f"{slug(name)}-seed{seed}"
             if not (directory / "result.json").exists():
                 print(f"\n=== {name}, seed {seed}")
-                argv = [*settings.arguments(), *shlex.split(arguments), f"--seed={seed}"]
-                argv += [f"--run_dir={directory}"] + ["--resume"] * (directory / "config.yaml").exists()
                 try:
-                    main(argv)
+                    with _named(name):
+                        train(*_planned(settings, name, seed, directory))
                 except KeyboardInterrupt as interrupt:
                     hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
                     raise KeyboardInterrupt(hint) from interrupt
-                except RunError as error:
-                    raise RunError(f"{name}: {error}") from error
             result[name].append(directory)
     return result
+
+
+def _planned(settings: StudySettings, name: str, seed: int, directory: Path | None = None) -> tuple[Settings, str]:
+    """The settings of one run of a contender, and their YAML text."""
+    contender: str | Settings = settings.contenders[name]
+    resume = directory is not None and (directory / "config.yaml").exists()
+    if isinstance(contender, Settings):
+        run = replace(contender, seed=seed, run_dir=directory, resume=resume)
+        return run, settings_text(run)
+    argv = [*settings.arguments(), *shlex.split(contender), f"--seed={seed}"]
+    return parse(Settings, argv + [f"--run_dir={directory}"] * (directory is not None) + ["--resume"] * resume)
+
+
+@contextmanager
+def _named(contender: str) -> Iterator[None]:
+    """A mistake in here is that of a contender."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{contender}: {error}") from error
 
 
 def slug(name: str) -> str:
@@ -155,7 +218,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     references: dict[tuple, tuple[str, list[Run]]] = {}
     summaries = []
     for name, paths in directories.items():
-        finished = [read(path) for path in paths]
+        finished = [load(path) for path in paths]
         results = [run.result for run in finished]
         meaning = tuple(results[0].get(each) for each in MUST_AGREE)
         reference, others = references.setdefault(meaning, (name, finished))
@@ -229,8 +292,8 @@ class PairedDifference(NamedTuple):
 
 def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDifference:
     """How much better the first runs are than the second, which have the same seeds."""
-    differences = [compare_runs(run, other, estimator).mean for run, other in pairs]
-    log_px = (tuple(getattr(run, estimator)["log_px"].values for run in pair) for pair in pairs)
+    differences = [difference_of(run, other, estimator).mean for run, other in pairs]
+    log_px = (tuple(run.evidence[estimator]["log_px"].values for run in pair) for pair in pairs)
     per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
     return PairedDifference(
         differences,
@@ -277,15 +340,30 @@ def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
 def write_study(
     run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more
 ) -> None:
-    """Print ``text`` and write it to table.md; write summary.json, with devices, versions and commits of the runs."""
-    results = [read(path).result for paths in directories.values() for path in paths]
+    """Print ``text`` and write it to table.md; write result.json, with devices, versions and commits of the runs."""
+    results = [load(path).result for paths in directories.values() for path in paths]
     origins = {}
     for name in ("device", "versions", "commit"):
         origins[name] = [each for i, r in enumerate(results) if (each := r[name]) not in [s[name] for s in results[:i]]]
     with writing(run_dir):
         write_text(run_dir / "table.md", text + "\n")
-        write_json(run_dir / "summary.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
+        write_json(run_dir / "result.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
     print(f"\n{text}\n\n{run_dir}")
+
+
+def load_study(directory: Path | str) -> list[Summary]:
+    """What a finished study says of each contender; version 0.1.0 wrote it to summary.json.
+
+    Raises:
+        RunError: if ``directory`` holds no finished study.
+    """
+    files = [file for name in ("result.json", "summary.json") if (file := Path(directory) / name).exists()]
+    if not files:
+        raise RunError(f"{directory} holds no finished study: there is no result.json")
+    try:
+        return [Summary(**each) for each in json.loads(files[0].read_text())["summaries"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{files[0]} is no summary of a study: {' '.join(str(error).split())}") from error
 
 
 def standard_error(values: Sequence[float]) -> float | None:

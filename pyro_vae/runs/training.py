@@ -1,9 +1,9 @@
-"""Training runs: from a command line to a directory with a trained and scored model."""
+"""Training runs: from settings to a directory with a trained and scored model."""
 
 import json
 import shlex
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ import torch
 import xarray as xr
 import yaml
 from safetensors.torch import save_file
-from torch.utils.tensorboard import SummaryWriter
 
 from pyro_vae.data.fetched import cache_folder
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import Data, Dataset
 from pyro_vae.errors import CheckpointError, ContractError, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
@@ -33,121 +32,172 @@ from pyro_vae.runs.build import (
     make,
 )
 from pyro_vae.runs.directory import check_run_dir, choose_device, open_run, provenance, write_csv, write_json
-from pyro_vae.runs.parsing import parse
+from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test
-from pyro_vae.runs.settings import Config
-from pyro_vae.training import BestWeights, Checkpoint, EarlyStopping, Epoch, OnEpoch, fit
+from pyro_vae.runs.settings import Settings
+from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training, fit
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 WORTH_COMPILING = 5000
 """Gradient steps above which the seconds of compiling pay; below, the compiled engine runs the graph as it is."""
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Run the experiment as told by ``argv``; return the run directory.
+def train(settings: Settings, text: str | None = None) -> Run:
+    """Train the run of ``settings``, score it and draw it; one that is finished is only reported.
+
+    Args:
+        settings: of the run, made in Python or read from a command line.
+        text: the same as YAML, if it is at hand; settings made in Python are written as they can be read again.
 
     Raises:
-        RunError: for a mistake in ``argv`` or in what it points to.
+        RunError: for a mistake in the settings or in what they point to.
     """
-    config, text = parse(Config, argv)
-    settings = yaml.safe_load(text)
-    for part in ("encoder", "decoder"):
-        if settings[part].get("init_args", {}).get("image_shape") is not None:
-            raise RunError(f"--{part}.image_shape cannot be given: it is that of the data set's images")
-    dataset = make("dataset", config.dataset, config.data_dir or cache_folder())
-    objective = make("objective", config.objective)
+    text = settings_text(settings) if text is None else text
+    _refuse_image_shape(text)
+    dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
+    objective = make("objective", settings.objective)
     name = type(dataset).__name__
-    run_dir = config.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    check_run_dir(run_dir, text, config.resume)
+    run_dir = Path(settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    check_run_dir(run_dir, text, settings.resume, _reread)
     if (run_dir / "result.json").exists():
         print("This run is finished; its result:")
         report_run(run_dir)
-        return run_dir
+        return load(run_dir)
 
-    device = choose_device(config.device)
-    torch.manual_seed(config.seed)
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
     data = load_dataset(dataset, device)
-    vae = make("model", build, config, data.image_shape).to(device)
-    x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    check_pairing(vae.likelihood.head, data, dataset)
-    make("prior", vae.initialize, x)
-    check_observations(vae, [data.test, data.validation, x], dataset.binarization)
-    if isinstance(objective, Objective):
-        check_objective(objective, vae, x[:2])
-    open_run(run_dir, text, config.resume)
+    vae = prepare(settings, dataset, data, objective)
+    open_run(run_dir, text, settings.resume, _reread)
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(
         f"{name}, {dataset.binarization} binarization: {len(data.train_pixels):,} training, "
         f"{len(data.validation):,} validation, {len(data.test):,} test images on {device}\n"
         f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
     )
-
     try:
-        history = fit_run(config, vae, data, objective, run_dir)
-        vae.eval()
-        save_file(
-            vae.state_dict(),
-            run_dir / "model.safetensors",
-            metadata={"image_shape": json.dumps(data.image_shape)},
-        )
-        result, evidence, annealed = score_test(config, vae, data)
-        result |= {
-            "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
-            "dataset": name,
-            "binarization": dataset.binarization,
-            "train_seconds": sum(e.seconds for e in history),
-            "epochs": len(history),
-            "weights": config.weights,
-            "seed": config.seed,
-            "binarization_seed": dataset.binarization_seed,
-            **provenance(device),
-        }
-        importance = evidence.to_dataset(unit=result["unit"])
-        groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
-        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
-        figures.training_curve(history, run_dir / "training.png")
-        figures.evidence(evidence, result["khat_threshold"], run_dir)
-        figures.pictures(vae.model, vae.guide, data, run_dir)
-        write_json(run_dir / "result.json", result)
+        history = fit_run(settings, vae, data, objective, run_dir)
+        about = {"dataset": name, "binarization": dataset.binarization, "binarization_seed": dataset.binarization_seed}
+        finish(settings, vae.eval(), data, history, run_dir, about)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
     except OSError as error:
         raise RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
     report_run(run_dir)
-    return run_dir
+    return load(run_dir)
+
+
+def _refuse_image_shape(text: str) -> None:
+    content = yaml.safe_load(text)
+    for part in ("encoder", "decoder"):
+        given = content[part]
+        if isinstance(given, dict) and given.get("init_args", {}).get("image_shape") is not None:
+            raise RunError(f"--{part}.image_shape cannot be given: it is that of the data set's images")
+
+
+def _reread(saved: Path) -> str:
+    """The settings of a run, which another version may have written, in the spelling of today."""
+    return parse(Settings, [f"--config={saved}"])[1]
+
+
+def prepare(
+    settings: Settings, dataset: Dataset, data: Data, objective: Objective | pyro.infer.ELBO
+) -> VAE | TwoLayerVAE:
+    """The model before its first step, on the device of ``data``, with all that does not fit refused.
+
+    Raises:
+        RunError: with the option that mends it.
+    """
+    device = data.test.device
+    vae = make("model", build, settings, data.image_shape).to(device)
+    x = data.observe(torch.arange(len(data.train_pixels), device=device))
+    check_pairing(vae.likelihood.head, data, dataset)
+    make("prior", vae.initialize, x)
+    check_observations(vae, [data.test, data.validation, x], dataset.binarization)
+    if isinstance(objective, Objective):
+        check_objective(objective, vae, x[:2])
+    return vae
+
+
+def finish(
+    settings: Settings,
+    vae: VAE | TwoLayerVAE,
+    data: Data,
+    history: list[Epoch],
+    run_dir: Path,
+    about: dict[str, Any],
+) -> None:
+    """Write weights, scores and figures of a trained model; ``result.json``, with ``about`` in it, is the last file."""
+    metadata = {"image_shape": json.dumps(data.image_shape)}
+    save_file(vae.state_dict(), run_dir / "model.safetensors", metadata=metadata)
+    result, evidence, annealed = score_test(settings, vae, data)
+    result |= {
+        "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
+        "train_seconds": sum(e.seconds for e in history),
+        "epochs": len(history),
+        "weights": settings.weights,
+        "seed": settings.seed,
+        **about,
+        **provenance(data.test.device),
+    }
+    importance = evidence.to_dataset(unit=result["unit"])
+    groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
+    xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+    figures.training_curve(history, run_dir / "training.png")
+    figures.evidence(evidence, result["khat_threshold"], run_dir)
+    figures.pictures(vae.model, vae.guide, data, run_dir)
+    write_json(run_dir / "result.json", result)
+
+
+class Log(Callback):
+    """Write metrics.csv after every epoch, and curves for TensorBoard if asked to."""
+
+    def __init__(self, run_dir: Path, tensorboard: bool):
+        self.run_dir, self._logged, self._writer = run_dir, 0, None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._writer = SummaryWriter(str(run_dir))
+
+    def start(self, training: Training) -> None:
+        if training.history:
+            self.save(training)
+
+    def save(self, training: Training) -> None:
+        write_csv(self.run_dir / "metrics.csv", [row._asdict() for row in training.history])
+        if self._writer:
+            for row in training.history[self._logged :]:
+                for name in ("objective", "train_elbo", "validation_elbo", "learning_rate"):
+                    self._writer.add_scalar(name, getattr(row, name), row.epoch)
+            self._writer.flush()
+        self._logged = len(training.history)
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._writer:
+            self._writer.close()
 
 
 def fit_run(
-    config: Config, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path
+    settings: Settings, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path
 ) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
-    writer = SummaryWriter(str(run_dir)) if config.tensorboard else None
-    logged = 0
-
-    def on_epoch(history: list[Epoch]) -> None:
-        nonlocal logged
-        write_csv(run_dir / "metrics.csv", [row._asdict() for row in history])
-        if writer:
-            for row in history[logged:]:
-                for name in ("objective", "train_elbo", "validation_elbo", "learning_rate"):
-                    writer.add_scalar(name, getattr(row, name), row.epoch)
-            writer.flush()
-        logged = len(history)
-
-    callbacks = [Checkpoint(run_dir / "checkpoint.pt", config.resume), OnEpoch(on_epoch)]
-    callbacks += [BestWeights()] if config.weights == "best" else []
-    callbacks += [EarlyStopping(config.patience)] if config.patience is not None else []
-    batches = data.batches(config.batch_size)
-    compiled = compiled_engine(config.epochs * len(batches), max_norm=config.max_norm, precision=config.precision)
-    engine = PyroSVI if config.engine == "pyro" else compiled
+    log = Log(run_dir, settings.tensorboard)
+    callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume), log]
+    callbacks += [BestWeights()] if settings.weights == "best" else []
+    callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []
+    batches = data.batches(settings.batch_size)
+    compiled = compiled_engine(settings.epochs * len(batches), max_norm=settings.max_norm, precision=settings.precision)
+    engine = PyroSVI if settings.engine == "pyro" else compiled
     try:
         return fit(
             vae,
             batches,
             data.validation,
-            epochs=config.epochs,
-            lr=config.lr,
-            schedule=config.schedule,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            schedule=settings.schedule,
             loss=objective,
             engine=engine,
             callbacks=callbacks,
@@ -158,12 +208,11 @@ def fit_run(
         if not isinstance(error, ContractError) and not _raised_by_a_library(error):
             raise  # an error in somebody's own class: its traceback says where
         reason = as_options(error)
-        refused = config.engine == "compiled" and "--engine pyro" in reason
+        refused = settings.engine == "compiled" and "--engine pyro" in reason
         option = "--engine compiled" if refused else f"--objective {type(objective).__name__}"
         raise RunError(f"{option}: {reason}") from error
     finally:
-        if writer:
-            writer.close()
+        log.close()
 
 
 def compiled_engine(num_steps: int, **settings: Any) -> Callable[..., CompiledSVI]:
@@ -182,5 +231,5 @@ def _raised_by_a_library(error: BaseException) -> bool:
 def resume_hint(run_dir: Path) -> str:
     """What to tell someone who pressed Ctrl-C."""
     if (run_dir / "checkpoint.pt").exists():
-        return f"go on with: python -m experiments.svi_mnist --run_dir {shlex.quote(str(run_dir))} --resume"
+        return f"go on with: pyro-vae train --run_dir {shlex.quote(str(run_dir))} --resume"
     return f"no epoch was finished; {run_dir} can be deleted"

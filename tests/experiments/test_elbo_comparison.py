@@ -7,7 +7,7 @@ import yaml
 
 from experiments import elbo_comparison
 from experiments.elbo_comparison import CLOSED, CONTENDERS, MEAN_FIELD, SAMPLED, TRACE, TWINS, MeanDifference
-from pyro_vae import runs
+from pyro_vae import cli
 from pyro_vae.data.fetched import Digits, cache_folder
 
 TINY = ["--dataset", "Digits", "--seeds", "2", "--epochs", "2", "--gradient_samples", "40", "--timing_steps", "3"]
@@ -192,7 +192,7 @@ def test_one_seed_has_no_error(tmp_path):
 def test_a_mistake_is_one_line_and_status_2(options, message, tmp_path, capsys):
     run_dir = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
-        runs.cli(lambda: elbo_comparison.main(["--dataset", "Digits", *options, "--run_dir", str(run_dir)]))
+        cli.guarded(lambda: elbo_comparison.main(["--dataset", "Digits", *options, "--run_dir", str(run_dir)]))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -202,7 +202,7 @@ def test_a_mistake_is_one_line_and_status_2(options, message, tmp_path, capsys):
 
 def test_divergence_stops_with_the_contender_and_the_cure(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        runs.cli(lambda: elbo_comparison.main([*TINY, "--lr", "1e6", "--run_dir", str(tmp_path / "run")]))
+        cli.guarded(lambda: elbo_comparison.main([*TINY, "--lr", "1e6", "--run_dir", str(tmp_path / "run")]))
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {TRACE}: ")

@@ -10,7 +10,7 @@ import torch
 
 from experiments import few_labels
 from experiments.few_labels import COMPONENTS, FEATURES, FINE_TUNED, LOGISTIC, PIXELS, SCRATCH
-from pyro_vae import runs
+from pyro_vae import cli, runs
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("labels") / "run"
     argv = "--dataset Digits --epochs 40 --latent_dim 8 --encoder.hidden [64] --decoder.hidden [64] "
     argv += "--evidence.num_samples 2 --evidence.annealed_images 0"
-    return runs.main([*argv.split(), f"--run_dir={run_dir}"])
+    return cli.train([*argv.split(), f"--run_dir={run_dir}"])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_accuracies(studied):
 
 
 def test_representations(finished):
-    vae, data = runs.load_run(finished), runs.load_data(finished)
+    vae, data = runs.load_model(finished), runs.load_data(finished)
     x = data.observe(torch.arange(200))
     spaces = few_labels.representations(vae.guide, x, data.test)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_representations(finished):
 
 
 def test_training_a_network_leaves_the_encoder_alone(finished):
-    vae, data = runs.load_run(finished), runs.load_data(finished)
+    vae, data = runs.load_model(finished), runs.load_data(finished)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     x, labels = data.observe(torch.arange(300)), data.train_labels[:300]
     model = few_labels.supervised(vae.posterior.network, 10, x, labels, 300)
@@ -76,9 +76,9 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
         return torch.nn.Sequential(network, torch.nn.Linear(network.out_features, num_classes))
 
     monkeypatch.setattr(few_labels, "supervised", supervised)
-    vae, data = runs.load_run(finished), runs.load_data(finished)
+    vae, data = runs.load_model(finished), runs.load_data(finished)
     x = data.observe(torch.arange(len(data.train_pixels)))
-    fresh = runs.build(runs.load_config(finished), data.image_shape)
+    fresh = runs.build(runs.load_settings(finished), data.image_shape)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     spaces = {PIXELS: (x.numpy(), data.test.numpy())}
     config = few_labels.Config(finished, labels=(2, 7), num_draws=2)
@@ -91,7 +91,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
 
 
 def test_names_of_networks(finished, monkeypatch, tmp_path):
-    vae = runs.load_run(finished)
+    vae = runs.load_model(finished)
     given = {}
     monkeypatch.setattr(few_labels, "study", lambda config, spaces, networks, x, data: given.update(networks) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -120,6 +120,6 @@ def test_images_without_labels_are_refused(tmp_path):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 255, (50, 4, 4), dtype=np.uint8))
     argv = f"--dataset Npy --dataset.path {tmp_path / 'images.npy'} --epochs 1 --latent_dim 2 --encoder.hidden [4] "
     argv += "--decoder.hidden [4] --evidence.num_samples 2 --evidence.annealed_images 0"
-    runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
+    cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
     with pytest.raises(runs.RunError, match="the data set has no labels"):
         few_labels.main([str(tmp_path / "run")])

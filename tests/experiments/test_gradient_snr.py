@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from experiments import gradient_snr
-from pyro_vae import MLP, Bernoulli, Conditional, MeanField, TwoLayerVAE, runs
+from pyro_vae import MLP, Bernoulli, Conditional, MeanField, TwoLayerVAE, cli, runs
 from pyro_vae.parts.priors import VampPrior
 
 
@@ -46,7 +46,7 @@ def test_a_slope():
 def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("snr") / "run"
     argv = "--dataset Digits --epochs 5 --latent_dim 3 --encoder.hidden [16] --decoder.hidden [16] "
-    runs.main([*(argv + "--evidence.num_samples 30 --evidence.annealed_images 0").split(), f"--run_dir={run_dir}"])
+    cli.train([*(argv + "--evidence.num_samples 30 --evidence.annealed_images 0").split(), f"--run_dir={run_dir}"])
     return run_dir
 
 

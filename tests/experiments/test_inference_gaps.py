@@ -13,7 +13,7 @@ import xarray as xr
 from oracles import BinaryLatents
 
 from experiments import inference_gaps
-from pyro_vae import Evidence, estimate_elbo, quadrature, runs
+from pyro_vae import Evidence, cli, estimate_elbo, quadrature, runs
 from pyro_vae.runs import figures, loading
 
 SETTINGS = ["--num_images=12", "--num_samples=200", "--num_steps=60", "--device=cpu"]
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("training_curve", "evidence", "pictures"):
             patch.setattr(figures, name, lambda *args: None)
-        runs.main(
+        cli.train(
             [
                 *("--dataset", "Digits", "--encoder.hidden", "[32]", "--decoder.hidden", "[32]", "--latent_dim", "2"),
                 *("--epochs", "25", "--evidence.num_samples", "10", "--device", "cpu", "--run_dir", str(run_dir)),
@@ -139,7 +139,7 @@ def test_bounds_are_in_order(written, split):
 
 def test_errors_are_those_of_the_images(written, split):
     gaps, values = result(written)["splits"][split]["gaps"], per_image(written, split)
-    size = values.sizes["image"]
+    size = values.sizes["datum"]
     assert size == result(written)["splits"][split]["num_images"] == 12
     difference = (values["elbo_mean_field"] - values["elbo"]).values
     spread = np.hypot(values["elbo_mean_field_se"], values["elbo_se"]).values
@@ -154,9 +154,9 @@ def test_errors_are_those_of_the_images(written, split):
 def test_values_are_those_of_the_images_named(trained, written, split):
     """log p(x) against quadrature, the encoder's ELBO against its mean over other draws."""
     values = per_image(written, split)
-    vae, data = runs.load_run(trained), runs.load_data(trained)
+    vae, data = runs.load_model(trained), runs.load_data(trained)
     x, among = runs.some_images(data, split, 12)
-    assert values["image"].values.tolist() == among.tolist()
+    assert values["datum"].values.tolist() == among.tolist()
     truth = quadrature(vae.model, vae.guide, x).log_px.numpy()
     for name in ("annealed", "importance"):
         error = (values[f"{name}_log_px"] - truth).values
@@ -254,7 +254,7 @@ def test_discrete_latent_variables_are_refused(trained, tmp_path, monkeypatch):
     for name in ("prior", "weight", "proposal"):
         setattr(programs, name, getattr(programs, name).float())
     vae = SimpleNamespace(model=programs.model, guide=programs.guide, to=lambda device: vae)
-    monkeypatch.setattr(loading, "load_run", lambda directory: vae)
+    monkeypatch.setattr(loading, "load_model", lambda directory: vae)
     message = complaint(trained, *SHORT, f"--out={tmp_path / 'out'}")
     assert message.startswith(f"{trained}: ")
     assert "discrete" in message

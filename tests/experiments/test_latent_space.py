@@ -12,14 +12,14 @@ from scipy import ndimage
 
 from experiments import latent_space
 from experiments.latent_space import Space, blur, copying, sharpness, spherical, straight
-from pyro_vae import runs
+from pyro_vae import cli, runs
 
 BASE = "--dataset Digits --epochs 20 --encoder.hidden [32] --decoder.hidden [32] --evidence.num_samples 2"
 PICTURES = ("traversals.png", "interpolations.png", "nearest.png")
 
 
 def train(folder, *argv):
-    return runs.main([*BASE.split(), "--evidence.annealed_images=0", f"--run_dir={folder}", *argv])
+    return cli.train([*BASE.split(), "--evidence.annealed_images=0", f"--run_dir={folder}", *argv])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def gaussian(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def space(planar):
-    vae, data = runs.load_run(planar), runs.load_data(planar)
+    vae, data = runs.load_model(planar), runs.load_data(planar)
     return Space(vae.model, vae.guide, data)
 
 
@@ -81,7 +81,7 @@ def test_quantiles_are_those_of_the_prior(space):
 
 
 def test_codes_are_decoded_by_the_decoder(space, planar):
-    vae = runs.load_run(planar)
+    vae = runs.load_model(planar)
     z = torch.randn(7, 2)
     with torch.no_grad():
         torch.testing.assert_close(space.decode(z), vae.likelihood(z).mean)

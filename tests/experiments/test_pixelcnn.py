@@ -9,7 +9,7 @@ import torch
 
 from experiments import pixelcnn
 from experiments.pixelcnn import MADE, Autoregressive, AutoregressiveModel, PixelCNN
-from pyro_vae import importance_sampling, runs
+from pyro_vae import cli, importance_sampling, runs
 
 NETWORKS = {
     "PixelCNN": lambda side: PixelCNN(side**2, side**2, channels=4, layers=4, image_shape=(1, side, side)),
@@ -73,7 +73,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("pixelcnn") / "run"
     argv = "--dataset Digits --epochs 5 --latent_dim 3 --encoder.hidden [16] --decoder.hidden [16] "
     argv += "--evidence.num_samples 30 --evidence.annealed_images 50 --evidence.annealing.num_temperatures 3"
-    return runs.main([*argv.split(), f"--run_dir={run_dir}"])
+    return cli.train([*argv.split(), f"--run_dir={run_dir}"])
 
 
 def test_the_comparison(finished, capsys):
@@ -82,7 +82,7 @@ def test_the_comparison(finished, capsys):
     result = json.loads((out / "result.json").read_text())
     vae, made, ours = result["models"]
     assert [each["name"] for each in (vae, made, ours)] == ["VAE", "MADE", "PixelCNN"]
-    run = runs.read(finished)
+    run = runs.load(finished)
     assert vae["log_likelihood"] == pytest.approx(run.result["test_log_likelihood"], abs=1e-4)
     for each in (made, ours):
         assert -35 < each["log_likelihood"] < -20  # with free pixels: -27
@@ -115,12 +115,12 @@ def test_masked_weights_are_not_counted():
 
 
 def test_differences_are_paired_by_image(finished):
-    run = runs.read(finished)
+    run = runs.load(finished)
     log_px = np.random.default_rng(0).normal(size=run.result["num_images"])
     row = pixelcnn.Row("exact", 1, log_px, 1.0, 1.0, torch.zeros(16, 64))
     found, how = pixelcnn.against(row, run)
     annealed = run.annealed["log_px"].values
-    expected = log_px[run.annealed["image"].values] - annealed
+    expected = log_px[run.annealed["datum"].values] - annealed
     assert len(annealed) == 50
     assert found.mean == pytest.approx(expected.mean())
     assert found.se == pytest.approx(expected.std(ddof=1) / 50**0.5)
@@ -145,7 +145,7 @@ def test_bad_settings_are_refused(tmp_path, argv, message):
 def test_other_images_are_refused(tmp_path):
     argv = "--dataset Digits --dataset.binarization dequantized --likelihood Gaussian --epochs 1 --latent_dim 2 "
     argv += "--evidence.num_samples 2 --evidence.annealed_images 0 --encoder.hidden [4] --decoder.hidden [4]"
-    runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
+    cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
     with pytest.raises(runs.RunError, match="its images must be binary and of one channel"):
         pixelcnn.main([str(tmp_path / "run")])
     with pytest.raises(ValueError, match="images of one channel"):

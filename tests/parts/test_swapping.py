@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae import TwoLayerVAE, log_weights, runs
+from pyro_vae import TwoLayerVAE, cli, log_weights, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.parts.priors import VampPrior
 
@@ -23,7 +23,7 @@ QUICK = [
 
 
 def run(directory, *argv):
-    runs.main([*QUICK, "--latent_dim=3", f"--run_dir={directory}", *argv])
+    cli.train([*QUICK, "--latent_dim=3", f"--run_dir={directory}", *argv])
     return json.loads((directory / "result.json").read_text())
 
 
@@ -104,7 +104,7 @@ def test_a_run_of_other_parts_loads_without_its_data(tmp_path, argv, monkeypatch
     result = run(tmp_path / "run", *argv)
     x = Digits("unused").load().test[:5]
     monkeypatch.setattr(Digits, "load", None)
-    vae = runs.load_run(tmp_path / "run")
+    vae = runs.load_model(tmp_path / "run")
     assert isinstance(vae, TwoLayerVAE) == ("--model=TwoLayerVAE" in argv)
     if isinstance(vae.prior, VampPrior):
         assert vae.prior.pseudo_inputs.shape == (7, 64)
@@ -115,8 +115,8 @@ def test_a_run_of_other_parts_loads_without_its_data(tmp_path, argv, monkeypatch
 def test_compare_pairs_runs_image_by_image(tmp_path, capsys):
     for name, argv in {"a": [], "b": ["--prior=GaussianMixture"]}.items():
         run(tmp_path / name, *argv)
-    a, b = (runs.read(tmp_path / name) for name in "ab")
-    (difference,) = runs.compare_main([str(tmp_path / "a"), str(tmp_path / "b")])
+    a, b = (runs.load(tmp_path / name) for name in "ab")
+    (difference,) = cli.compare([str(tmp_path / "a"), str(tmp_path / "b")])
     per_image = b.annealed["log_px"].values - a.annealed["log_px"].values
     assert difference.mean == pytest.approx(per_image.mean())
     assert difference.se == pytest.approx(np.std(per_image, ddof=1) / math.sqrt(9))
@@ -124,8 +124,8 @@ def test_compare_pairs_runs_image_by_image(tmp_path, capsys):
     assert difference.mc_se == pytest.approx(math.hypot(*errors) / 9)
     assert f"{difference.mean:+.3f}" in capsys.readouterr().out
     run(tmp_path / "c", "--evidence.annealed_images=0")  # then importance sampling is what both have
-    (difference,) = runs.compare_main([str(tmp_path / "c"), str(tmp_path / "b")])
-    c = runs.read(tmp_path / "c")
+    (difference,) = cli.compare([str(tmp_path / "c"), str(tmp_path / "b")])
+    c = runs.load(tmp_path / "c")
     assert difference.mean == pytest.approx((b.importance["log_px"] - c.importance["log_px"]).values.mean())
     assert "397 test images, 30 importance samples" in capsys.readouterr().out
 
@@ -143,15 +143,15 @@ def test_compare_refuses_numbers_that_mean_different_things(tmp_path, argv, word
     run(tmp_path / "a")
     run(tmp_path / "b", *argv)
     with pytest.raises(runs.RunError, match=f"cannot be compared: {word} is"):
-        runs.compare_main([str(tmp_path / "a"), str(tmp_path / "b")])
+        cli.compare([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
 def test_compare_refuses_what_is_no_run(tmp_path):
     with pytest.raises(runs.RunError, match="holds no finished run"):
-        runs.compare_main([str(tmp_path / "a"), str(tmp_path / "b")])
+        cli.compare([str(tmp_path / "a"), str(tmp_path / "b")])
     with pytest.raises(runs.RunError, match="named twice"):
-        runs.compare_main([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
+        cli.compare([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
     with pytest.raises(runs.RunError, match="at least two"):
-        runs.compare_main([str(tmp_path)])
+        cli.compare([str(tmp_path)])
     with pytest.raises(runs.RunError, match="usage: python"):
-        runs.compare_main([])
+        cli.compare([])

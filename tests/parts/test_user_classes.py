@@ -21,6 +21,7 @@ from pyro_vae import (
     Prior,
     StandardNormal,
     check_program,
+    cli,
     log_weights,
     runs,
 )
@@ -120,12 +121,12 @@ ARGV = [
 
 def test_own_classes_of_every_kind_run_and_load_and_round_trip(tmp_path, capsys):
     argv = [*ARGV, *QUICK[1:]]
-    runs.main([*argv, f"--run_dir={tmp_path / 'a'}"])
+    cli.train([*argv, f"--run_dir={tmp_path / 'a'}"])
     saved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     for option, (name, setting, value) in OWN.items():
         assert saved[option]["class_path"] == f"{__name__}.{name}"
         assert saved[option]["init_args"][setting] == value
-    vae = runs.load_run(tmp_path / "a")
+    vae = runs.load_model(tmp_path / "a")
     parts = {
         "prior": vae.prior,
         "likelihood": vae.likelihood.head,
@@ -140,10 +141,10 @@ def test_own_classes_of_every_kind_run_and_load_and_round_trip(tmp_path, capsys)
 
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        runs.main([*argv, "--print_config"])
+        cli.train([*argv, "--print_config"])
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     for name, file in {"b": tmp_path / "a" / "config.yaml", "c": tmp_path / "printed.yaml"}.items():
-        runs.main([f"--config={file}", f"--run_dir={tmp_path / name}"])
+        cli.train([f"--config={file}", f"--run_dir={tmp_path / name}"])
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in "abc"]
     assert results[0]["test_elbo"] == results[1]["test_elbo"] == results[2]["test_elbo"]
     assert results[0]["dataset"] == "FewDigits"
@@ -152,13 +153,13 @@ def test_own_classes_of_every_kind_run_and_load_and_round_trip(tmp_path, capsys)
 
 def test_help_of_an_own_class_explains_its_arguments(capsys):
     with pytest.raises(SystemExit):
-        runs.main([f"--prior.help={__name__}.Horseshoe"])
+        cli.train([f"--prior.help={__name__}.Horseshoe"])
     assert "of the tails, positive." in capsys.readouterr().out
 
 
 def test_what_an_own_class_refuses_is_one_line(tmp_path):
     with pytest.raises(runs.RunError, match=r"^--prior: scale must be positive, got -1.0$"):
-        runs.main([*QUICK, f"--prior={__name__}.Horseshoe", "--prior.scale=-1", f"--run_dir={tmp_path / 'a'}"])
+        cli.train([*QUICK, f"--prior={__name__}.Horseshoe", "--prior.scale=-1", f"--run_dir={tmp_path / 'a'}"])
 
 
 class ReturnsTensor(Prior):
@@ -300,7 +301,7 @@ BROKEN = {
 @pytest.mark.parametrize(("option", "name"), list(BROKEN))
 def test_a_class_that_breaks_the_contract_is_refused_in_one_line(tmp_path, option, name):
     with pytest.raises(runs.RunError) as caught:
-        runs.main([*QUICK, f"--{option}={__name__}.{name}", f"--run_dir={tmp_path / 'run'}"])
+        cli.train([*QUICK, f"--{option}={__name__}.{name}", f"--run_dir={tmp_path / 'run'}"])
     assert BROKEN[option, name] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -324,19 +325,19 @@ def test_a_pathwise_bound_refuses_draws_without_gradient():
 def test_such_a_bound_is_refused_before_anything_is_written(tmp_path, engine):
     argv = f"--dataset Digits --objective DReG --prior {__name__}.CountsPrior --posterior {__name__}.Counts"
     with pytest.raises(runs.RunError, match=r"^--objective DReG: guide site 'z' draws from Poisson, .*TVO") as caught:
-        runs.main([*argv.split(), f"--engine={engine}", f"--run_dir={tmp_path / 'run'}"])
+        cli.train([*argv.split(), f"--engine={engine}", f"--run_dir={tmp_path / 'run'}"])
     assert "--engine compiled" not in str(caught.value)
     assert not (tmp_path / "run").exists()
     argv = "--dataset Digits --objective ELBO --objective.kl analytic --prior StudentT"
     with pytest.raises(runs.RunError, match=r"from Normal to StudentT at site 'z': take --objective.kl sampled"):
-        runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
+        cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
 
 def test_a_vamp_prior_needs_the_mean_that_a_flow_has_not(tmp_path):
     argv = "--dataset Digits --model TwoLayerVAE --prior VampPrior --prior.components 5 --posterior Flow"
     with pytest.raises(runs.RunError, match=r"takes the mean of q\(z1 \| x\), which FlowDistribution has not: choose"):
-        runs.main([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
+        cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
 
 
 def test_a_posterior_with_the_priors_own_support_is_left_alone():

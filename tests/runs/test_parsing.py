@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from pyro_vae import MLP, Annealing, NonFiniteError, runs
+from pyro_vae import MLP, Annealing, NonFiniteError, cli, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.errors import RunError
 from pyro_vae.runs import directory, parsing
-from pyro_vae.runs.settings import Config
+from pyro_vae.runs.settings import Settings
 
 
 class NoSubclassOfAnything:
@@ -23,7 +23,7 @@ class NoSubclassOfAnything:
 def complaint(*argv):
     """The one line about a mistake in a command line."""
     with pytest.raises(RunError) as caught:
-        runs.parse(Config, argv)
+        runs.parse(Settings, argv)
     message = str(caught.value)
     assert "\n" not in message
     assert message
@@ -40,12 +40,13 @@ def in_folder(tmp_path, monkeypatch):
 
 
 def test_defaults():
-    config, text = runs.parse(Config, [])
-    for name, value in vars(Config()).items():
+    config, text = runs.parse(Settings, [])
+    for name, value in vars(Settings()).items():
         assert callable(value) or getattr(config, name) == value
     saved = yaml.safe_load(text)
     assert saved["dataset"]["class_path"] == "pyro_vae.data.MNIST"
     assert saved["dataset"]["init_args"]["binarization_seed"] == 777
+    assert saved["prior"]["class_path"] == "pyro_vae.parts.priors.StandardNormal"
     assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "tanh", "image_shape": None}
     assert (saved["epochs"], saved["lr"], saved["data_dir"]) == (40, 0.005, None)
     annealing = saved["evidence"].pop("annealing")
@@ -56,7 +57,7 @@ def test_defaults():
 
 def test_values_reach_the_parts(tmp_path):
     config, _ = runs.parse(
-        Config,
+        Settings,
         shlex.split(
             "--dataset Digits --dataset.binarization static --encoder.hidden [7,5] --encoder.activation relu --lr 1e-4 "
             "--evidence.num_samples 12 --patience 3 --run_dir x --weights best"
@@ -75,31 +76,31 @@ def test_values_reach_the_parts(tmp_path):
 
 @pytest.mark.parametrize("flag", [["--tensorboard"], ["--tensorboard", "true"], ["--tensorboard=true"]], ids=str)
 def test_a_flag_needs_no_value(flag):
-    assert runs.parse(Config, [*flag, "--epochs", "3"])[0].tensorboard
-    assert not runs.parse(Config, ["--tensorboard", "false", "--epochs", "3"])[0].tensorboard
+    assert runs.parse(Settings, [*flag, "--epochs", "3"])[0].tensorboard
+    assert not runs.parse(Settings, ["--tensorboard", "false", "--epochs", "3"])[0].tensorboard
 
 
 def test_the_command_line_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["svi_mnist", "--epochs", "3"])
-    assert runs.parse(Config)[0].epochs == 3
+    assert runs.parse(Settings)[0].epochs == 3
 
 
 @pytest.mark.parametrize("alpha", ["-.inf", "-1e3", "-2"])
 def test_a_negative_number_is_a_value(alpha):
-    config, _ = runs.parse(Config, ["--objective", "Renyi", "--objective.alpha", alpha, "--epochs", "3"])
+    config, _ = runs.parse(Settings, ["--objective", "Renyi", "--objective.alpha", alpha, "--epochs", "3"])
     assert config.objective().alpha == float(alpha.replace(".inf", "inf"))
     assert config.epochs == 3
 
 
 def test_saved_settings_give_the_same_settings_again(in_folder):
     argv = shlex.split("--dataset Digits --dataset.num_validation 9 --encoder.hidden [3] --lr 0.1 --objective ELBO")
-    _, text = runs.parse(Config, [*argv, "--run_dir", "x", "--tensorboard"])
+    _, text = runs.parse(Settings, [*argv, "--run_dir", "x", "--tensorboard"])
     (in_folder / "config.yaml").write_text(text)
-    config, again = runs.parse(Config, ["--config", "config.yaml"])
+    config, again = runs.parse(Settings, ["--config", "config.yaml"])
     assert again == text
     assert (config.lr, config.run_dir, config.tensorboard) == (0.1, None, False)
     assert config.objective().num_particles == 1
-    changed, _ = runs.parse(Config, ["--config", "config.yaml", "--lr", "0.2"])
+    changed, _ = runs.parse(Settings, ["--config", "config.yaml", "--lr", "0.2"])
     assert changed.lr == 0.2
 
 
@@ -107,43 +108,73 @@ def test_a_chosen_class_has_its_own_defaults(in_folder):
     """Not those of the class that it replaces, in a file or on the command line."""
     (in_folder / "gated.yaml").write_text("encoder: GatedMLP\n")
     for argv in (["--encoder", "GatedMLP"], ["--encoder=GatedMLP"], ["--config", "gated.yaml"]):
-        _, text = runs.parse(Config, argv)
+        _, text = runs.parse(Settings, argv)
         assert yaml.safe_load(text)["encoder"]["init_args"] == {"hidden": [300, 300], "image_shape": None}
     (in_folder / "narrow.yaml").write_text("encoder: {hidden: [7]}\n")
     for argv in (["--encoder.hidden", "[7]", "--encoder", "GatedMLP"], ["--config", "narrow.yaml"]):
-        _, text = runs.parse(Config, argv)
+        _, text = runs.parse(Settings, argv)
         assert yaml.safe_load(text)["encoder"]["init_args"]["hidden"] == [7]
 
 
 def test_print_config_can_be_given_back(in_folder, capsys):
     with pytest.raises(SystemExit) as caught:
-        runs.parse(Config, ["--dataset", "Digits", "--epochs", "3", "--print_config"])
+        runs.parse(Settings, ["--dataset", "Digits", "--epochs", "3", "--print_config"])
     assert caught.value.code == 0
     (in_folder / "mine.yaml").write_text(capsys.readouterr().out)
     assert (
-        runs.parse(Config, ["--config", "mine.yaml"])[1]
-        == runs.parse(Config, shlex.split("--dataset Digits --epochs 3"))[1]
+        runs.parse(Settings, ["--config", "mine.yaml"])[1]
+        == runs.parse(Settings, shlex.split("--dataset Digits --epochs 3"))[1]
     )
 
 
-def test_help_teaches(capsys):
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_shows_what_matters_first(capsys, word):
     with pytest.raises(SystemExit) as caught:
-        runs.parse(Config, ["--help"])
+        runs.parse(Settings, ["--epochs=3", word])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 60
+    assert max(map(len, text.splitlines())) <= 120
+    for name in Settings.MAIN:
+        assert f"--{name} " in text
+    assert "--evidence" not in text
+    flat = " ".join(text.split())
+    assert "report its test log-likelihood with its error" in flat
+    assert "dimensions of z, at least 1 (default 50)" in flat
+    assert "p(z): DiagonalNormal, Flow, GaussianMixture, " in flat
+    assert "or an import path (default StandardNormal)" in flat
+    assert "--help.all lists every option" in flat
+
+
+@pytest.mark.parametrize(
+    "settings", [runs.EvaluationSettings, runs.ComparisonSettings, runs.StudySettings], ids=lambda each: each.__name__
+)
+def test_help_of_every_command_is_short(capsys, settings):
+    with pytest.raises(SystemExit):
+        runs.parse(settings, ["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 60
+    assert "--run_dir" in text
+
+
+def test_help_all_teaches(capsys):
+    with pytest.raises(SystemExit) as caught:
+        runs.parse(Settings, ["--help.all"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "report its test log-likelihood with its error" in text
     assert "dimensions of z, at least 1. (type: int, default: 50)" in text
     assert "known subclasses: " in text
-    assert "pyro_vae.StandardNormal" in text
+    assert "StandardNormal" in text
     assert "go on with the interrupted run in --run_dir" in text
-    for name in vars(Config()):
+    for name in vars(Settings()):
         assert f"--{name}" in text
     assert "--evidence.num_samples" in text
 
 
 def test_help_of_a_part_teaches(capsys):
     with pytest.raises(SystemExit) as caught:
-        runs.parse(Config, ["--encoder.help", "MLP"])
+        runs.parse(Settings, ["--encoder.help", "MLP"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--encoder.hidden" in text
@@ -162,7 +193,7 @@ def test_help_of_a_part_teaches(capsys):
         (["--dataset", "MNST"], ["--dataset", "did you mean MNIST?", "Digits", "Npz"]),
         (["--objective", "IVAE"], ["--objective: 'IVAE' is no known class", "ELBO", "Trace_ELBO"]),
         (["--prior", "no_such_module.Prior"], ["--prior: No module named 'no_such_module'", "StandardNormal"]),
-        (["--prior", "pyro_vae.Foo"], ["--prior: module 'pyro_vae' has no attribute 'Foo'", "StandardNormal"]),
+        (["--prior", "pyro_vae.Foo"], ["--prior: ", "attribute", "Foo", "StandardNormal"]),
         (["--prior", "pyro_vae.MLP"], ["--prior: pyro_vae.MLP is no Prior; choose one of", "StandardNormal"]),
         (["--encoder", "torch.nn.Linear"], ["--encoder: torch.nn.Linear is no Network; choose one of", "MLP"]),
         (["--objective", "pyro_vae.MLP"], ["--objective: pyro_vae.MLP is no Objective | ELBO; choose"]),
@@ -268,9 +299,9 @@ def test_a_module_that_does_not_compile(in_folder, monkeypatch):
 
 
 def test_a_complaint_that_is_not_understood_is_still_one_line():
-    options = runs.parser(Config)
+    options = runs.parser(Settings)
     for message in ("Parser key \"prior\":\n  Option 'a' is not accepted", "something\n  else", 'Parser key "x":\n  y'):
-        line = parsing._one_line(message, Config, options)
+        line = parsing._one_line(message, Settings, options)
         assert "\n" not in line
         assert message.split()[-1] in line
 
@@ -379,14 +410,14 @@ def test_resuming_without_a_run(tmp_path):
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path):
-    _, text = runs.parse(Config, shlex.split("--dataset Npz --dataset.path a.npz --lr 0.1"))
+    _, text = runs.parse(Settings, shlex.split("--dataset Npz --dataset.path a.npz --lr 0.1"))
     runs.open_run(tmp_path, text, resume=False)
-    config, again = runs.parse(Config, ["--run_dir", str(tmp_path), "--resume"])
+    config, again = runs.parse(Settings, ["--run_dir", str(tmp_path), "--resume"])
     assert again == text
     assert config.lr == 0.1
     assert config.resume
     same = ["--resume", f"--run_dir={tmp_path}", "--dataset.path", "a.npz", "--lr", "0.1"]
-    assert runs.parse(Config, same)[1] == text
+    assert runs.parse(Settings, same)[1] == text
 
 
 # The edge of the program
@@ -411,7 +442,7 @@ def test_cli_gives_a_status_and_one_line(error, status, words, capsys):
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        runs.cli(main)
+        cli.guarded(main)
     assert caught.value.code == status
     output = capsys.readouterr()
     assert output.out == ""
@@ -424,7 +455,7 @@ def test_cli_hides_no_bug():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        runs.cli(main)
+        cli.guarded(main)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from experiments import evidence_comparison
-from pyro_vae import importance_sampling, runs
+from pyro_vae import cli, importance_sampling, runs
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +17,13 @@ def run(tmp_path_factory):
     """A finished run with a single latent dimension, so that its log p(x) is known by quadrature."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     argv = "--dataset Digits --epochs 5 --latent_dim 1 --encoder.hidden [16] --decoder.hidden [16] --device cpu"
-    return runs.main(
-        [*argv.split(), "--evidence.num_samples=30", "--evidence.annealed_images=0", f"--run_dir={directory}"]
-    )
+    argv = [*argv.split(), "--evidence.num_samples=30", "--evidence.annealed_images=0", f"--run_dir={directory}"]
+    return cli.train(argv).path
 
 
 def exact(run, split, among):
     """log p(x) of some images by the trapezoidal rule over z, by hand."""
-    vae, data = runs.load_run(run).double(), runs.load_data(run)
+    vae, data = runs.load_model(run).double(), runs.load_data(run)
     x = data.test[among] if split == "test" else None
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64).unsqueeze(-1)
     with torch.no_grad():
@@ -34,7 +33,11 @@ def exact(run, split, among):
 
 
 def written(path):
-    return json.loads(path.read_text())
+    return json.loads((path / "result.json").read_text())
+
+
+def evaluated(argv):
+    return cli.evaluate(argv).path
 
 
 @pytest.mark.parametrize(
@@ -49,11 +52,11 @@ def written(path):
 )
 def test_every_estimator_agrees_with_quadrature(run, argv, capsys):
     name = "".join(c for c in " ".join(argv) if c.isalnum())
-    path = runs.evaluate_main([str(run), *argv, "--num_images=40", f"--name={name}"])
+    path = evaluated([str(run), *argv, "--num_images=40", f"--name={name}"])
     found = written(path)
-    with xr.open_datatree(path.with_suffix(".nc")) as tree:
+    with xr.open_datatree(path / "evidence.nc") as tree:
         group = tree[found["estimator"]]
-        among = torch.tensor(group["image"].values)
+        among = torch.tensor(group["datum"].values)
         truth = exact(run, "test", among).numpy()
         assert len(set(among.tolist())) == 40 == found["num_images"]
         assert abs(group["log_px"].values.mean() - truth.mean()) < 4 * found["mc_se"] + 0.03
@@ -66,7 +69,7 @@ def test_every_estimator_agrees_with_quadrature(run, argv, capsys):
 
 
 def test_bidirectional_monte_carlo_is_narrow_around_the_truth(run, capsys):
-    path = runs.evaluate_main([str(run), "--estimator=bdmc", "--num_images=60", "--annealing.num_temperatures=20"])
+    path = evaluated([str(run), "--estimator=bdmc", "--num_images=60", "--annealing.num_temperatures=20"])
     found = written(path)
     assert found["width"] == pytest.approx(found["upper"] - found["lower"])
     assert abs(found["width"]) < 4 * found["width_se"] + 0.02
@@ -86,10 +89,8 @@ def test_training_images_are_the_same_each_time_and_others_than_the_test_images(
     whole, places = runs.some_images(data, "test", None)
     assert torch.equal(whole, data.test)
     assert places.tolist() == list(range(len(data.test)))
-    path = runs.evaluate_main(
-        [str(run), "--estimator=importance", "--split=train", "--num_images=30", "--num_samples=50"]
-    )
-    vae = runs.load_run(run)
+    path = evaluated([str(run), "--estimator=importance", "--split=train", "--num_images=30", "--num_samples=50"])
+    vae = runs.load_model(run)
     torch.manual_seed(0)
     log_px = importance_sampling(vae.model, vae.guide, x, 50).log_px
     assert written(path)["log_likelihood"] == pytest.approx(log_px.mean().item(), abs=1e-6)
@@ -97,9 +98,7 @@ def test_training_images_are_the_same_each_time_and_others_than_the_test_images(
 
 def test_unreliable_weights_are_called_so(run, capsys, monkeypatch):
     monkeypatch.setattr("pyro_vae.infer.evidence.result.pareto_k_threshold", lambda num: -9.0)
-    path = runs.evaluate_main(
-        [str(run), "--estimator=importance", "--num_images=10", "--num_samples=100", "--name=bad"]
-    )
+    path = evaluated([str(run), "--estimator=importance", "--num_images=10", "--num_samples=100", "--name=bad"])
     assert written(path)["reliable"] is False
     assert "not to be believed: 100% of the images" in capsys.readouterr().out
 
@@ -125,35 +124,37 @@ def test_unreliable_weights_are_called_so(run, capsys, monkeypatch):
 )
 def test_bad_settings_are_refused(run, argv, message):
     with pytest.raises(runs.RunError, match=message):
-        runs.evaluate_main([str(run), *argv])
+        cli.evaluate([str(run), *argv])
 
 
 def test_nothing_is_overwritten_and_no_run_is_refused(run, tmp_path):
     argv = [str(run), "--estimator=importance", "--num_images=5", "--num_samples=5", "--name=once"]
-    before = runs.evaluate_main(argv).read_bytes()
-    with pytest.raises(runs.RunError, match="never overwritten: choose another --name"):
-        runs.evaluate_main(argv)
-    assert (run / "evaluations" / "once.json").read_bytes() == before
-    (run / "evaluations" / "half.nc").write_text("precious")
-    with pytest.raises(runs.RunError, match=r"half\.nc exists and is never overwritten"):
-        runs.evaluate_main([*argv[:-1], "--name=half"])
-    assert (run / "evaluations" / "half.nc").read_text() == "precious"
+    before = (evaluated(argv) / "result.json").read_bytes()
+    with pytest.raises(runs.RunError, match="never overwritten: choose another directory by --name or --run_dir"):
+        cli.evaluate(argv)
+    assert (run / "evaluations" / "once" / "result.json").read_bytes() == before
+    (run / "evaluations" / "half").mkdir()
+    (run / "evaluations" / "half" / "evidence.nc").write_text("precious")
+    for place in ("--name=half", f"--run_dir={run / 'evaluations' / 'half'}"):
+        with pytest.raises(runs.RunError, match=r"half exists and is never overwritten"):
+            cli.evaluate([*argv[:-1], place])
+    assert (run / "evaluations" / "half" / "evidence.nc").read_text() == "precious"
     with pytest.raises(runs.RunError, match="holds no finished run"):
-        runs.evaluate_main([str(tmp_path)])
+        cli.evaluate([str(tmp_path)])
     with pytest.raises(runs.RunError, match="--run must be given"):
-        runs.evaluate_main([])
+        cli.evaluate([])
 
 
 @pytest.fixture(scope="module")
 def compared(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared") / "out"
     argv = "--num_images 12 --guide_samples [1,200] --laplace_samples [50] --guide_temperatures [30,3]"
-    evidence_comparison.main([str(run), *argv.split(), "--laplace_temperatures=[4]", f"--out={out}"])
+    evidence_comparison.main([str(run), *argv.split(), "--laplace_temperatures=[4]", f"--run_dir={out}"])
     return out
 
 
 def test_comparison_of_estimators(run, compared):
-    content = written(compared / "result.json")
+    content = written(compared)
     names = [(row["split"], row["estimator"], row["setting"]) for row in content["rows"]]
     assert names[:7] == [
         ("test", "ELBO", 100),
@@ -180,7 +181,7 @@ def test_comparison_of_estimators(run, compared):
 
 
 def test_evaluations_are_counted(compared):
-    rows = {(row["estimator"], row["setting"]): row for row in written(compared / "result.json")["rows"][:7]}
+    rows = {(row["estimator"], row["setting"]): row for row in written(compared)["rows"][:7]}
     # besides the samples asked for: two checks of the programs, and how much memory a sample takes, over 12 images
     overhead = 4 + (64 + 128) / 12
     assert rows["importance, guide", 200]["evaluations"] == pytest.approx(200 + overhead, abs=2)
@@ -204,5 +205,5 @@ def test_bad_settings_of_the_comparison_are_refused(run, argv, message):
 
 def test_the_comparison_is_never_overwritten(run, compared):
     with pytest.raises(runs.RunError, match="never overwritten"):
-        evidence_comparison.main([str(run), f"--out={compared}"])
-    assert np.isfinite(written(compared / "result.json")["rows"][0]["log_px"])
+        evidence_comparison.main([str(run), f"--run_dir={compared}"])
+    assert np.isfinite(written(compared)["rows"][0]["log_px"])

@@ -31,10 +31,10 @@ def finished(tmp_path_factory):
 
 def test_differences_are_paired_by_seed_and_image(finished):
     read = {
-        name: [runs.read(finished / f"{name}-seed{seed}") for seed in range(2)] for name in ("Normal", "Mixture-of-3")
+        name: [runs.load(finished / f"{name}-seed{seed}") for seed in range(2)] for name in ("Normal", "Mixture-of-3")
     }
     log_px = {name: np.stack([run.annealed["log_px"].values for run in each]) for name, each in read.items()}
-    first, second = json.loads((finished / "summary.json").read_text())["summaries"]
+    first, second = json.loads((finished / "result.json").read_text())["summaries"]
     paired = log_px["Mixture-of-3"] - log_px["Normal"]
     assert (first["name"], second["name"], second["reference"]) == ("Normal", "Mixture, of 3", "Normal")
     annealed = [run.result["annealed_log_likelihood"] for run in read["Normal"]]
@@ -56,16 +56,16 @@ def test_differences_are_paired_by_seed_and_image(finished):
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     done = finished / "Mixture-of-3-seed1" / "result.json"
     kept = {path: path.stat().st_mtime_ns for path in finished.glob("*/result.json") if path != done}
-    before = (finished / "summary.json").read_text()
+    before = (finished / "result.json").read_text()
     done.unlink()
     ran = []
-    monkeypatch.setattr(studies, "main", lambda argv, main=runs.main: (ran.append(argv), main(argv)))
+    monkeypatch.setattr(studies, "train", lambda settings, text: (ran.append(settings), runs.train(settings, text)))
     argv = [f"--run_dir={finished}", "--resume"]
     prior_study.main(argv)
     assert len(ran) == 1
-    assert "--seed=1" in ran[0]
+    assert ran[0].seed == 1
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    previous, now = json.loads(before), json.loads((finished / "summary.json").read_text())
+    previous, now = json.loads(before), json.loads((finished / "result.json").read_text())
     for old, new in zip(previous["summaries"], now["summaries"], strict=True):
         assert old["log_likelihood"] == new["log_likelihood"]
     prior_study.main(argv)
@@ -127,7 +127,7 @@ def test_masses_densities_and_scores_are_kept_apart(tmp_path):
     run_dir = tmp_path / "study"
     argv = [f"--run_dir={run_dir}", "--seeds=1", f"--contenders={json.dumps(contenders)}", COMMON]
     likelihood_study.main(argv)
-    content = json.loads((run_dir / "summary.json").read_text())
+    content = json.loads((run_dir / "result.json").read_text())
     references = {s["name"]: s["reference"] for s in content["summaries"]}
     assert references == {"Gaussian": "Gaussian", "Beta": "Gaussian", "Categorical": "Categorical", "score": "score"}
     bits = {s["name"]: s["bits_per_dim"] for s in content["summaries"]}
@@ -204,7 +204,7 @@ def test_bounds_are_compared_within_layers_and_number_of_samples(tmp_path):
     common = COMMON.replace("--epochs 1 ", "").replace("--latent_dim 3 ", "") + " --batch_size 200"
     bound_study.main([f"--run_dir={run_dir}", "--stages=2", f"--contenders={json.dumps(given)}", common])
     text = (run_dir / "table.md").read_text()
-    runs_of = {name: runs.read(run_dir / f"{runs.slug(name)}-seed0") for name in given}
+    runs_of = {name: runs.load(run_dir / f"{runs.slug(name)}-seed0") for name in given}
     dreg, iwae = (runs_of[f"2 layers, {each}, K=5"].annealed["log_px"].values.mean() for each in ("DReG", "IWAE"))
     assert f"2 layers, K=5: DReG minus IWAE | {dreg - iwae:+.2f}" in text
     assert all(run.result["epochs"] == 4 for run in runs_of.values())  # 1 + 3
@@ -225,7 +225,7 @@ def test_published_figures_belong_to_contenders():
 
 
 def test_a_study_of_bounds_has_the_papers_settings():
-    config, _ = runs.parse(runs.Config, bound_study.Config(stages=3).arguments())
+    config, _ = runs.parse(runs.Settings, bound_study.Config(stages=3).arguments())
     assert (config.schedule, config.epochs, config.lr, config.batch_size) == ("stages", 13, 1e-3, 20)
     assert config.evidence.num_samples == 5000
     with pytest.raises(ValueError, match="--common: --epochs is that of the study, which --stages sets"):
@@ -235,7 +235,7 @@ def test_a_study_of_bounds_has_the_papers_settings():
 def test_engines_train_the_same_model(tmp_path):
     """Uncompiled, as in a run so short, they differ by rounding alone."""
     engine_study.main([f"--run_dir={tmp_path / 'study'}", "--seeds=1", COMMON])
-    pyros, ours, rounded = json.loads((tmp_path / "study" / "summary.json").read_text())["summaries"]
+    pyros, ours, rounded = json.loads((tmp_path / "study" / "result.json").read_text())["summaries"]
     assert ours["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=1e-3)
     assert rounded["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=0.3)
     assert rounded["log_likelihood"] != pyros["log_likelihood"]

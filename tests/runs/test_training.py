@@ -18,7 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pyro_vae import MLP, VAE, Bernoulli, CompiledSVI, Evidence, Likelihood, PyroSVI, StandardNormal, log_weights, runs
+from pyro_vae import (
+    MLP,
+    VAE,
+    Bernoulli,
+    CompiledSVI,
+    Evidence,
+    Likelihood,
+    PyroSVI,
+    StandardNormal,
+    cli,
+    log_weights,
+    runs,
+)
 from pyro_vae.data.fetched import MNIST, Digits
 from pyro_vae.data.images import Dataset
 from pyro_vae.errors import RunError
@@ -103,17 +115,17 @@ def finished(tmp_path_factory):
     original = runs.score_test
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "score_test", evaluate)
-        assert runs.main([*TINY, "--run_dir", str(run_dir), "--tensorboard"]) == run_dir
+        assert cli.train([*TINY, "--run_dir", str(run_dir), "--tensorboard"]).path == run_dir
     return run_dir, trained[0]
 
 
 def run(run_dir, *argv):
-    return runs.main([*TINY, "--run_dir", str(run_dir), *argv])
+    return cli.train([*TINY, "--run_dir", str(run_dir), *argv]).path
 
 
 def complaint(*argv):
     with pytest.raises(RunError) as caught:
-        runs.main([*TINY, *argv])
+        cli.train([*TINY, *argv])
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -193,8 +205,8 @@ def test_evidence_is_that_of_the_result(finished):
         assert (group["khat"].values > 0.7).mean() == pytest.approx(found["share_khat_above_0_7"])
         assert group.attrs == {"unit": found["unit"], "num_samples": 30}
         annealed = tree["annealed"]
-        difference = annealed["log_px"].values - log_px[annealed["image"].values]
-        assert len(set(annealed["image"].values)) == 40
+        difference = annealed["log_px"].values - log_px[annealed["datum"].values]
+        assert len(set(annealed["datum"].values)) == 40
         assert found["annealed_log_likelihood"] == pytest.approx(log_px.mean() + difference.mean(), rel=1e-9)
         share, mc = 40 / 397, np.sqrt((annealed["mc_se"].values ** 2).sum()) / 40
         error = np.sqrt((1 - share) * difference.var(ddof=1) / 40 + share * mc**2)
@@ -250,7 +262,7 @@ def test_load_run_gives_the_same_model_without_data(finished, monkeypatch):
 
     monkeypatch.setattr(Dataset, "load", fail)
     monkeypatch.setattr(Digits, "read", fail)
-    vae = runs.load_run(str(run_dir))
+    vae = runs.load_model(str(run_dir))
     assert isinstance(vae, VAE)
     assert not vae.training
     x = torch.bernoulli(torch.full((20, 64), 0.4))
@@ -298,14 +310,14 @@ def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path, no_figu
 
 def test_config_repeats_the_run(finished, tmp_path, no_figures):
     run_dir, _ = finished
-    runs.main(["--config", str(run_dir / "config.yaml"), "--run_dir", str(tmp_path / "new")])
+    cli.train(["--config", str(run_dir / "config.yaml"), "--run_dir", str(tmp_path / "new")])
     assert_same_run(tmp_path / "new", run_dir)
     assert (tmp_path / "new" / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
 
 
 def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures):
     monkeypatch.chdir(tmp_path)
-    made = [runs.main(TINY) for _ in range(2)]
+    made = [cli.train(TINY).path for _ in range(2)]
     assert made[0] != made[1]
     for run_dir in made:
         assert run_dir.parent == Path("runs")
@@ -358,7 +370,7 @@ def test_choices(tmp_path, argv, changed):
     assert {name: found[name] for name in changed} == changed
     assert math.isfinite(found["test_log_likelihood"])
     assert {path.name for path in run_dir.iterdir()} == FILES
-    assert isinstance(runs.load_run(run_dir), VAE)
+    assert isinstance(runs.load_model(run_dir), VAE)
 
 
 def test_settings_reach_the_training(tmp_path, monkeypatch):
@@ -424,7 +436,7 @@ def test_images_of_other_shapes(tmp_path, shape):
     run_dir = run(tmp_path / "run", "--dataset", "Npz", "--dataset.path", str(tmp_path / "images.npz"))
     assert {path.name for path in run_dir.iterdir()} == FILES
     size = math.prod(shape)
-    assert runs.load_run(run_dir).likelihood.head.event_size == size
+    assert runs.load_model(run_dir).likelihood.head.event_size == size
     assert -1.5 * size < result(run_dir)["test_log_likelihood"] < 0
 
 
@@ -491,15 +503,15 @@ def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monk
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch)
         with pytest.raises(SystemExit) as caught:
-            runs.cli(lambda: run(run_dir))
+            cli.guarded(lambda: run(run_dir))
     assert caught.value.code == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == f"interrupted: go on with: python -m experiments.svi_mnist --run_dir '{run_dir}' --resume"
+    assert last == f"interrupted: go on with: pyro-vae train --run_dir '{run_dir}' --resume"
     assert not (run_dir / "result.json").exists()
 
     steps, step = [], CompiledSVI.step
     monkeypatch.setattr(CompiledSVI, "step", lambda self, x: (steps.append(len(x)), step(self, x))[1])
-    runs.main(["--run_dir", str(run_dir), "--resume"])
+    cli.train(["--run_dir", str(run_dir), "--resume"])
     assert len(steps) == steps_left
     assert_same_run(run_dir, finished[0])
     assert {path.name for path in run_dir.iterdir()} == FILES - {f"{name}.png" for name in FIGURES}
@@ -522,7 +534,7 @@ def test_resuming_a_finished_run_prints_its_result_and_touches_nothing(finished,
     before = contents(run_dir)
     monkeypatch.setattr(Digits, "read", lambda self: pytest.fail("data were read"))
     monkeypatch.setattr(CompiledSVI, "step", lambda self, x: pytest.fail("a step was taken"))
-    assert runs.main(["--run_dir", str(run_dir), "--resume"]) == run_dir
+    assert cli.train(["--run_dir", str(run_dir), "--resume"]).path == run_dir
     output = capsys.readouterr().out
     assert "This run is finished" in output
     assert f"{result(run_dir)['test_log_likelihood']:.2f}" in output
@@ -742,7 +754,7 @@ def test_nan_ends_the_run_in_one_line(tmp_path, part, name, capsys):
     # the first calls check the program, then each epoch has 5 steps and a validation: it breaks down in the second
     argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "19", "--engine", "pyro"]
     with pytest.raises(SystemExit) as caught:
-        runs.cli(lambda: run(run_dir, *argv))
+        cli.guarded(lambda: run(run_dir, *argv))
     assert caught.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: training stopped")
@@ -791,7 +803,7 @@ def test_loading_what_is_no_finished_run(finished, tmp_path, spoil, words):
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
     spoil(run_dir)
     with pytest.raises(RunError, match=words) as caught:
-        runs.load_run(run_dir)
+        runs.load_model(run_dir)
     assert str(run_dir) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -799,7 +811,7 @@ def test_loading_what_is_no_finished_run(finished, tmp_path, spoil, words):
 # The program
 
 
-def program(*argv, code="from pyro_vae import runs; runs.cli(runs.main)"):
+def program(*argv, code="from pyro_vae import cli; cli.guarded(cli.train)"):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
 
 
@@ -815,9 +827,10 @@ def test_a_mistake_has_status_2_and_one_line(tmp_path):
 
 INTERRUPTED = """
 import signal
-from pyro_vae import runs
-runs.write_csv = lambda path, rows: signal.raise_signal(signal.SIGINT)
-runs.cli(runs.main)
+from pyro_vae import cli
+from pyro_vae.runs import training
+training.write_csv = lambda path, rows: signal.raise_signal(signal.SIGINT)
+cli.guarded(cli.train)
 """
 
 
@@ -825,7 +838,7 @@ def test_ctrl_c_has_status_130_and_says_how_to_go_on(tmp_path):
     done = program(*TINY, "--run_dir", str(tmp_path / "run"), code=INTERRUPTED)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
-    expected = f"interrupted: go on with: python -m experiments.svi_mnist --run_dir {tmp_path / 'run'} --resume"
+    expected = f"interrupted: go on with: pyro-vae train --run_dir {tmp_path / 'run'} --resume"
     assert done.stderr.splitlines()[-1] == expected
 
 

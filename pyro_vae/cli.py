@@ -1,0 +1,104 @@
+"""The command pyro-vae: it reads its arguments, calls pyro_vae.runs, and tells a user's mistake in one line."""
+
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
+
+if TYPE_CHECKING:
+    from pyro_vae.runs import Comparison, Run, Scored, Study
+
+USAGE = """usage: pyro-vae COMMAND [options]
+
+  train      train a VAE, score it and draw it; the directory it writes is a run
+  evaluate   score a finished run again: by another estimator, on more data, on training data
+  compare    differences of log p(x) between finished runs, paired by datum, with their errors
+  study      the same run for several contenders and seeds, and their differences
+
+pyro-vae COMMAND --help shows the options that matter first, --help.all every one."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``pyro-vae``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "evaluate": evaluate, "compare": compare, "study": study}
+
+    def run() -> None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE)
+        elif argv[0] in commands:
+            commands[argv[0]](argv[1:])
+        else:
+            raise RunError(f"unknown command {argv[0]}: choose {', '.join(commands)}")
+
+    guarded(run)
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "pyro-vae train") -> "Run":
+    """Train the run that ``argv`` asks for, or with ``--resume`` go on with it."""
+    from pyro_vae import runs
+
+    settings, text = runs.parse(runs.Settings, argv, prog=prog)
+    return runs.train(settings, text)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> "Scored":
+    """Score a finished run as told by ``argv``."""
+    from pyro_vae import runs
+
+    settings, text = runs.parse(runs.EvaluationSettings, argv, first="run", prog="pyro-vae evaluate")
+    scored = runs.evaluate(settings, text)
+    print(f"\n{runs.evaluation_table(scored.result)}\n\n{scored.path}")
+    return scored
+
+
+def compare(argv: Sequence[str] | None = None) -> "Comparison":
+    """Compare the finished runs that ``argv`` names."""
+    from pyro_vae import runs
+
+    settings, text = runs.parse(runs.ComparisonSettings, argv, first="runs", prog="pyro-vae compare")
+    compared = runs.compare(settings.runs, settings.run_dir, text)
+    print(compared.table())
+    if settings.run_dir:
+        print(f"\n{settings.run_dir}")
+    return compared
+
+
+def study(argv: Sequence[str] | None = None) -> "Study":
+    """Run the study of the contenders that ``argv`` names."""
+    from pyro_vae import runs
+
+    done = runs.run_study(runs.StudySettings, argv, "study", prog="pyro-vae study")
+    runs.report_study(done, "log p(x) of each contender, minus that of the first")
+    return done
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a program: a user's mistake is one line on stderr and exit status 2, Ctrl-C is status 130."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=DeprecationWarning, module="pyro_vae|experiments|__main__")
+            warnings.showwarning = _one_line
+            command()
+    except (RunError, NonFiniteError, MissingExtra) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        import torch
+
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory ({textwrap.shorten(str(error), 200)}); try smaller sizes", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    print(f"{category.__name__}: {message}", file=sys.stderr)

@@ -1,0 +1,260 @@
+"""Settings that say what is built, by class or function: checked before anything is called, and written as YAML.
+
+A file of settings names what the program calls, and files travel. So only what a setting is annotated to make is built:
+a subclass of the class named there, or a function annotated to return one. Modules that are named are imported, which
+classes of one's own need; nothing else in them is called.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from torch import Tensor, nn
+
+from pyro_vae.errors import RunError
+
+
+def check_factories(settings: Mapping[str, Any], config: type) -> None:
+    """Refuse what would be called and is not what the annotations of ``config`` say; nothing is called to find out.
+
+    Args:
+        settings: as they were read, before anything is built: classes as mappings with ``class_path``.
+        config: the class of settings.
+
+    Raises:
+        RunError: naming the option, what was given, and what would be right.
+    """
+    hints = get_type_hints(config)
+    for name, value in settings.items():
+        _check(value, hints.get(name, Any), f"--{name}")
+
+
+def _check(value: Any, annotation: Any, where: str) -> None:
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            made = imported(value["class_path"], where)
+            _refuse_other(made, annotation, where, value["class_path"])
+            hints = parameters(made)
+            arguments = value.get("init_args") or {}
+            arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments)
+            for name, each in arguments.items():
+                _check(each, hints.get(name, Any), f"{where}.{name}")
+            _check(value.get("dict_kwargs"), Any, where)
+        else:
+            inner = get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
+            for name, each in value.items():
+                _check(each, inner.get(name, annotation), f"{where}.{name}")
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            _check(each, annotation, where)
+    elif callable(value) and _classes_made(annotation) - {nn.Module}:
+        _refuse_other(value, annotation, where, getattr(value, "__qualname__", repr(value)))
+
+
+def _refuse_other(made: Any, annotation: Any, where: str, path: str) -> None:
+    """Refuse ``made`` unless it is a class that the annotation names, or a function annotated to return one."""
+    wanted = tuple(_classes_made(annotation))
+    names = " or ".join(sorted(each.__name__ for each in wanted))
+    if inspect.isclass(made):
+        if wanted and issubclass(made, wanted):
+            return
+        refusal = f"is no {names}" if wanted else "is not built there, where no class is asked for"
+    else:
+        returned = _classes_made(_hints(made).get("return", Any)) if inspect.isroutine(made) else set()
+        if wanted and returned and all(issubclass(each, wanted) for each in returned):
+            return
+        refusal = f"is no {names}, nor a function annotated to return one" if wanted else "is not called there"
+    raise RunError(f"{where}: {path} {refusal}")
+
+
+def _classes_made(annotation: Any) -> set[type]:
+    """The classes whose instances an annotation asks for; of a factory, those that it returns."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Callable or annotation is Callable:
+        returned = _classes_made(arguments[-1]) if arguments else set()
+        return returned if returned - {Tensor} else returned | {nn.Module}  # a function of tensors may be a module
+    if origin is type:
+        return set()
+    if arguments:
+        return set().union(*map(_classes_made, arguments))
+    anything = {Any, object, type(None), bool, int, float, str, bytes, type, Path}
+    return {annotation} - anything if inspect.isclass(annotation) else set()
+
+
+def parameters(made: Any) -> dict[str, Any]:
+    """Annotations of the arguments of a function, or of a class, those of its bases included."""
+    if not inspect.isclass(made):
+        return _hints(made)
+    hints: dict[str, Any] = {}
+    for base in reversed(made.__mro__):
+        if "__init__" in vars(base):
+            hints |= _hints(base.__init__)
+    return hints
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only, or nothing annotated
+        return {}
+
+
+def imported(path: Any, where: str) -> Any:
+    """What an import path names; modules on the way are imported, nothing is called.
+
+    Raises:
+        RunError: if there is no such thing.
+    """
+    if not isinstance(path, str) or "." not in path or not all(each.isidentifier() for each in path.split(".")):
+        raise RunError(f"{where}: {path!r} is no import path such as my_package.MyClass")
+    names = path.split(".")
+    for split in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:split])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and (module == error.name or module.startswith(error.name + ".")) and split > 1:
+                continue
+            raise RunError(f"{where}: {error}") from error
+        try:
+            for name in names[split:]:
+                found = getattr(found, name)
+        except AttributeError as error:
+            raise RunError(f"{where}: {error}") from error
+        return found
+    raise RunError(f"{where}: there is no {path}")
+
+
+# Classes that were renamed
+
+MODULES = {
+    "dataset": "pyro_vae.data",
+    "prior": "pyro_vae.parts.priors",
+    "likelihood": "pyro_vae.parts.likelihoods",
+    "posterior": "pyro_vae.parts.posteriors",
+    "encoder": "pyro_vae.parts.networks",
+    "decoder": "pyro_vae.parts.networks",
+    "objective": "pyro_vae.infer.objectives",
+}
+"""Where the classes of a setting are."""
+RENAMED = {
+    "prior": {
+        "FlowPrior": "Flow",
+        "LaplacePrior": "Laplace",
+        "StudentTPrior": "StudentT",
+        "UniformPrior": "Uniform",
+    },
+    "likelihood": {"LaplaceLikelihood": "Laplace"},
+    "posterior": {"FlowPosterior": "Flow"},
+}
+"""Names of version 0.1.0 and those of today."""
+OLD = ("priors", "likelihoods", "posteriors", "networks", "objectives", "data")
+OLD_MODULES = ("experiments.datasets", "pyro_vae", *(f"pyro_vae.{each}" for each in OLD))
+"""Where version 0.1.0 had its classes."""
+
+
+def present_path(setting: str, path: str) -> str:
+    """The import path of a class that version 0.1.0 called ``path``, or a name without one; others are left alone."""
+    module, _, name = path.rpartition(".")
+    now = RENAMED.get(setting, {}).get(name, name)
+    if setting not in MODULES or (module and module not in OLD_MODULES) or (not module and now == name):
+        return path
+    return f"{MODULES[setting]}.{now}" if hasattr(importlib.import_module(MODULES[setting]), now) else path
+
+
+def translated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as read from a file, with the class paths of version 0.1.0 replaced by those of today."""
+    return {str(name): _translated(str(name), value) for name, value in content.items()}
+
+
+def _translated(setting: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return present_path(setting, value)
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        return value | {"class_path": present_path(setting, value["class_path"])}
+    return value
+
+
+def spelled(setting: str, value: Any) -> Any:
+    """A setting with a class of this library under its public path, whatever path it was found by."""
+    path = str(value.get("class_path")) if isinstance(value, dict) else ""
+    if path.startswith("pyro_vae.") and setting in MODULES:
+        made = imported(path, f"--{setting}")
+        if getattr(importlib.import_module(MODULES[setting]), made.__name__, None) is made:
+            return value | {"class_path": f"{MODULES[setting]}.{made.__name__}"}
+    return value
+
+
+def translated_option(argument: str, value: str) -> str:
+    """The value of an option ``--setting``, in which a class may be called by an old name: then there is a warning."""
+    setting = argument.removeprefix("--").removesuffix(".class_path")
+    if setting not in MODULES:
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        given = content.get("class_path") if isinstance(content, dict) else None
+        if not isinstance(given, str) or (now := _now(argument, setting, given)) == given:
+            return value
+        return yaml.safe_dump(content | {"class_path": now}, default_flow_style=True, width=10**9).strip()
+    return _now(argument, setting, value)
+
+
+def _now(argument: str, setting: str, given: str) -> str:
+    now = present_path(setting, given)
+    module, _, name = given.rpartition(".")
+    if now != given and (name in RENAMED.get(setting, {}) or module == "experiments.datasets"):
+        warnings.warn(f"{argument} {given} is now {now}", DeprecationWarning, stacklevel=2)
+    return now
+
+
+# Settings that were made in Python
+
+
+def plain(value: Any, where: str) -> Any:
+    """A setting as YAML has it: a class, a function or a ``functools.partial`` as class_path and init_args.
+
+    Raises:
+        RunError: if it cannot be written, as a lambda cannot.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
+        return {name: plain(each, f"{where}.{name}") for name, each in fields}
+    if isinstance(value, Mapping):
+        return {str(name): plain(each, f"{where}.{name}") for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each, where) for each in value]
+    if isinstance(value, partial) and not value.args:
+        made = plain(value.func, where)
+        path = made["class_path"] if isinstance(made, dict) else made
+        return {
+            "class_path": path,
+            "init_args": {name: plain(v, f"{where}.{name}") for name, v in value.keywords.items()},
+        }
+    path = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    if all(each.isidentifier() for each in path.split(".")) and imported(path, where) is value:
+        return {"class_path": path} if isinstance(value, type) else path
+    raise RunError(
+        f"{where}: {value!r} cannot be written to config.yaml: give a class, a function of a module, or "
+        "functools.partial of one with named arguments"
+    )
+
+
+def as_partial(value: Any) -> Any:
+    """A factory made by jsonargparse as a ``functools.partial`` of the class itself; anything else as it is."""
+    classes = [each for each in value.args if isinstance(each, type)] if isinstance(value, partial) else []
+    return partial(classes[0], **value.keywords) if classes and classes[0] is value.args[-1] else value
