@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from torch import Tensor, nn
 
+from pyro_vae import _moved
 from pyro_vae.errors import RunError
 
 
@@ -137,37 +138,25 @@ def imported(path: Any, where: str) -> Any:
 
 MODULES = {
     "dataset": "pyro_vae.data",
-    "prior": "pyro_vae.parts.priors",
-    "likelihood": "pyro_vae.parts.likelihoods",
-    "posterior": "pyro_vae.parts.posteriors",
-    "encoder": "pyro_vae.parts.networks",
-    "decoder": "pyro_vae.parts.networks",
-    "objective": "pyro_vae.infer.objectives",
+    "prior": "pyro_vae.priors",
+    "likelihood": "pyro_vae.likelihoods",
+    "posterior": "pyro_vae.posteriors",
+    "encoder": "pyro_vae.networks",
+    "decoder": "pyro_vae.networks",
+    "objective": "pyro_vae.objectives",
 }
-"""Where the classes of a setting are."""
-RENAMED = {
-    "prior": {
-        "FlowPrior": "Flow",
-        "LaplacePrior": "Laplace",
-        "StudentTPrior": "StudentT",
-        "UniformPrior": "Uniform",
-    },
-    "likelihood": {"LaplaceLikelihood": "Laplace"},
-    "posterior": {"FlowPosterior": "Flow"},
-}
-"""Names of version 0.1.0 and those of today."""
-OLD = ("priors", "likelihoods", "posteriors", "networks", "objectives", "data")
-OLD_MODULES = ("experiments.datasets", "pyro_vae", *(f"pyro_vae.{each}" for each in OLD))
-"""Where version 0.1.0 had its classes."""
+"""Where the classes of a setting are, by the path that is public."""
 
 
 def present_path(setting: str, path: str) -> str:
     """The import path of a class that version 0.1.0 called ``path``, or a name without one; others are left alone."""
     module, _, name = path.rpartition(".")
-    now = RENAMED.get(setting, {}).get(name, name)
-    if setting not in MODULES or (module and module not in OLD_MODULES) or (not module and now == name):
+    if setting not in MODULES:
         return path
-    return f"{MODULES[setting]}.{now}" if hasattr(importlib.import_module(MODULES[setting]), now) else path
+    if module == "experiments.datasets":
+        return f"pyro_vae.data.{name}"
+    now = _moved.current(path if module else f"pyro_vae.{path}")
+    return now if module or (now.startswith(f"{MODULES[setting]}.") and not now.endswith(f".{name}")) else path
 
 
 def translated(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +200,7 @@ def translated_option(argument: str, value: str) -> str:
 
 
 def _now(argument: str, setting: str, given: str) -> str:
-    now = present_path(setting, given)
-    module, _, name = given.rpartition(".")
-    if now != given and (name in RENAMED.get(setting, {}) or module == "experiments.datasets"):
+    if (now := present_path(setting, given)) != given:
         warnings.warn(f"{argument} {given} is now {now}", DeprecationWarning, stacklevel=2)
     return now
 

@@ -46,7 +46,7 @@ def test_defaults():
     saved = yaml.safe_load(text)
     assert saved["dataset"]["class_path"] == "pyro_vae.data.MNIST"
     assert saved["dataset"]["init_args"]["binarization_seed"] == 777
-    assert saved["prior"]["class_path"] == "pyro_vae.parts.priors.StandardNormal"
+    assert saved["prior"]["class_path"] == "pyro_vae.priors.StandardNormal"
     assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "tanh", "image_shape": None}
     assert (saved["epochs"], saved["lr"], saved["data_dir"]) == (40, 0.005, None)
     annealing = saved["evidence"].pop("annealing")
