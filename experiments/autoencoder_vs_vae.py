@@ -42,7 +42,7 @@ from pyro_vae.runs.studies import standard_error
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of the comparison.
 
     Args:
@@ -196,12 +196,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or data without labels or not binary.
     """
-    config, text = runs.parse(Config, argv)
-    dataset = runs.make("dataset", config.dataset, config.data_dir or cache_folder())
+    settings, text = runs.parse(Settings, argv)
+    dataset = runs.make("dataset", settings.dataset, settings.data_dir or cache_folder())
     name = type(dataset).__name__
-    run_dir = config.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = settings.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     runs.check_run_dir(run_dir, text, resume=None)
-    device = runs.choose_device(config.device)
+    device = runs.choose_device(settings.device)
     data = runs.load_dataset(dataset, device)
     if dataset.binarization not in ("dynamic", "static"):
         raise runs.RunError(
@@ -210,20 +210,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
         )
     torch.manual_seed(0)
     judge = Judge(data)
-    size = min(config.num_images, len(data.test))
+    size = min(settings.num_images, len(data.test))
     floor = judge.floor(size)
     runs.open_run(run_dir, text, resume=None)
     measured: dict[tuple[str, int], list[Measures]] = {}
     first: dict[tuple[str, int], Model] = {}
-    each = [(kind, dim, seed) for seed in range(config.seeds) for dim in config.latent_dims for kind in KINDS]
+    each = [(kind, dim, seed) for seed in range(settings.seeds) for dim in settings.latent_dims for kind in KINDS]
     for kind, dim, seed in tqdm(each, desc="models", unit="model"):
-        model = train(config, kind, dim, data, seed)
+        model = train(settings, kind, dim, data, seed)
         measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, size))
         first.setdefault((kind, dim), model)
-    lesson = report(config, measured, judge.accuracy, floor)
+    lesson = report(settings, measured, judge.accuracy, floor)
     with runs.writing(run_dir):
-        plot_distances(config, measured, floor, run_dir / "distances.png")
-        pictures(config, first, data, run_dir)
+        plot_distances(settings, measured, floor, run_dir / "distances.png")
+        pictures(settings, first, data, run_dir)
     result = {
         "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
         "judge": {"accuracy": judge.accuracy, "floor": floor},
@@ -234,14 +234,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 KINDS = (AE_L2, AE_CE, OURS)
 
 
-def train(config: Config, kind: str, latent_dim: int, data: Data, seed: int) -> Model:
+def train(settings: Settings, kind: str, latent_dim: int, data: Data, seed: int) -> Model:
     """A model trained on ``data``, the same networks and batches for every kind."""
     torch.manual_seed(seed)
     model = build(kind, latent_dim, data.test.shape[1]).to(data.test.device)
     model.initialize(data.observe(torch.arange(len(data.train_pixels), device=data.test.device)))
-    batches = data.batches(config.batch_size)
-    engine = runs.compiled_engine(config.epochs * len(batches))
-    fit(model, batches, epochs=config.epochs, lr=config.lr, engine=engine, progress=False)
+    batches = data.batches(settings.batch_size)
+    engine = runs.compiled_engine(settings.epochs * len(batches))
+    fit(model, batches, epochs=settings.epochs, lr=settings.lr, engine=engine, progress=False)
     return model.eval()
 
 
@@ -292,15 +292,15 @@ def midpoints(codes: Tensor, data: Data, size: int) -> Tensor:
     return (codes[one] + codes[other]) / 2
 
 
-def report(config: Config, measured: dict[tuple[str, int], list[Measures]], accuracy: float, floor: float) -> str:
+def report(settings: Settings, measured: dict[tuple[str, int], list[Measures]], accuracy: float, floor: float) -> str:
     """The comparison in Markdown: every measure, and each claim with its difference."""
     rows = [("code", "model", *TITLES.values())]
     for (kind, dim), each in sorted(measured.items(), key=lambda item: item[0][1]):
         rows.append((str(dim), kind, *(with_error([getattr(m, name) for m in each]) for name in TITLES)))
-    claims = [("claim", *(f"code of {dim}" for dim in config.latent_dims))]
+    claims = [("claim", *(f"code of {dim}" for dim in settings.latent_dims))]
     for claim, (one, measure_one, other, measure_other) in CLAIMS.items():
         cells = []
-        for dim in config.latent_dims:
+        for dim in settings.latent_dims:
             pairs = zip(measured[one, dim], measured[other, dim], strict=True)
             cells.append(verdict([getattr(a, measure_one) - getattr(b, measure_other) for a, b in pairs]))
         claims.append((claim, *cells))
@@ -309,8 +309,8 @@ def report(config: Config, measured: dict[tuple[str, int], list[Measures]], accu
         "",
         "Reconstructions, samples and midpoints: Frechet distance to the training images in the features of a "
         f"classifier ({accuracy:.1%} right on images held out); as many other training images have "
-        f"{floor:.2f}. {config.epochs} epochs; means over seeds 0 to {config.seeds - 1}"
-        + (", with standard errors." if config.seeds > 1 else "."),
+        f"{floor:.2f}. {settings.epochs} epochs; means over seeds 0 to {settings.seeds - 1}"
+        + (", with standard errors." if settings.seeds > 1 else "."),
         "",
         runs.table(claims),
         "",
@@ -343,10 +343,12 @@ def verdict(differences: Sequence[float]) -> str:
     return f"{word}: {rounded(mean, error, '+')}"
 
 
-def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures]], floor: float, path: Path) -> None:
+def plot_distances(
+    settings: Settings, measured: dict[tuple[str, int], list[Measures]], floor: float, path: Path
+) -> None:
     """Frechet distances against the size of the code."""
     names = {"prior": "z ~ N(0, I)", "mixture": "z ~ mixture fitted to codes", "midpoints": "halfway between two codes"}
-    dims = sorted(set(config.latent_dims))
+    dims = sorted(set(settings.latent_dims))
     with figures.figure(path, 11, 3.4, columns=3, sharey=True) as panels:
         for axes, (name, title) in zip(panels, names.items(), strict=True):
             for kind in KINDS:
@@ -361,7 +363,7 @@ def plot_distances(config: Config, measured: dict[tuple[str, int], list[Measures
         panels[0].legend(fontsize="small")
 
 
-def pictures(config: Config, models: dict[tuple[str, int], Model], data: Data, run_dir: Path) -> None:
+def pictures(settings: Settings, models: dict[tuple[str, int], Model], data: Data, run_dir: Path) -> None:
     """Decoded draws, interpolations, and the codes of test images, of the models of the first seed."""
     shape, order = data.image_shape, sorted(models, key=lambda key: key[1])
     labels = [f"{kind}, {dim}" for kind, dim in order]
@@ -377,7 +379,7 @@ def pictures(config: Config, models: dict[tuple[str, int], Model], data: Data, r
         between.append(decode(models[key], (1 - steps) * start + steps * end))
     title = "From one test image to another, straight through the code"
     figures.image_grid(torch.stack(between), shape, run_dir / "interpolations.png", title, labels)
-    dim = min(config.latent_dims)
+    dim = min(settings.latent_dims)
     with figures.figure(run_dir / "codes.png", 11, 3.8, columns=3) as panels:
         for axes, kind in zip(panels, KINDS, strict=True):
             x = data.test[:5000]

@@ -99,7 +99,7 @@ class Contender(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of the benchmark.
 
     Args:
@@ -116,7 +116,7 @@ class Config:
         num_samples: importance samples per image in one call of this library, at least 1; the other contenders take
             1,000.
         device: auto takes a GPU if there is one.
-        run_dir: directory to write benchmark.json, benchmark.png and config.yaml to, new or empty; null: print only.
+        run_dir: directory to write result.json, benchmark.png and config.yaml to, new or empty; null: print only.
     """
 
     parts: Sequence[Literal["step", "models", "epoch", "evidence"]] = ("step", "models", "epoch", "evidence")
@@ -146,17 +146,17 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Measured]]]:
     """Run the benchmark as told by ``argv``; return what was measured, by part, group and contender."""
-    config, text = runs.parse(Config, argv)
-    if config.run_dir:
-        runs.check_run_dir(config.run_dir, text, resume=None)
-    device = runs.choose_device(config.device)
+    settings, text = runs.parse(Settings, argv)
+    if settings.run_dir:
+        runs.check_run_dir(settings.run_dir, text, resume=None)
+    device = runs.choose_device(settings.device)
     torch.manual_seed(0)
     parts = {"step": training_steps, "models": model_steps, "epoch": epochs, "evidence": importance_throughput}
     measured: dict[str, dict[str, dict[str, Measured]]] = {}
     memory: dict[str, int] = {}
-    for part in dict.fromkeys(config.parts):
+    for part in dict.fromkeys(settings.parts):
         measured[part] = {}
-        for group, contenders in parts[part](config, device):
+        for group, contenders in parts[part](settings, device):
             measured[part][group] = contenders
             make_table = rate_table if part == "evidence" else time_table
             print(f"\n{make_table(f'{TITLES[part]}, {group}', contenders)}", flush=True)
@@ -166,11 +166,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
     timed = {name for groups in measured.values() for contenders in groups.values() for name in contenders}
     packages = (package for name, those in LIBRARIES.items() if name in timed for package in those)
     origin["versions"] |= {package: version(package) for package in packages}
-    if config.run_dir:
-        runs.open_run(config.run_dir, text, resume=None)
-        runs.write_json(config.run_dir / "benchmark.json", measured | {"peak_resident_bytes": memory} | origin)
-        plot(measured, config.run_dir / "benchmark.png")
-        print(config.run_dir)
+    if settings.run_dir:
+        runs.open_run(settings.run_dir, text, resume=None)
+        runs.write_json(settings.run_dir / "result.json", measured | {"peak_resident_bytes": memory} | origin)
+        plot(measured, settings.run_dir / "benchmark.png")
+        print(settings.run_dir)
     else:
         print(json.dumps(origin))
     return measured
@@ -179,10 +179,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
 # Parts: each yields its groups, and of each what was measured of every contender
 
 
-def training_steps(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+def training_steps(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
     """A step of one model, by batch size."""
     make_vae, loss = partial(build, "MLP", device), Trace_ELBO()
-    for size in config.batch_sizes:
+    for size in settings.batch_sizes:
         x = observations(size, device)
         steps = pyro_steps(make_vae, loss)
         steps["by hand"] = partial(by_hand, make_vae)
@@ -192,25 +192,25 @@ def training_steps(config: Config, device: torch.device) -> Iterator[tuple[str, 
         steps["CompiledSVI"] = partial(compiled_svi, make_vae, loss)
         steps["CompiledSVI, bfloat16"] = partial(compiled_svi, make_vae, loss, precision="bfloat16")
         steps[FLOOR] = partial(bare_products, size, device)
-        contenders = {name: Contender(over([x] * config.steps, make), config.steps) for name, make in steps.items()}
-        yield f"batch of {size}", measure(contenders, config.repeats, device)
+        contenders = {name: Contender(over([x] * settings.steps, make), settings.steps) for name, make in steps.items()}
+        yield f"batch of {size}", measure(contenders, settings.repeats, device)
 
 
-def model_steps(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+def model_steps(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
     """A step at one batch size, by model."""
-    x = observations(config.model_batch_size, device)
-    for model in config.models:
+    x = observations(settings.model_batch_size, device)
+    for model in settings.models:
         make_vae, loss = partial(build, model, device), Trace_ELBO()
         if model == "K=50":
             loss = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=1)
         steps = pyro_steps(make_vae, loss) | {"CompiledSVI": partial(compiled_svi, make_vae, loss)}
-        contenders = {name: Contender(over([x] * config.steps, make), config.steps) for name, make in steps.items()}
-        yield f"{model}, batch of {len(x)}", measure(contenders, config.repeats, device)
+        contenders = {name: Contender(over([x] * settings.steps, make), settings.steps) for name, make in steps.items()}
+        yield f"{model}, batch of {len(x)}", measure(contenders, settings.repeats, device)
 
 
-def epochs(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+def epochs(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
     """An epoch, with all that feeds it."""
-    data = _RandomImages(config.epoch_images // EPOCH_BATCH * EPOCH_BATCH).load(device)
+    data = _RandomImages(settings.epoch_images // EPOCH_BATCH * EPOCH_BATCH).load(device)
     batches = data.batches(EPOCH_BATCH)
     make_vae, loss = partial(build, "MLP", device), Trace_ELBO()
     steps = {
@@ -229,13 +229,13 @@ def epochs(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str
                 contenders[name] = Contender(library(pixels, device))
             except ImportError as error:
                 print(f"{name} is installed, and left out: {' '.join(str(error).split())}")
-    measured = measure(contenders, config.long_repeats, device)
+    measured = measure(contenders, settings.long_repeats, device)
     if "NumPyro" in measured:
         measured["NumPyro"].pop("peak_bytes", None)  # jax allocates its own
     yield f"{len(pixels):,} images", measured
 
 
-def importance_throughput(config: Config, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+def importance_throughput(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
     """A decode, in importance sampling."""
     decoder = MLP(50, 784, hidden=[400])
     vae = VAE(
@@ -243,9 +243,9 @@ def importance_throughput(config: Config, device: torch.device) -> Iterator[tupl
         likelihood=Conditional(decoder, Bernoulli(784)),
         posterior=Conditional(MLP(784, 100, hidden=[400]), MeanField(50)),
     ).to(device)
-    x = torch.bernoulli(torch.full((config.num_images, 784), 0.2, device=device))
+    x = torch.bernoulli(torch.full((settings.num_images, 784), 0.2, device=device))
     few = 1000
-    decodes = config.num_images * few
+    decodes = settings.num_images * few
     rows = 2000  # of one matrix product: a size at which they are fastest here
     inputs = [torch.randn(rows, layer.in_features, device=device) for layer in decoder.layers]
     weights = [layer.weight.detach().mT for layer in decoder.layers]
@@ -257,7 +257,7 @@ def importance_throughput(config: Config, device: torch.device) -> Iterator[tupl
                 matrix @ weight
 
     def ours() -> None:
-        importance_sampling(vae.model, vae.guide, x, config.num_samples)
+        importance_sampling(vae.model, vae.guide, x, settings.num_samples)
 
     def looped() -> None:
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -273,11 +273,14 @@ def importance_throughput(config: Config, device: torch.device) -> Iterator[tupl
 
     contenders = {
         FLOOR: Contender(lambda: bare_products, -(-decodes // rows) * rows),
-        "pyro_vae importance_sampling": Contender(lambda: ours, config.num_images * config.num_samples),
+        "pyro_vae importance_sampling": Contender(lambda: ours, settings.num_images * settings.num_samples),
         "Pyro vectorized_importance_weights": Contender(lambda: vectorized, decodes),
         "Pyro Importance": Contender(lambda: looped, single),
     }
-    yield f"{config.num_images:,} images, K = {config.num_samples:,}", measure(contenders, config.long_repeats, device)
+    yield (
+        f"{settings.num_images:,} images, K = {settings.num_samples:,}",
+        measure(contenders, settings.long_repeats, device),
+    )
 
 
 # Contenders

@@ -58,12 +58,12 @@ def contenders() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Config(runs.StudySettings):
+class Settings(runs.StudySettings):
     """Settings of the study.
 
     Args:
-        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first is the reference.
-        common: arguments of experiments.svi_mnist for all runs, beside the paper's --schedule stages --lr 1e-3
+        contenders: for each name, the arguments of pyro-vae train that make it; the first is the reference.
+        common: arguments of pyro-vae train for all runs, beside the paper's --schedule stages --lr 1e-3
             --batch_size 20, of which the last two can be overridden; --help there lists them.
         stages: of the learning-rate schedule, from 1 to 8: (3^stages - 1) / 2 epochs.
         seeds: runs of each contender, at least 1.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    done = runs.run_study(Config, argv, "bound_study")
+    done = runs.run_study(Settings, argv, "bound_study")
     finished = {name: [runs.load(path) for path in paths] for name, paths in done.directories.items()}
     same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
     more = {"by layer": [units_by_layer(each) for each in finished.values()]}
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         more["units there"] = [each.active_units if each else "" for each in known]
         text.append(
             "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
-            f"{done.config.epochs}."
+            f"{done.settings.epochs}."
         )
     return runs.report_study(done, "Does a tighter bound make a better model?", more, "\n".join(text))
 

@@ -48,7 +48,7 @@ from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of the lesson.
 
     Args:
@@ -86,19 +86,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, text = runs.parse(Config, argv)
-    run_dir = config.run_dir or Path("runs") / f"derivation-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    settings, text = runs.parse(Settings, argv)
+    run_dir = settings.run_dir or Path("runs") / f"derivation-{datetime.now():%Y%m%d-%H%M%S-%f}"
     runs.open_run(run_dir, text, resume=None)
-    torch.manual_seed(config.seed)
-    coin = toss(config.heads, config.tosses)
+    torch.manual_seed(settings.seed)
+    coin = toss(settings.heads, settings.tosses)
     truths = {"linear-Gaussian, closed form": linear_gaussian(), "Bernoulli decoder, quadrature": bernoulli()}
-    terms = {name: decompose(truth, config.num_draws) for name, truth in truths.items()}
-    gradients = [noise(dim, config.num_draws) for dim in config.dims]
-    dim = max(config.dims)
+    terms = {name: decompose(truth, settings.num_draws) for name, truth in truths.items()}
+    gradients = [noise(dim, settings.num_draws) for dim in settings.dims]
+    dim = max(settings.dims)
     vae, x = linear_gaussian_vae(dim, dim)
-    curves = {name: train(vae, x, kind, config.steps) for name, kind in NORMALS.items()}
+    curves = {name: train(vae, x, kind, settings.steps) for name, kind in NORMALS.items()}
     shifts, bounds, log_px = touch()
-    lesson = report(config, coin, terms, gradients, curves)
+    lesson = report(settings, coin, terms, gradients, curves)
     with runs.writing(run_dir):
         plot_coin(coin, run_dir / "coin.png")
         plot_bound(shifts, bounds, log_px, run_dir / "bound.png")
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "coin": {name: value for name, value in coin._asdict().items() if isinstance(value, float)},
         "decomposition": {name: [each._asdict() for each in rows] for name, rows in terms.items()},
         "gradients": [each._asdict() for each in gradients],
-        "final_gap": {name: curve[config.steps] for name, curve in curves.items()},
+        "final_gap": {name: curve[settings.steps] for name, curve in curves.items()},
     }
     return runs.conclude(run_dir, lesson, result, torch.device("cpu"))
 
@@ -421,7 +421,7 @@ def train(vae: LinearGaussianVAE, x: Tensor, normal: type[dist.Normal], steps: i
 
 
 def report(
-    config: Config,
+    settings: Settings,
     coin: Coin,
     terms: dict[str, list[Terms]],
     gradients: list[Noise],
@@ -429,7 +429,7 @@ def report(
 ) -> str:
     """The lesson in Markdown."""
     rows: list[tuple[str, ...]] = [
-        (f"{config.heads} heads in {config.tosses:,} tosses", "theta"),
+        (f"{settings.heads} heads in {settings.tosses:,} tosses", "theta"),
         ("heads / tosses", f"{coin.exact:.6f}"),
         ("peak of the curve", f"{coin.peak:.6f}"),
         ("SVI, Pyro program without latents", f"{coin.trained:.6f}"),
@@ -453,12 +453,12 @@ def report(
         rows.append((str(g.dim), *numbers, f"{g.pathwise_off:.2f}", f"{g.score_off:.2f}", reached))
     lines += ["## The gradient of the ELBO by mu and log sigma, from one draw of z", "", runs.table(rows), ""]
     lines.append(
-        f"{config.num_draws:,} draws. Noise: root of the summed variances. Off by: distance of their mean to the exact "
-        "gradient, in standard errors, about 1 if the estimator is right on average."
+        f"{settings.num_draws:,} draws. Noise: root of the summed variances. Off by: distance of their mean to the "
+        "exact gradient, in standard errors, about 1 if the estimator is right on average."
     )
-    ends = ", ".join(f"{name} {curve[config.steps]:.3g}" for name, curve in curves.items())
+    ends = ", ".join(f"{name} {curve[settings.steps]:.3g}" for name, curve in curves.items())
     lines.append(
-        f"\nAfter {config.steps:,} steps in {max(config.dims)} dimensions, one draw each, q is above the best "
+        f"\nAfter {settings.steps:,} steps in {max(settings.dims)} dimensions, one draw each, q is above the best "
         f"factorized one by (nats of KL): {ends}; at the start {next(iter(curves.values()))[0]:.3g}."
     )
     return "\n".join(lines)

@@ -38,7 +38,7 @@ from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of the comparison.
 
     Args:
@@ -147,31 +147,31 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv`` or in what it points to.
     """
-    config, text = runs.parse(Config, argv)
-    device = runs.choose_device(config.device)
+    settings, text = runs.parse(Settings, argv)
+    device = runs.choose_device(settings.device)
     try:
-        dataset = config.dataset(config.data_dir or cache_folder())
+        dataset = settings.dataset(settings.data_dir or cache_folder())
         data = dataset.load(device)
         untrained = initial_vae(data, seed=0)
         check_program(untrained.model, untrained.guide, data.test)
     except (DataError, ValueError, TypeError) as error:
         raise runs.RunError(" ".join(str(error).split())) from error
     name = type(dataset).__name__
-    run_dir = config.run_dir or Path("runs") / f"elbo_comparison-{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = settings.run_dir or Path("runs") / f"elbo_comparison-{name}-{datetime.now():%Y%m%d-%H%M%S}"
     runs.open_run(run_dir, text, resume=None)
-    print(f"{name} on {device}: {config.seeds} seeds, {config.epochs} epochs, run directory {run_dir}")
+    print(f"{name} on {device}: {settings.seeds} seeds, {settings.epochs} epochs, run directory {run_dir}")
 
     start = time.perf_counter()
-    training = train(config, data)
+    training = train(settings, data)
     with noise(VALUE_NOISE, device):
-        x = data.observe(torch.arange(min(config.batch_size, len(data.train_pixels)), device=device))
+        x = data.observe(torch.arange(min(settings.batch_size, len(data.train_pixels)), device=device))
     stages = {"before training": untrained, "after training": training.vae}
     result = {
         "unit": "nats per image, mass",
-        "values": compare_values(training.vae, data.test[: config.batch_size]),
-        "gradients": {stage: compare_gradients(v, x, config.gradient_samples, stage) for stage, v in stages.items()},
+        "values": compare_values(training.vae, data.test[: settings.batch_size]),
+        "gradients": {stage: compare_gradients(v, x, settings.gradient_samples, stage) for stage, v in stages.items()},
         "training": summarize_training(training),
-        "seconds_per_step": summarize_times(time_steps(training.vae, x, config.lr, config.timing_steps)),
+        "seconds_per_step": summarize_times(time_steps(training.vae, x, settings.lr, settings.timing_steps)),
         "dataset": name,
         "batch_size": len(x),
         "train_size": len(data.train_pixels),
@@ -394,32 +394,32 @@ class Training(NamedTuple):
     vae: VAE
 
 
-def train(config: Config, data: Data) -> Training:
+def train(settings: Settings, data: Data) -> Training:
     """Train every contender for every seed, side by side.
 
     Raises:
         NonFiniteError: if training meets a NaN or an infinity.
     """
-    num_steps = config.seeds * config.epochs * len(data.batches(config.batch_size))
+    num_steps = settings.seeds * settings.epochs * len(data.batches(settings.batch_size))
     with tqdm(total=num_steps, desc="training", unit="step") as bar:
         validation, test, weights, vaes = zip(
-            *(train_seed(config, data, seed, bar) for seed in range(config.seeds)), strict=True
+            *(train_seed(settings, data, seed, bar) for seed in range(settings.seeds)), strict=True
         )
     stacked = [{name: np.array([e[name] for e in each]) for name in each[0]} for each in (validation, test, weights)]
     return Training(*stacked, vaes[0])
 
 
-def train_seed(config: Config, data: Data, seed: int, bar: tqdm) -> Training:
+def train_seed(settings: Settings, data: Data, seed: int, bar: tqdm) -> Training:
     """One seed of :func:`train`: the same fields, without their dimension of seeds."""
     device = data.train_pixels.device
     start = initial_vae(data, seed)
     vaes = {name: copy.deepcopy(start) for name in CONTENDERS}
-    steppers = {name: contender.stepper(vaes[name], config.lr) for name, contender in CONTENDERS.items()}
+    steppers = {name: contender.stepper(vaes[name], settings.lr) for name, contender in CONTENDERS.items()}
     validation = {name: [] for name in CONTENDERS}
     step_noise = itertools.count(STEP_NOISE + 10**7 * seed)
     torch.manual_seed(seed)  # of the order of the data and of their binarization
-    for _ in range(config.epochs):
-        for x in data.batches(config.batch_size):
+    for _ in range(settings.epochs):
+        for x in data.batches(settings.batch_size):
             index = next(step_noise)
             for name, step in steppers.items():
                 with noise(index, device):
@@ -428,7 +428,7 @@ def train_seed(config: Config, data: Data, seed: int, bar: tqdm) -> Training:
         for name, vae in vaes.items():
             validation[name].append(evaluate(vae, data.validation, num_samples=1))
         bar.set_postfix(seed=seed, validation=f"{validation[SAMPLED][-1]:.2f}")
-    test = {name: evaluate(vae, data.test, config.test_samples) for name, vae in vaes.items()}
+    test = {name: evaluate(vae, data.test, settings.test_samples) for name, vae in vaes.items()}
     flat = {name: parameters_to_vector(vae.parameters()).detach().double() for name, vae in vaes.items()}
     weights = {name: ((flat[name] - flat[twin]).norm() / flat[twin].norm()).item() for name, twin in TWINS.items()}
     return Training(validation, test, weights, vaes[SAMPLED])

@@ -19,12 +19,12 @@ ENGINES = {
 
 
 @dataclass(frozen=True)
-class Config(runs.StudySettings):
+class Settings(runs.StudySettings):
     """Settings of the study.
 
     Args:
-        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first is the reference.
-        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        contenders: for each name, the arguments of pyro-vae train that make it; the first is the reference.
+        common: arguments of pyro-vae train for all runs; --help there lists them.
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
         resume: go on with the interrupted study in --run_dir; what is finished is not run again.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    return runs.report_study(runs.run_study(Config, argv, "engine_study"), "Do the engines train the same VAE?")
+    return runs.report_study(runs.run_study(Settings, argv, "engine_study"), "Do the engines train the same VAE?")
 
 
 if __name__ == "__main__":

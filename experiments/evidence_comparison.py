@@ -39,7 +39,7 @@ from pyro_vae.runs.scoring import number
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of the comparison.
 
     Args:
@@ -52,7 +52,7 @@ class Config:
         laplace_temperatures: numbers of temperatures from the Laplace approximation.
         seed: of all estimates, at least 0.
         device: auto takes a GPU if there is one.
-        out: directory to write, new or empty; null: evidence_comparison inside the run.
+        run_dir: directory to write, new or empty; null: evidence_comparison inside the run.
     """
 
     run: Path
@@ -63,7 +63,7 @@ class Config:
     laplace_temperatures: Sequence[int] = (2, 5, 10, 20, 50)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    out: Path | None = None
+    run_dir: Path | None = None
 
     def __post_init__(self):
         if self.num_images < 2:
@@ -100,18 +100,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
-    config, settings = runs.parse(Config, argv, first="run")
-    opened = runs.open_finished(config.run, config.out, "evidence_comparison", config.device, config.seed)
-    vae, data, device, out = opened
+    settings, written = runs.parse(Settings, argv, first="run")
+    opened = runs.open_finished(settings.run, settings.run_dir, "evidence_comparison", settings.device, settings.seed)
+    vae, data, device, run_dir = opened
     vae.requires_grad_(False)
-    runs.make_directory(out)
+    runs.make_directory(run_dir)
     try:
         rows = [
             row
             for split in ("test", "train")
-            for row in compare(config, vae, runs.some_images(data, split, config.num_images)[0], split)
+            for row in compare(settings, vae, runs.some_images(data, split, settings.num_images)[0], split)
         ]
-        sandwiches = bidirectional(config, vae, data.test[: config.num_images])
+        sandwiches = bidirectional(settings, vae, data.test[: settings.num_images])
     except ContractError as error:
         raise runs.RunError(str(error)) from error
     unit = vae.likelihood.head.unit
@@ -123,17 +123,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for split in ("test", "train"):
         here = [row for row in rows if row.split == split]
         sections.append(f"## {here[0].num_images:,} {split} images\n\n{table(here)}")
-    simulated = min(config.num_images, len(data.test))
+    simulated = min(settings.num_images, len(data.test))
     title = f"## Bidirectional Monte Carlo, {simulated:,} images drawn from the model"
     sections.append(f"{title}\n\n{sandwich_table(sandwiches)}")
     text = "\n\n".join(sections)
-    with runs.writing(out):
-        figure(rows, unit, out / "evidence.png")
-        runs.write_text(out / "config.yaml", settings)
-    return runs.conclude(out, text, content, device)
+    with runs.writing(run_dir):
+        figure(rows, unit, run_dir / "evidence.png")
+        runs.write_text(run_dir / "config.yaml", written)
+    return runs.conclude(run_dir, text, content, device)
 
 
-def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> list[Row]:
+def compare(settings: Settings, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> list[Row]:
     """All estimates of one split; the reference comes last."""
     model, guide = vae.model, vae.guide
     hessian = 2 * Latents(model, guide, x).dim
@@ -152,13 +152,13 @@ def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> li
         return Evidence(draws.mean(0), draws.std(0) / 10, nothing, nothing, nothing, nothing)
 
     plans.append(("ELBO", 100, 0, bound))
-    for num in config.guide_samples:
+    for num in settings.guide_samples:
         plans.append(("importance, guide", num, 0, sampled(num)))
-    for num in config.laplace_samples:
+    for num in settings.laplace_samples:
         plans.append(("importance, Laplace", num, hessian, sampled(num, proposal="laplace", widening=1.1)))
-    for num in config.laplace_temperatures:
+    for num in settings.laplace_temperatures:
         plans.append(("annealed, Laplace", num, hessian, annealed(num_temperatures=num)))
-    for num in sorted(config.guide_temperatures):
+    for num in sorted(settings.guide_temperatures):
         plans.append(("annealed, guide", num, 0, annealed(start="guide", num_temperatures=num, num_leapfrogs=10)))
     found = []
     with CountedDecodes(vae) as counter:
@@ -180,12 +180,12 @@ def compare(config: Config, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -> li
     return rows
 
 
-def bidirectional(config: Config, vae: VAE | TwoLayerVAE, like: Tensor) -> list[dict[str, float]]:
+def bidirectional(settings: Settings, vae: VAE | TwoLayerVAE, like: Tensor) -> list[dict[str, float]]:
     """Widths of the sandwich for each number of temperatures from the Laplace approximation."""
     result = []
-    for num in config.laplace_temperatures:
+    for num in settings.laplace_temperatures:
         print(f"simulated: bidirectional, {num}")
-        torch.manual_seed(config.seed)  # the same images for each
+        torch.manual_seed(settings.seed)  # the same images for each
         sandwich = bidirectional_monte_carlo(vae.model, vae.guide, like, Annealing(num_temperatures=num), progress=True)
         width, error = sandwich.width()
         lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))

@@ -43,12 +43,12 @@ from pyro_vae.runs.studies import standard_error
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one study of a run.
 
     Args:
         run: directory of a finished run on labelled images; may stand first, without --run.
-        out: directory to write, new or empty; null: few_labels in the run's directory.
+        run_dir: directory to write, new or empty; null: few_labels in the run's directory.
         labels: of each class, each at least 1.
         num_draws: of the labels, at least 2.
         num_steps: of each training of a network, Adam at 0.001, at most 128 images each, at least 1.
@@ -57,7 +57,7 @@ class Config:
     """
 
     run: Path
-    out: Path | None = None
+    run_dir: Path | None = None
     labels: Sequence[int] = (1, 5, 10, 50, 100)
     num_draws: int = 20
     num_steps: int = 200
@@ -92,29 +92,31 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or a run on images without labels or with too few of some class.
     """
-    config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = runs.open_finished(config.run, config.out, "few_labels", config.device, config.seed)
+    settings, _ = runs.parse(Settings, argv, first="run")
+    vae, data, device, run_dir = runs.open_finished(
+        settings.run, settings.run_dir, "few_labels", settings.device, settings.seed
+    )
     rarest = int(classes(data)[0].bincount().min())
-    if max(config.labels) > rarest:
-        raise runs.RunError(f"--labels {max(config.labels)}: one class has only {rarest} training images")
+    if max(settings.labels) > rarest:
+        raise runs.RunError(f"--labels {max(settings.labels)}: one class has only {rarest} training images")
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    fresh = runs.build(runs.load_settings(config.run), data.image_shape).to(device)
+    fresh = runs.build(runs.load_settings(settings.run), data.image_shape).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
-    runs.make_directory(out)
+    runs.make_directory(run_dir)
     spaces = representations(vae.guide, x, data.test)
-    accuracies = study(config, spaces, networks, x, data)
-    text = report(accuracies, config, spaces)
-    with runs.writing(out):
-        plot(accuracies, out / "accuracy.png")
+    accuracies = study(settings, spaces, networks, x, data)
+    text = report(accuracies, settings, spaces)
+    with runs.writing(run_dir):
+        plot(accuracies, run_dir / "accuracy.png")
     result = {
         "accuracies": {name: {str(n): each for n, each in by.items()} for name, by in accuracies.items()},
         "differences": {
-            f"{name} minus {other}": {str(n): against(accuracies, name, other, n) for n in config.labels}
+            f"{name} minus {other}": {str(n): against(accuracies, name, other, n) for n in settings.labels}
             for name, other in PAIRS
         },
-        "settings": {name: getattr(config, name) for name in ("labels", "num_draws", "num_steps", "seed")},
+        "settings": {name: getattr(settings, name) for name in ("labels", "num_draws", "num_steps", "seed")},
     }
-    return runs.conclude(out, text, result, device)
+    return runs.conclude(run_dir, text, result, device)
 
 
 def representations(guide: Program, x: Tensor, test: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -135,7 +137,7 @@ def encode(guide: Program, x: Tensor) -> np.ndarray:
 
 
 def study(
-    config: Config,
+    settings: Settings,
     spaces: dict[str, tuple[np.ndarray, np.ndarray]],
     networks: dict[str, nn.Module],
     x: Tensor,
@@ -150,10 +152,10 @@ def study(
         right = (predicted == test_labels.numpy()).mean()
         accuracies.setdefault(name, {}).setdefault(number, []).append(float(right))
 
-    generator = torch.Generator().manual_seed(config.seed)
-    for _ in tqdm(range(config.num_draws), desc="draws of labels", unit="draw"):
+    generator = torch.Generator().manual_seed(settings.seed)
+    for _ in tqdm(range(settings.num_draws), desc="draws of labels", unit="draw"):
         order = torch.randperm(len(train_labels), generator=generator)
-        for number in config.labels:
+        for number in settings.labels:
             known = torch.cat([order[train_labels[order] == each][:number] for each in range(num_classes)])
             labels = train_labels[known]
             for space, (train, test) in spaces.items():
@@ -163,7 +165,7 @@ def study(
                         fitted = make(number).fit(train[known.numpy()], labels.numpy())
                     record(f"{space}, {name}", number, fitted.predict(test))
             for name, network in networks.items():
-                model = supervised(network, num_classes, x[known], labels.to(x.device), config.num_steps)
+                model = supervised(network, num_classes, x[known], labels.to(x.device), settings.num_steps)
                 with torch.no_grad():
                     predicted = torch.cat([model(part).argmax(-1) for part in data.test.split(1000)])
                 record(name, number, predicted.cpu().numpy())
@@ -197,21 +199,21 @@ def against(accuracies: Accuracies, name: str, other: str, number: int) -> tuple
     return statistics.fmean(differences), standard_error(differences)
 
 
-def report(accuracies: Accuracies, config: Config, spaces: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+def report(accuracies: Accuracies, settings: Settings, spaces: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """Accuracies, and differences to the reference, in per cent, as Markdown."""
-    header = "labels of each class", *map(str, config.labels)
+    header = "labels of each class", *map(str, settings.labels)
     rows, others = [header], [("the first", "minus the second", *header[1:])]
     for name, by in accuracies.items():
-        each = ((100 * statistics.fmean(by[n]), 100 * standard_error(by[n])) for n in config.labels)
+        each = ((100 * statistics.fmean(by[n]), 100 * standard_error(by[n])) for n in settings.labels)
         rows.append((name, *(f"{mean:.1f} +- {error:.1f}" for mean, error in each)))
     for name, other in PAIRS:
-        pairs = (against(accuracies, name, other, n) for n in config.labels)
+        pairs = (against(accuracies, name, other, n) for n in settings.labels)
         others.append((name, other, *(f"{100 * mean:+.1f} +- {100 * error:.1f}" for mean, error in pairs)))
     dims = spaces[FEATURES][0].shape[1]
     return "\n".join(
         [
             f"Accuracy on {len(spaces[PIXELS][1]):,} test images, per cent, with standard errors over "
-            f"{config.num_draws} draws of the labels; {dims} features.",
+            f"{settings.num_draws} draws of the labels; {dims} features.",
             "",
             runs.table(rows),
             "",

@@ -45,12 +45,12 @@ ESTIMATORS: dict[str, Callable[[int], Objective | None]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one study of a run.
 
     Args:
         run: directory of a finished run; may stand first, without --run.
-        out: directory to write, new or empty; null: gradient_snr in the run's directory.
+        run_dir: directory to write, new or empty; null: gradient_snr in the run's directory.
         num_particles: the K, each at least 1; MIWAE and PIWAE take those that are squares.
         num_images: images of the batch, at least 1, drawn at random from the training images; all, if there are fewer.
         num_draws: gradients of each estimator, at least 20; a multiple of 10.
@@ -59,7 +59,7 @@ class Config:
     """
 
     run: Path
-    out: Path | None = None
+    run_dir: Path | None = None
     num_particles: Sequence[int] = (1, 4, 16, 64, 256)
     num_images: int = 20
     num_draws: int = 200
@@ -94,34 +94,36 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = runs.open_finished(config.run, config.out, "gradient_snr", config.device, config.seed)
-    x = data.observe(torch.randperm(len(data.train_pixels))[: config.num_images].to(device))
+    settings, _ = runs.parse(Settings, argv, first="run")
+    vae, data, device, run_dir = runs.open_finished(
+        settings.run, settings.run_dir, "gradient_snr", settings.device, settings.seed
+    )
+    x = data.observe(torch.randperm(len(data.train_pixels))[: settings.num_images].to(device))
     parameters = split(vae)
-    pairs = [(name, k) for k in config.num_particles for name in ESTIMATORS]
+    pairs = [(name, k) for k in settings.num_particles for name in ESTIMATORS]
     objectives = {(name, k): made for name, k in pairs if (made := ESTIMATORS[name](k)) is not None}
     ratios: dict[str, dict[int, dict[str, Ratio]]] = {name: {} for name in ESTIMATORS}
-    runs.make_directory(out)
+    runs.make_directory(run_dir)
     try:
-        with tqdm(total=len(objectives) * config.num_draws, unit="gradient", desc="gradients") as bar:
+        with tqdm(total=len(objectives) * settings.num_draws, unit="gradient", desc="gradients") as bar:
             for (name, k), objective in objectives.items():
-                ratios[name][k] = measure(vae, objective, x, parameters, config.num_draws, bar.update)
+                ratios[name][k] = measure(vae, objective, x, parameters, settings.num_draws, bar.update)
     except ContractError as error:
-        raise runs.RunError(f"{config.run}: {error}") from error
+        raise runs.RunError(f"{settings.run}: {error}") from error
     ratios = {name: each for name, each in ratios.items() if each}
     slopes = {name: {part: slope(each, part) for part in PARTS} for name, each in ratios.items()}
-    text = report(ratios, slopes, config, len(x))
-    with runs.writing(out):
-        plot(ratios, out / "gradient_snr.png")
+    text = report(ratios, slopes, settings, len(x))
+    with runs.writing(run_dir):
+        plot(ratios, run_dir / "gradient_snr.png")
     result = {
         "ratios": {
             name: {str(k): {part: r._asdict() for part, r in parts.items()} for k, parts in each.items()}
             for name, each in ratios.items()
         },
         "slopes": slopes,
-        "settings": {"num_images": len(x), "num_draws": config.num_draws, "seed": config.seed},
+        "settings": {"num_images": len(x), "num_draws": settings.num_draws, "seed": settings.seed},
     }
-    return runs.conclude(out, text, result, device)
+    return runs.conclude(run_dir, text, result, device)
 
 
 def split(vae: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -179,10 +181,13 @@ def slope(ratios: dict[int, dict[str, Ratio]], part: str) -> float:
 
 
 def report(
-    ratios: dict[str, dict[int, dict[str, Ratio]]], slopes: dict[str, dict[str, float]], config: Config, num_images: int
+    ratios: dict[str, dict[int, dict[str, Ratio]]],
+    slopes: dict[str, dict[str, float]],
+    settings: Settings,
+    num_images: int,
 ) -> str:
     """A table for the guide's gradient and one for the model's."""
-    ks = list(config.num_particles)
+    ks = list(settings.num_particles)
     lines = []
     for part in PARTS:
         rows = [(f"signal-to-noise of the {part}'s gradient", *(f"K = {k}" for k in ks), "slope")]
@@ -191,7 +196,7 @@ def report(
             rows.append((name, *cells, f"{slopes[name][part]:+.2f}" if math.isfinite(slopes[name][part]) else "-"))
         lines += [runs.table(rows), ""]
     lines.append(
-        f"{num_images} training images, {config.num_draws} draws of each gradient. Slope: of log ratio over "
+        f"{num_images} training images, {settings.num_draws} draws of each gradient. Slope: of log ratio over "
         "log K; -0.5 is 1 / sqrt(K)."
     )
     return "\n".join(lines)

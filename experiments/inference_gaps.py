@@ -51,12 +51,12 @@ WIDENING = 1.1
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one study of a run.
 
     Args:
         run: directory of a finished run; may stand first, without --run.
-        out: directory to write, new or empty; null: inference_gaps in the run's directory.
+        run_dir: directory to write, new or empty; null: inference_gaps in the run's directory.
         family: the encoder's own, with which its gaps are taken; both are optimized in any case.
         num_images: how many of each split, drawn at random, the same each time, at least 2.
         num_samples: samples per image of importance sampling and of each bound, at least 2.
@@ -67,7 +67,7 @@ class Config:
     """
 
     run: Path
-    out: Path | None = None
+    run_dir: Path | None = None
     family: Literal["mean_field", "flow"] = "mean_field"
     num_images: int = 100
     num_samples: int = 1000
@@ -107,27 +107,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or if the model has discrete latent variables.
     """
-    config, _ = runs.parse(Config, argv, first="run")
-    opened = runs.open_finished(config.run, config.out, "inference_gaps", config.device, config.seed)
-    vae, data, device, out = opened
-    runs.make_directory(out)
+    settings, _ = runs.parse(Settings, argv, first="run")
+    opened = runs.open_finished(settings.run, settings.run_dir, "inference_gaps", settings.device, settings.seed)
+    vae, data, device, run_dir = opened
+    runs.make_directory(run_dir)
     splits = {}
     try:
         for name in SPLITS:
-            x, among = runs.some_images(data, name, config.num_images)
+            x, among = runs.some_images(data, name, settings.num_images)
             print(f"{len(x):,} {name} images")
-            splits[name] = study(config, vae.model, vae.guide, x, among)
+            splits[name] = study(settings, vae.model, vae.guide, x, among)
     except (ContractError, ValueError) as error:
-        raise runs.RunError(f"{config.run}: {' '.join(str(error).split())}") from error
-    result = summarize(config, splits, vae.likelihood.head.unit) | runs.provenance(device)
-    with runs.writing(out):
+        raise runs.RunError(f"{settings.run}: {' '.join(str(error).split())}") from error
+    result = summarize(settings, splits, vae.likelihood.head.unit) | runs.provenance(device)
+    with runs.writing(run_dir):
         groups = {name: dataset(split, result["unit"]) for name, split in splits.items()}
-        xr.DataTree.from_dict(groups).to_netcdf(out / "gaps.nc", engine="h5netcdf")
-        plot(result, splits, out / "gaps.png")
-    return runs.conclude(out, report(result), result, device)
+        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "gaps.nc", engine="h5netcdf")
+        plot(result, splits, run_dir / "gaps.png")
+    return runs.conclude(run_dir, report(result), result, device)
 
 
-def study(config: Config, model: Program, guide: Program, x: Tensor, among: Tensor) -> Split:
+def study(settings: Settings, model: Program, guide: Program, x: Tensor, among: Tensor) -> Split:
     """Estimate log p(x) of observations ``(n, X)`` twice, and take apart what the guide's bound loses."""
     seconds = {}
 
@@ -138,13 +138,13 @@ def study(config: Config, model: Program, guide: Program, x: Tensor, among: Tens
         return found
 
     evidence = {
-        "annealed": timed("annealed", annealed_importance_sampling, x, config.annealing),
-        "importance": timed("importance", importance_sampling, x, config.num_samples, "laplace", WIDENING),
+        "annealed": timed("annealed", annealed_importance_sampling, x, settings.annealing),
+        "importance": timed("importance", importance_sampling, x, settings.num_samples, "laplace", WIDENING),
     }
     chosen = higher(evidence)
-    mean_field = timed("mean_field", local_mean_field, x, num_steps=config.num_steps)
-    flow = timed("flow", local_flow, x, mean_field, num_steps=config.num_steps)
-    bounds = {"mean_field": mean_field, "flow": flow, "num_samples": config.num_samples}
+    mean_field = timed("mean_field", local_mean_field, x, num_steps=settings.num_steps)
+    flow = timed("flow", local_flow, x, mean_field, num_steps=settings.num_steps)
+    bounds = {"mean_field": mean_field, "flow": flow, "num_samples": settings.num_samples}
     gaps = timed("bounds", inference_gaps, evidence[chosen], x, **bounds)
     return Split(among, evidence, chosen, gaps, seconds)
 
@@ -155,10 +155,10 @@ def higher(evidence: dict[str, Evidence]) -> str:
     return max(means, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
 
 
-def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, Any]:
+def summarize(settings: Settings, splits: dict[str, Split], unit: str) -> dict[str, Any]:
     """Entries of the JSON file: means, each with its error over images and its Monte Carlo error, and settings."""
-    threshold = pareto_k_threshold(config.num_samples)
-    result: dict[str, Any] = {"run": str(config.run), "unit": unit, "family": config.family, "splits": {}}
+    threshold = pareto_k_threshold(settings.num_samples)
+    result: dict[str, Any] = {"run": str(settings.run), "unit": unit, "family": settings.family, "splits": {}}
     for name, split in splits.items():
         estimates = {key: mean_log_weight(*each.mean()) for key, each in split.evidence.items()}
         for key, each in split.evidence.items():
@@ -173,11 +173,11 @@ def summarize(config: Config, splits: dict[str, Split], unit: str) -> dict[str, 
             "gaps": {key: mean_log_weight(*each) for key, each in split.gaps.mean().items()},
             "seconds": split.seconds,
         }
-    settings = {name: getattr(config, name) for name in ("num_images", "num_samples", "num_steps", "seed")}
+    numbers = {name: getattr(settings, name) for name in ("num_images", "num_samples", "num_steps", "seed")}
     total = sum(sum(split.seconds.values()) for split in splits.values())
     return (
         result
-        | {"settings": settings | {"widening": WIDENING, "annealing": asdict(config.annealing)}}
+        | {"settings": numbers | {"widening": WIDENING, "annealing": asdict(settings.annealing)}}
         | {"seconds": total}
     )
 
@@ -187,13 +187,13 @@ def mean_log_weight(mean: float, se: float, mc_se: float) -> dict[str, Any]:
 
 
 def dataset(split: Split, unit: str) -> xr.Dataset:
-    """Values of each image, along the dimension ``image``, numbered by its place in the split."""
+    """Values of each image, along the dimension ``datum``, numbered by its place in the split."""
     values = split.gaps._asdict()
     for name, each in split.evidence.items():
         values |= {f"{name}_{field}": getattr(each, field) for field in ("log_px", "mc_se", "ess", "khat")}
-    variables = {name: ("image", value.cpu().numpy()) for name, value in values.items()}
+    variables = {name: ("datum", value.cpu().numpy()) for name, value in values.items()}
     attributes = {"unit": unit, "log_px_from": split.chosen}
-    return xr.Dataset(variables, coords={"image": split.among.cpu().numpy()}, attrs=attributes)
+    return xr.Dataset(variables, coords={"datum": split.among.cpu().numpy()}, attrs=attributes)
 
 
 def report(result: dict[str, Any]) -> str:

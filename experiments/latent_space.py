@@ -35,12 +35,12 @@ from pyro_vae.runs.scoring import number
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one study of a run.
 
     Args:
         run: directory of a finished run; may stand first, without --run.
-        out: directory to write, new or empty; null: latent_space in the run's directory.
+        run_dir: directory to write, new or empty; null: latent_space in the run's directory.
         manifold: draw the grid over two latent dimensions; null: if the run has as many.
         others: directories of finished runs on the same data set, whose blur is measured too.
         num_images: images of each kind that are measured, at least 20.
@@ -49,7 +49,7 @@ class Config:
     """
 
     run: Path
-    out: Path | None = None
+    run_dir: Path | None = None
     manifold: bool | None = None
     others: Sequence[Path] = ()
     num_images: int = 1000
@@ -76,34 +76,34 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``, if the manifold is asked for and there are not two latent dimensions, or if
             another run is on another data set.
     """
-    config, _ = runs.parse(Config, argv, first="run")
-    opened = runs.open_finished(config.run, config.out, "latent_space", config.device, config.seed)
-    vae, data, device, out = opened
+    settings, _ = runs.parse(Settings, argv, first="run")
+    opened = runs.open_finished(settings.run, settings.run_dir, "latent_space", settings.device, settings.seed)
+    vae, data, device, run_dir = opened
     space = Space(vae.model, vae.guide, data)
-    if config.manifold and space.dim != 2:
-        raise runs.RunError(f"--manifold: {config.run} has {space.dim} latent dimensions, the manifold needs 2")
+    if settings.manifold and space.dim != 2:
+        raise runs.RunError(f"--manifold: {settings.run} has {space.dim} latent dimensions, the manifold needs 2")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's numbers are as without others
-        others = [open_other(each, data) for each in config.others]
+        others = [open_other(each, data) for each in settings.others]
     judge = None if data.train_labels is None else Judge(data)
-    runs.make_directory(out)
-    with runs.writing(out):
-        if space.dim == 2 and config.manifold is not False:
-            manifold(space, out / "manifold.png")
-        units = traversals(space, out / "traversals.png")
-        interpolations(space, out / "interpolations.png")
-        nearest_images(space, out / "nearest.png")
-    between = None if judge is None else halfway(space, judge, config.num_images)
-    copied = copying(space, config.num_images)
-    spaces = {config.run: space} | dict(zip(config.others, others, strict=True))
-    blurs = {str(path): blur(each, config.num_images) for path, each in spaces.items()}
+    runs.make_directory(run_dir)
+    with runs.writing(run_dir):
+        if space.dim == 2 and settings.manifold is not False:
+            manifold(space, run_dir / "manifold.png")
+        units = traversals(space, run_dir / "traversals.png")
+        interpolations(space, run_dir / "interpolations.png")
+        nearest_images(space, run_dir / "nearest.png")
+    between = None if judge is None else halfway(space, judge, settings.num_images)
+    copied = copying(space, settings.num_images)
+    spaces = {settings.run: space} | dict(zip(settings.others, others, strict=True))
+    blurs = {str(path): blur(each, settings.num_images) for path, each in spaces.items()}
     result = {
         "active_units": units,
         "halfway": None if between is None else {name: each._asdict() for name, each in between.items()},
         "copying": copied,
         "blur": {path: {name: each._asdict() for name, each in by.items()} for path, by in blurs.items()},
-        "settings": {"num_images": config.num_images, "seed": config.seed},
+        "settings": {"num_images": settings.num_images, "seed": settings.seed},
     }
-    return runs.conclude(out, report(units, between, copied, blurs), result, device)
+    return runs.conclude(run_dir, report(units, between, copied, blurs), result, device)
 
 
 class Space:

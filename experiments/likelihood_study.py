@@ -45,14 +45,14 @@ LIKELIHOODS = {
 
 
 @dataclass(frozen=True)
-class Config(runs.StudySettings):
+class Settings(runs.StudySettings):
     """Settings of the study.
 
     Args:
-        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first of each unit and
+        contenders: for each name, the arguments of pyro-vae train that make it; the first of each unit and
             kind of data is the reference. A likelihood of your own: --contenders.Cauchy '--likelihood
             my_package.CauchyPixels --dataset.binarization dequantized' adds one to the usual ones.
-        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        common: arguments of pyro-vae train for all runs; --help there lists them.
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
         resume: go on with the interrupted study in --run_dir; what is finished is not run again.
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    config, run_dir, directories, summaries = runs.run_study(Config, argv, "likelihood_study")
+    settings, run_dir, directories, summaries = runs.run_study(Settings, argv, "likelihood_study")
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
         settings, data = runs.load_settings(first), runs.load_data(first)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with runs.writing(run_dir):
         figures.image_grid(rows, data.image_shape, run_dir / "samples.png", title, list(pictures))
     title = (
-        f"Larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds and images.\n"
+        f"Larger is better; means over seeds 0 to {settings.seeds - 1}, with standard errors over seeds and images.\n"
         f"log p(x) is {runs.estimators(summaries)}; importance sampling is too low in images with a bad Pareto k.\n"
         "'No latent' is the same likelihood with free parameters for each pixel. A density's bits per dimension bound\n"
         "those of the mass that it makes, from above."

@@ -35,12 +35,12 @@ from pyro_vae.runs import figures
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """Settings of one comparison.
 
     Args:
         run: directory of a finished run on binary images of one channel; may stand first, without --run.
-        out: directory to write, new or empty; null: pixelcnn in the run's directory.
+        run_dir: directory to write, new or empty; null: pixelcnn in the run's directory.
         channels: of the PixelCNN, at least 1.
         layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, the others 1, 2, 4, 1, 2, 4, ...
             further: four of them 10 pixels to the sides and 11 rows up. What lies beyond is not seen.
@@ -55,7 +55,7 @@ class Config:
     """
 
     run: Path
-    out: Path | None = None
+    run_dir: Path | None = None
     channels: int = 12
     layers: int = 4
     epochs: int = 1
@@ -269,22 +269,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or a run on other than binary images of one channel.
     """
-    config, _ = runs.parse(Config, argv, first="run")
-    vae, data, device, out = runs.open_finished(config.run, config.out, "pixelcnn", config.device, config.seed)
+    settings, _ = runs.parse(Settings, argv, first="run")
+    vae, data, device, run_dir = runs.open_finished(
+        settings.run, settings.run_dir, "pixelcnn", settings.device, settings.seed
+    )
     if data.encoding != "binary" or data.image_shape[0] != 1:
-        raise runs.RunError(f"{config.run}: its images must be binary and of one channel, as MNIST's")
-    finished = runs.load(config.run)
+        raise runs.RunError(f"{settings.run}: its images must be binary and of one channel, as MNIST's")
+    finished = runs.load(settings.run)
     test = data.test[: finished.result["num_images"]]
-    runs.make_directory(out)
+    runs.make_directory(run_dir)
     draw = lambda: figures.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
     seconds, samples = clock(draw, repetitions=20)
     parameters = sum(p.numel() for p in vae.parameters())
     importance = finished.importance["log_px"].values
     rows = [Row("VAE", parameters, importance, finished.result["train_seconds"], seconds, samples)]
-    for name, network, epochs in networks(config, data):
-        rows.append(train(name, network.to(device), epochs, config, data, test))
-    with runs.writing(out):
-        plot(rows, finished, data, out)
+    for name, network, epochs in networks(settings, data):
+        rows.append(train(name, network.to(device), epochs, settings, data, test))
+    with runs.writing(run_dir):
+        plot(rows, finished, data, run_dir)
     result = {
         "models": [
             {
@@ -298,29 +300,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
         ],
         "vae": {name: finished.result[name] for name in ("test_log_likelihood", "annealed_log_likelihood")},
         "differences": {row.name: against(row, finished)[0]._asdict() for row in rows[1:]},
-        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "settings": {name: getattr(settings, name) for name in SETTINGS},
     }
-    return runs.conclude(out, report(rows, finished), result, device)
+    return runs.conclude(run_dir, report(rows, finished), result, device)
 
 
 SETTINGS = ("channels", "layers", "epochs", "hidden", "made_epochs", "batch_size", "lr", "precision", "seed")
 
 
-def networks(config: Config, data: Data) -> list[tuple[str, Network, int]]:
+def networks(settings: Settings, data: Data) -> list[tuple[str, Network, int]]:
     """Name, untrained network and epochs of each model."""
     size, shape = data.test.shape[1], data.image_shape
-    pixelcnn = PixelCNN(size, size, config.channels, config.layers, shape)
-    return [("MADE", MADE(size, size, config.hidden), config.made_epochs), ("PixelCNN", pixelcnn, config.epochs)]
+    pixelcnn = PixelCNN(size, size, settings.channels, settings.layers, shape)
+    return [("MADE", MADE(size, size, settings.hidden), settings.made_epochs), ("PixelCNN", pixelcnn, settings.epochs)]
 
 
-def train(name: str, network: Network, epochs: int, config: Config, data: Data, test: Tensor) -> Row:
+def train(name: str, network: Network, epochs: int, settings: Settings, data: Data, test: Tensor) -> Row:
     """A model trained on ``data``, its exact log p(x) of test images and its samples."""
     model = AutoregressiveModel(network)
-    batches = data.batches(config.batch_size)
+    batches = data.batches(settings.batch_size)
     # a PixelCNN's step takes some ten times as long as a VAE's, so that compiling pays after a tenth of the steps
-    engine = runs.compiled_engine(10 * epochs * len(batches), precision=config.precision)
+    engine = runs.compiled_engine(10 * epochs * len(batches), precision=settings.precision)
     print(f"{name}: {num_parameters(network):,} parameters")
-    history = fit(model, batches, data.validation, epochs=epochs, lr=config.lr, engine=engine)
+    history = fit(model, batches, data.validation, epochs=epochs, lr=settings.lr, engine=engine)
     model.eval()
     log_px = model.log_px(test).double().cpu().numpy()
     seconds, samples = clock(lambda: Autoregressive(network).sample([DRAWN]), repetitions=1)
@@ -395,13 +397,13 @@ def report(rows: Sequence[Row], finished: runs.Run) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], finished: runs.Run, data: Data, out: Path) -> None:
+def plot(rows: Sequence[Row], finished: runs.Run, data: Data, run_dir: Path) -> None:
     """Samples side by side, and log p(x) against the time that a sample takes."""
     shown = min(DRAWN, len(data.test))
     images = torch.stack([data.test[:shown], *(row.samples[:shown] for row in rows)])
     labels = ["test images", *(row.name for row in rows)]
-    figures.image_grid(data.picture(images), data.image_shape, out / "samples.png", "Draws of x", labels)
-    with figures.figure(out / "likelihood_and_speed.png", 5.6, 3.6) as axes:
+    figures.image_grid(data.picture(images), data.image_shape, run_dir / "samples.png", "Draws of x", labels)
+    with figures.figure(run_dir / "likelihood_and_speed.png", 5.6, 3.6) as axes:
         for number, row in enumerate(rows):
             value = runs.best(finished.result) if number == 0 else row.log_px.mean()
             axes.plot(1000 * row.draw_seconds, value, "o", color=f"C{number}")

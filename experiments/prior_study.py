@@ -25,13 +25,13 @@ PRIORS = {
 
 
 @dataclass(frozen=True)
-class Config(runs.StudySettings):
+class Settings(runs.StudySettings):
     """Settings of the study.
 
     Args:
-        contenders: for each name, the arguments of experiments.svi_mnist that make it; the first is the reference.
+        contenders: for each name, the arguments of pyro-vae train that make it; the first is the reference.
             A prior of your own: --contenders.Horseshoe '--prior my_package.Horseshoe' adds one to the usual ones.
-        common: arguments of experiments.svi_mnist for all runs; --help there lists them.
+        common: arguments of pyro-vae train for all runs; --help there lists them.
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
         resume: go on with the interrupted study in --run_dir; what is finished is not run again.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``.
     """
-    return runs.report_study(runs.run_study(Config, argv, "prior_study"), "Which prior is best?")
+    return runs.report_study(runs.run_study(Settings, argv, "prior_study"), "Which prior is best?")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def parse(
         SystemExit: after ``--help`` and the like.
     """
     argv = _first_named(list(sys.argv[1:] if argv is None else argv), first, config)
+    argv = _run_dir_for_out(argv, config)
     options = parser(config, prog)
     if "--help.all" in argv or {"-h", "--help"} & set(argv):
         print(options.format_help() if "--help.all" in argv else brief_help(config, options))
@@ -129,6 +130,16 @@ def _first_named(argv: list[str], first: str | None, config: type) -> list[str]:
     if get_origin(get_type_hints(config)[first]) is Sequence:
         return [f"--{first}={json.dumps(words)}", *argv[len(words) :]]
     return [f"--{first}={words[0]}", *argv[1:]]
+
+
+def _run_dir_for_out(argv: Sequence[str], config: type) -> list[str]:
+    """The command line with ``--run_dir`` for ``--out``, as experiments of version 0.1.0 called it."""
+    hints = get_type_hints(config)
+    old = [place for place, word in enumerate(argv) if word == "--out" or word.startswith("--out=")]
+    if not old or "out" in hints or "run_dir" not in hints:
+        return list(argv)
+    warnings.warn("--out is now --run_dir", DeprecationWarning, stacklevel=3)
+    return ["--run_dir" + word[5:] if place in old else word for place, word in enumerate(argv)]
 
 
 def _in_todays_names(argv: Sequence[str], contents: Sequence[dict[str, Any]]) -> list[str]:

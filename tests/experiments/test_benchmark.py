@@ -26,7 +26,7 @@ def test_every_contender_is_timed(tmp_path, capsys, monkeypatch):
     argv = "--repeats 3 --steps 1 --batch_sizes [256] --models [K=50] --model_batch_size 4 --epoch_images 300"
     argv += f" --num_images 2 --num_samples 20 --device cpu --run_dir={tmp_path / 'run'}"
     benchmark.main(argv.split())
-    found = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
     tables = capsys.readouterr().out.split("\n\n")
     for part, title, group, least in (
         ("step", "training step", "batch of 256", COMPILED),
@@ -80,7 +80,7 @@ def test_other_libraries_that_cannot_be_imported_are_left_out(monkeypatch, capsy
     monkeypatch.setattr(benchmark, "find_spec", lambda name: True)
     for name in ("jax", "numpyro", "pythae"):
         monkeypatch.setitem(sys.modules, name, None)
-    list(benchmark.epochs(benchmark.Config(epoch_images=300), torch.device("cpu")))
+    list(benchmark.epochs(benchmark.Settings(epoch_images=300), torch.device("cpu")))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["NumPyro is installed", "pythae is installed"]
     assert "CompiledSVI" in timed

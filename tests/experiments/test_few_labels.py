@@ -81,7 +81,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
     fresh = runs.build(runs.load_settings(finished), data.image_shape)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     spaces = {PIXELS: (x.numpy(), data.test.numpy())}
-    config = few_labels.Config(finished, labels=(2, 7), num_draws=2)
+    config = few_labels.Settings(finished, labels=(2, 7), num_draws=2)
     found = few_labels.study(config, spaces, networks, x, data)
     assert set(found) == {f"{PIXELS}, {each}" for each in few_labels.CLASSIFIERS} | set(networks)
     for size, calls in seen.items():
@@ -95,7 +95,7 @@ def test_names_of_networks(finished, monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(few_labels, "study", lambda config, spaces, networks, x, data: given.update(networks) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        few_labels.main([str(finished), f"--out={tmp_path / 'out'}"])
+        few_labels.main([str(finished), f"--run_dir={tmp_path / 'out'}"])
     weights = {name: network.layers[0].weight for name, network in given.items()}
     assert torch.equal(weights[FINE_TUNED], vae.posterior.network.layers[0].weight)
     assert not torch.equal(weights[SCRATCH], weights[FINE_TUNED])
@@ -112,7 +112,7 @@ def test_names_of_networks(finished, monkeypatch, tmp_path):
 )
 def test_bad_settings_are_refused(finished, tmp_path, argv, message):
     with pytest.raises(runs.RunError, match=message):
-        few_labels.main([str(finished), *argv, f"--out={tmp_path / 'out'}"])
+        few_labels.main([str(finished), *argv, f"--run_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
 

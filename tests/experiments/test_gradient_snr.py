@@ -102,7 +102,7 @@ def test_estimators_are_those_of_their_names():
 
 
 def test_more_images_than_there_are(finished, tmp_path):
-    argv = ["--num_images=5000", "--num_particles=[1]", "--num_draws=20", f"--out={tmp_path / 'out'}"]
+    argv = ["--num_images=5000", "--num_particles=[1]", "--num_draws=20", f"--run_dir={tmp_path / 'out'}"]
     text = (gradient_snr.main([str(finished), *argv]) / "table.md").read_text()
     assert "1200 training images" in text
 

@@ -84,7 +84,7 @@ def test_all_files_are_written_and_the_table_is_printed(trained, written, capsys
     assert written == trained / "inference_gaps"
     assert {path.name for path in written.iterdir()} == {"table.md", "result.json", "gaps.nc", "gaps.png"}
     assert (written / "gaps.png").stat().st_size > 1000
-    again = inference_gaps.main([str(trained), *SHORT, f"--out={trained.parent / 'short'}"])
+    again = inference_gaps.main([str(trained), *SHORT, f"--run_dir={trained.parent / 'short'}"])
     printed = capsys.readouterr().out
     assert (again / "table.md").read_text() in printed
     assert printed.endswith(f"{again}\n")
@@ -188,7 +188,7 @@ def test_no_estimate_is_the_lowest():
 
 def test_a_seed_repeats_itself(trained, tmp_path):
     first, same, other = (
-        inference_gaps.main([str(trained), *SHORT, f"--seed={seed}", f"--out={tmp_path / name}"])
+        inference_gaps.main([str(trained), *SHORT, f"--seed={seed}", f"--run_dir={tmp_path / name}"])
         for name, seed in (("first", 3), ("same", 3), ("other", 4))
     )
     assert without_place_and_time(first) == without_place_and_time(same)
@@ -198,7 +198,7 @@ def test_a_seed_repeats_itself(trained, tmp_path):
 
 
 def test_the_family_is_the_one_asked_for(trained, tmp_path):
-    out = inference_gaps.main([str(trained), *SHORT, "--family=flow", f"--out={tmp_path / 'flow'}"])
+    out = inference_gaps.main([str(trained), *SHORT, "--family=flow", f"--run_dir={tmp_path / 'flow'}"])
     gaps, text = result(out)["splits"]["train"]["gaps"], (out / "table.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| approximation gap"))
     assert f"{gaps['approximation_gap_flow']['mean']:.3f}" in row
@@ -221,10 +221,10 @@ def test_nothing_is_overwritten(trained, written, tmp_path):
     assert {path: path.read_bytes() for path in written.iterdir()} == before
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
-        assert "choose another directory by --out" in complaint(trained, *SHORT, "--out", taken)
-    assert "Not a directory" in complaint(trained, *SHORT, "--out", tmp_path / "file" / "gaps")
+        assert "choose another directory by --run_dir" in complaint(trained, *SHORT, "--run_dir", taken)
+    assert "Not a directory" in complaint(trained, *SHORT, "--run_dir", tmp_path / "file" / "gaps")
     (tmp_path / "empty").mkdir()
-    assert inference_gaps.main([str(trained), *SHORT, f"--out={tmp_path / 'empty'}"]) == tmp_path / "empty"
+    assert inference_gaps.main([str(trained), *SHORT, f"--run_dir={tmp_path / 'empty'}"]) == tmp_path / "empty"
 
 
 def test_an_unfinished_run_is_refused(trained, tmp_path):
@@ -245,7 +245,7 @@ def test_an_unfinished_run_is_refused(trained, tmp_path):
     ],
 )
 def test_bad_settings_are_named(trained, tmp_path, option, message):
-    assert message in complaint(trained, f"--out={tmp_path / 'out'}", option)
+    assert message in complaint(trained, f"--run_dir={tmp_path / 'out'}", option)
     assert not (tmp_path / "out").exists()
 
 
@@ -255,6 +255,6 @@ def test_discrete_latent_variables_are_refused(trained, tmp_path, monkeypatch):
         setattr(programs, name, getattr(programs, name).float())
     vae = SimpleNamespace(model=programs.model, guide=programs.guide, to=lambda device: vae)
     monkeypatch.setattr(loading, "load_model", lambda directory: vae)
-    message = complaint(trained, *SHORT, f"--out={tmp_path / 'out'}")
+    message = complaint(trained, *SHORT, f"--run_dir={tmp_path / 'out'}")
     assert message.startswith(f"{trained}: ")
     assert "discrete" in message

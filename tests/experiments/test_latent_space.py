@@ -56,9 +56,9 @@ def test_pictures_and_numbers(planar, gaussian, capsys):
 
 def test_a_manifold_needs_two_dimensions(gaussian, planar, tmp_path):
     with pytest.raises(runs.RunError, match="has 5 latent dimensions, the manifold needs 2"):
-        latent_space.main([str(gaussian), "--manifold", f"--out={tmp_path / 'out'}"])
+        latent_space.main([str(gaussian), "--manifold", f"--run_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
-    out = latent_space.main([str(gaussian), "--num_images=50", f"--out={tmp_path / 'out'}"])
+    out = latent_space.main([str(gaussian), "--num_images=50", f"--run_dir={tmp_path / 'out'}"])
     assert not (out / "manifold.png").exists()
     assert (out / "nearest.png").exists()
 
@@ -66,10 +66,10 @@ def test_a_manifold_needs_two_dimensions(gaussian, planar, tmp_path):
 def test_other_images_are_refused(planar, tmp_path):
     other = train(tmp_path / "other", "--latent_dim=2", "--dataset.num_validation=300", "--epochs=1")
     with pytest.raises(runs.RunError, match=r"--others: .*other was trained on other images"):
-        latent_space.main([str(planar), f"--others=[{other}]", f"--out={tmp_path / 'out'}"])
+        latent_space.main([str(planar), f"--others=[{other}]", f"--run_dir={tmp_path / 'out'}"])
     (other / "result.json").unlink()
     with pytest.raises(runs.RunError, match="holds no finished run"):
-        latent_space.main([str(planar), f"--others=[{other}]", f"--out={tmp_path / 'out'}"])
+        latent_space.main([str(planar), f"--others=[{other}]", f"--run_dir={tmp_path / 'out'}"])
     with pytest.raises(runs.RunError, match="--num_images must be at least 20"):
         latent_space.main([str(planar), "--num_images=2"])
 
@@ -112,7 +112,7 @@ def test_what_is_drawn(space, tmp_path, monkeypatch):
 def test_other_runs_leave_the_numbers_of_the_first_alone(planar, gaussian, tmp_path):
     results = []
     for name, others in (("alone", "[]"), ("beside", f"[{gaussian}]")):
-        argv = [str(planar), f"--others={others}", "--num_images=50", f"--out={tmp_path / name}"]
+        argv = [str(planar), f"--others={others}", "--num_images=50", f"--run_dir={tmp_path / name}"]
         results.append(json.loads((latent_space.main(argv) / "result.json").read_text()))
     for name in ("halfway", "copying", "active_units"):
         assert results[0][name] == results[1][name]

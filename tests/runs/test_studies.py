@@ -225,11 +225,11 @@ def test_published_figures_belong_to_contenders():
 
 
 def test_a_study_of_bounds_has_the_papers_settings():
-    config, _ = runs.parse(runs.Settings, bound_study.Config(stages=3).arguments())
+    config, _ = runs.parse(runs.Settings, bound_study.Settings(stages=3).arguments())
     assert (config.schedule, config.epochs, config.lr, config.batch_size) == ("stages", 13, 1e-3, 20)
     assert config.evidence.num_samples == 5000
     with pytest.raises(ValueError, match="--common: --epochs is that of the study, which --stages sets"):
-        bound_study.Config(common="--epochs 7")
+        bound_study.Settings(common="--epochs 7")
 
 
 def test_engines_train_the_same_model(tmp_path):
