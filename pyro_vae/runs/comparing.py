@@ -78,7 +78,7 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | None = None, text:
     Raises:
         RunError: if a directory holds no finished run, or the runs cannot be compared.
     """
-    paths = [Path(run.path if isinstance(run, Run) else run) for run in runs]
+    paths = [Path(run) for run in runs]
     if len(paths) < 2:
         raise RunError("name at least two run directories to compare")
     if len({path.resolve() for path in paths}) < len(paths):

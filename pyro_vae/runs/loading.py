@@ -21,9 +21,11 @@ from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A finished run. What is large is read when it is first asked for; nothing but ``data`` needs the data set.
+
+    It stands for its directory where a path is wanted.
 
     Attributes:
         path: its directory.
@@ -35,6 +37,12 @@ class Run:
     path: Path
     result: dict[str, Any]
     evidence: dict[str, xr.Dataset]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
 
     @property
     def importance(self) -> xr.Dataset:

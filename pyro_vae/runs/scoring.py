@@ -60,7 +60,7 @@ def score(run: Run | Path | str, **settings: Any) -> Scored:
         RunError: for a mistake in the settings, or if the estimator cannot serve the model.
     """
     try:
-        return evaluate(EvaluationSettings(Path(run.path if isinstance(run, Run) else run), **settings))
+        return evaluate(EvaluationSettings(Path(run), **settings))
     except (ValueError, TypeError) as error:
         raise RunError(str(error)) from error
 

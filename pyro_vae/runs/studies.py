@@ -141,7 +141,8 @@ def study(
         raise RunError(str(error)) from error
     content = {"contenders": {}, "common": common, "seeds": seeds}
     for name, each in contenders.items():
-        content["contenders"][name] = each if isinstance(each, str) else yaml.safe_load(settings_text(each))
+        with _named(name):
+            content["contenders"][name] = each if isinstance(each, str) else yaml.safe_load(settings_text(each))
     done = _run(settings, yaml.safe_dump(content, sort_keys=False), "study")
     report_study(done, "log p(x) of each contender, minus that of the first")
     return done
@@ -361,9 +362,20 @@ def load_study(directory: Path | str) -> list[Summary]:
     if not files:
         raise RunError(f"{directory} holds no finished study: there is no result.json")
     try:
-        return [Summary(**each) for each in json.loads(files[0].read_text())["summaries"]]
+        return [_summary(each) for each in json.loads(files[0].read_text())["summaries"]]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{files[0]} is no summary of a study: {' '.join(str(error).split())}") from error
+
+
+def _summary(content: dict[str, Any]) -> Summary:
+    """A summary as it was written; before there were annealed estimates, there was one log-likelihood alone."""
+    estimator = "annealed" if "importance_sampled" in content else "importance"
+    content = {"estimator": estimator, "importance_sampled": content["log_likelihood"]} | content
+    absent = ("seed_error", "difference_seed_error", "bits_per_dim")  # may be None; for others JSON has null for NaN
+    values = {name: content[name] for name in Summary._fields}
+    return Summary(
+        **{name: math.nan if value is None and name not in absent else value for name, value in values.items()}
+    )
 
 
 def standard_error(values: Sequence[float]) -> float | None:

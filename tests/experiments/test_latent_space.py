@@ -19,7 +19,7 @@ PICTURES = ("traversals.png", "interpolations.png", "nearest.png")
 
 
 def train(folder, *argv):
-    return cli.train([*BASE.split(), "--evidence.annealed_images=0", f"--run_dir={folder}", *argv])
+    return cli.train([*BASE.split(), "--evidence.annealed_images=0", f"--run_dir={folder}", *argv]).path
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("pixelcnn") / "run"
     argv = "--dataset Digits --epochs 5 --latent_dim 3 --encoder.hidden [16] --decoder.hidden [16] "
     argv += "--evidence.num_samples 30 --evidence.annealed_images 50 --evidence.annealing.num_temperatures 3"
-    return cli.train([*argv.split(), f"--run_dir={run_dir}"])
+    return cli.train([*argv.split(), f"--run_dir={run_dir}"]).path
 
 
 def test_the_comparison(finished, capsys):

@@ -1,0 +1,303 @@
+"""Runs from Python: train, load, score, compare, study; and the command pyro-vae, which only parses."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pyro_vae import MLP, VAE, cli, priors, runs
+from pyro_vae.data.fetched import Digits
+from pyro_vae.data.images import Data
+from pyro_vae.errors import MissingExtra, need_extra
+
+ROOT = Path(__file__).parents[2]
+TINY = runs.Settings(
+    dataset=Digits,
+    prior=functools.partial(priors.GaussianMixture, components=3),
+    encoder=functools.partial(MLP, hidden=(8,)),
+    decoder=functools.partial(MLP, hidden=(8,)),
+    latent_dim=2,
+    epochs=2,
+    device="cpu",
+    evidence=runs.EvidenceSettings(num_samples=20, num_images=60, annealed_images=0),
+)
+
+
+def tiny(run_dir, **changes):
+    settings = {name: getattr(TINY, name) for name in vars(TINY)}
+    return runs.Settings(**(settings | {"run_dir": run_dir} | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs, which differ by their seeds."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [runs.train(tiny(folder / f"run{seed}", seed=seed)) for seed in (0, 1)]
+
+
+def test_a_run_has_everything_at_hand(trained):
+    run = trained[0]
+    assert isinstance(run, runs.Run)
+    assert isinstance(run.model, VAE)
+    assert run.model is run.model  # read once
+    assert isinstance(run.model.prior, priors.GaussianMixture)
+    assert isinstance(run.data, Data)
+    assert run.settings.epochs == 2
+    assert run.settings.prior(2).state_dict().keys() == TINY.prior(2).state_dict().keys()
+    assert run.annealed is None
+    assert run.importance["log_px"].sizes == {"datum": 60}
+    assert run.result == json.loads((run.path / "result.json").read_text())
+
+
+def test_a_run_is_loaded_as_it_was(trained):
+    run, again = trained[0], runs.load(str(trained[0].path))
+    assert again.result == run.result
+    assert again.importance.identical(run.importance)
+    weights, others = run.model.state_dict(), again.model.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_settings_of_python_and_of_the_command_line_give_the_same_run(trained, tmp_path):
+    argv = "--dataset Digits --prior GaussianMixture --prior.components 3 --encoder.hidden [8] --decoder.hidden [8] "
+    argv += "--latent_dim 2 --epochs 2 --device cpu --evidence.num_samples 20 --evidence.num_images 60 "
+    run = cli.train([*argv.split(), "--evidence.annealed_images=0", f"--run_dir={tmp_path / 'run'}"])
+    assert (run.path / "config.yaml").read_text() == (trained[0].path / "config.yaml").read_text()
+    assert run.importance.identical(trained[0].importance)
+
+
+def test_a_finished_run_is_not_trained_again(trained, capsys):
+    run = runs.train(tiny(trained[0].path, resume=True))
+    assert "This run is finished" in capsys.readouterr().out
+    assert run.result == trained[0].result
+    with pytest.raises(runs.RunError, match="holds another run, which is never overwritten"):
+        runs.train(tiny(trained[0].path))
+    with pytest.raises(runs.RunError, match=r"was run with another --epochs \(2, now 3\)"):
+        runs.train(tiny(trained[0].path, resume=True, epochs=3))
+
+
+def test_a_run_is_scored_by_another_estimator(trained, tmp_path):
+    run = trained[0]
+    scored = runs.score(run, estimator="importance", num_samples=300, num_images=50, device="cpu", seed=4)
+    assert scored.path == run.path / "evaluations" / "importance-test"
+    assert {path.name for path in scored.path.iterdir()} == {"config.yaml", "evidence.nc", "result.json"}
+    assert scored.result["log_likelihood"] == pytest.approx(scored.evidence["importance"].log_px.mean().item())
+    assert json.loads((scored.path / "result.json").read_text())["seed"] == 4
+    content = yaml.safe_load((scored.path / "config.yaml").read_text())
+    assert (content["run"], content["num_samples"]) == (str(run.path), 300)
+    again = runs.score(run.path, estimator="importance", num_samples=300, num_images=50, seed=4, run_dir=tmp_path / "b")
+    torch.testing.assert_close(again.evidence["importance"].log_px, scored.evidence["importance"].log_px)
+    with pytest.raises(runs.RunError, match="never overwritten"):
+        runs.score(run, estimator="importance", num_images=50)
+    with pytest.raises(runs.RunError, match="--num_images must be at least 2"):
+        runs.score(run, num_images=1)
+    with pytest.raises(runs.RunError, match="num_sample"):
+        runs.score(run, num_sample=3)
+
+
+def test_runs_are_compared_and_the_comparison_is_written(trained, tmp_path):
+    compared = runs.compare(trained, tmp_path / "compared")
+    a, b = (run.importance["log_px"].values for run in trained)
+    (difference,) = compared.differences
+    assert difference.mean == pytest.approx((b - a).mean())
+    assert difference.se == pytest.approx((b - a).std(ddof=1) / 60**0.5)
+    assert runs.compare([run.path for run in trained]).differences == compared.differences
+    written = json.loads((tmp_path / "compared" / "result.json").read_text())
+    assert written["reference"] == str(trained[0].path)
+    assert written["differences"][str(trained[1].path)]["mean"] == pytest.approx(difference.mean)
+    assert (tmp_path / "compared" / "table.md").read_text().strip() == compared.table()
+    assert f"{difference.mean:+.3f}" in compared.table()
+    with Image.open(tmp_path / "compared" / "differences.png") as image:
+        assert np.asarray(image.convert("L")).std() > 5
+    for wrong, message in {
+        (trained[0],): "at least two",
+        (trained[0], str(trained[0].path)): "named twice",
+        (trained[0], tmp_path): "holds no finished run",
+    }.items():
+        with pytest.raises(runs.RunError, match=message):
+            runs.compare(wrong)
+    with pytest.raises(runs.RunError, match="never overwritten"):
+        runs.compare(trained, tmp_path / "compared")
+
+
+def test_the_forest_plot_is_arvizs_of_a_bayesian_bootstrap(tmp_path, monkeypatch):
+    """Its draws have the mean of the differences, and spread as their standard error."""
+    import arviz as az
+
+    seen = {}
+    plot = az.plot_forest
+    monkeypatch.setattr(az, "plot_forest", lambda data, **more: seen.update(data=data) or plot(data, **more))
+    values = np.random.default_rng(1).normal(0.3, 2, size=400)
+    runs.figures.paired_differences({"a": values, "b": values + 1}, tmp_path / "forest.png", "title")
+    draws = seen["data"]
+    draws = draws if "a" in draws else draws["posterior"]
+    for name, shift in (("a", 0), ("b", 1)):
+        error = values.std() / 20
+        assert abs(draws[name].values.mean() - values.mean() - shift) < 5 * error / 2000**0.5
+        assert draws[name].values.std() == pytest.approx(error, rel=0.1)
+    assert (tmp_path / "forest.png").stat().st_size > 1000
+
+
+def test_a_study_takes_settings_made_in_python(tmp_path, monkeypatch):
+    common = "--dataset Digits --encoder.hidden [8] --decoder.hidden [8] --latent_dim 2 --epochs 1 "
+    common += "--evidence.num_samples 20 --evidence.num_images 60 --evidence.annealed_images 0"
+    contenders = {"Normal": tiny(None, epochs=1, prior=priors.StandardNormal), "by arguments": "--prior Laplace"}
+    done = runs.study(contenders, common, seeds=2, run_dir=tmp_path / "study")
+    assert [each.name for each in done.summaries] == ["Normal", "by arguments"]
+    assert [path.name for path in done.directories["Normal"]] == ["Normal-seed0", "Normal-seed1"]
+    each = [runs.load(path) for paths in done.directories.values() for path in paths]
+    assert [run.settings.seed for run in each] == [0, 1, 0, 1]
+    paired = [
+        b.importance["log_px"].values - a.importance["log_px"].values for a, b in zip(each[:2], each[2:], strict=True)
+    ]
+    assert done.summaries[1].differences == pytest.approx([d.mean() for d in paired])
+    assert repr(runs.load_study(tmp_path / "study")) == repr(done.summaries)  # NaN is not equal to itself
+    content = yaml.safe_load((tmp_path / "study" / "config.yaml").read_text())
+    assert content["contenders"]["Normal"]["prior"]["class_path"] == "pyro_vae.priors.StandardNormal"
+    assert content["contenders"]["by arguments"] == "--prior Laplace"
+    monkeypatch.setattr("pyro_vae.runs.studies.train", lambda *settings: 1 / 0)
+    again = runs.study(contenders, common, seeds=2, run_dir=tmp_path / "study", resume=True)
+    assert repr(again.summaries) == repr(done.summaries)
+    with pytest.raises(runs.RunError, match="--seeds must be at least 1"):
+        runs.study(contenders, seeds=0)
+    with pytest.raises(runs.RunError, match=r"^a: --prior: <function .* cannot be written"):
+        runs.study({"a": tiny(None, prior=lambda dim: None)}, run_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+# The command
+
+
+def command(*argv, cwd, code=None):
+    start = [sys.executable, "-m", "pyro_vae"] if code is None else [sys.executable, "-c", code]
+    return subprocess.run(
+        [*start, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_the_command_lists_its_commands(capsys):
+    for argv in ([], ["--help"], ["-h"]):
+        cli.main(argv)
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text for name in ("train", "evaluate", "compare", "study"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fit"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: unknown command fit: choose train, evaluate, compare, study\n"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "study"])
+def test_help_of_every_command_is_short(name, capsys):
+    lengths = []
+    for option in ("--help", "--help.all"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, option])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert "--run_dir" in text
+        assert f"pyro-vae {name}" in text
+        lengths.append(len(text.splitlines()))
+    assert lengths[0] < 60
+    assert lengths[0] <= lengths[1]
+
+
+def test_commands_work_on_runs(trained, tmp_path, capsys):
+    scored = cli.evaluate([str(trained[0].path), "--estimator=importance", "--num_images=10", "--name=here"])
+    out = capsys.readouterr().out
+    assert out.strip().splitlines()[-1] == str(scored.path)
+    assert f"{scored.result['log_likelihood']:.3f}" in out
+    compared = cli.compare([*(str(run.path) for run in trained), f"--run_dir={tmp_path / 'compared'}"])
+    assert compared.table() in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "compared" / "config.yaml").read_text())["runs"] == [str(r.path) for r in trained]
+
+
+def test_the_command_runs_a_study_of_any_contenders(tmp_path, capsys):
+    tiny = "--dataset Digits --encoder.hidden [8] --decoder.hidden [8] --latent_dim 2 --epochs 1 "
+    tiny += "--evidence.num_samples 20 --evidence.num_images 60 --evidence.annealed_images 0"
+    argv = ["--contenders.one", "--prior StandardNormal", "--contenders.two=--prior Laplace", f"--common={tiny}"]
+    done = cli.study([*argv, "--seeds=1", f"--run_dir={tmp_path / 'study'}"])
+    assert [each.name for each in done.summaries] == ["one", "two"]
+    assert f"{done.summaries[1].difference:+.2f}" in capsys.readouterr().out
+    assert (tmp_path / "study" / "result.json").exists()
+    with pytest.raises(runs.RunError, match="--contenders"):
+        cli.study([f"--run_dir={tmp_path / 'none'}"])
+
+
+def test_a_mistake_of_the_command_is_one_line(tmp_path):
+    done = command("train", "--epochs", "0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --epochs must be at least 1, got 0\n"
+
+
+def test_an_old_name_is_told_in_one_line(tmp_path):
+    done = command("train", "--prior", "LaplacePrior", "--epochs", "0", cwd=tmp_path)
+    assert done.stderr.splitlines() == [
+        "DeprecationWarning: --prior LaplacePrior is now pyro_vae.priors.Laplace",
+        "error: --epochs must be at least 1, got 0",
+    ]
+
+
+# What is missing
+
+
+def test_a_missing_extra_is_one_line(tmp_path):
+    hidden = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda name, *a: None if name == 'arviz' "
+    hidden += "else f(name, *a); from pyro_vae import cli; cli.main()"
+    done = command("train", "--epochs", "1", cwd=tmp_path, code=hidden)
+    line = "pyro-vae needs the extra 'runs': pip install 'pyro-vae[runs]' (missing: arviz)"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
+    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[runs\]' \(missing: no_such, neither\)"):
+        need_extra("runs", ["json", "no_such", "neither"])
+
+
+# Old names of commands
+
+
+def test_old_commands_forward_with_a_line_that_says_the_new_one(trained):
+    for name, now in {"evaluate": "evaluate", "compare": "compare"}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", f"experiments.{name}", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        assert done.stderr == f"DeprecationWarning: python -m experiments.{name} is now pyro-vae {now}\n"
+        assert f"pyro-vae {now}" in done.stdout
+
+
+def test_old_imports_forward_with_a_warning(trained):
+    from experiments import svi_mnist
+
+    with pytest.warns(DeprecationWarning, match=r"load_run\(directory\) is now pyro_vae.runs.load\(directory\).model"):
+        load_run = svi_mnist.load_run
+    assert isinstance(load_run(trained[0].path), VAE)
+    with pytest.warns(DeprecationWarning, match="experiments.datasets is now pyro_vae.data"):
+        from experiments import datasets
+    assert datasets.Digits is Digits
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        svi_mnist.no_such  # noqa: B018
+
+
+def test_out_is_run_dir(trained, tmp_path):
+    for argv in (["--out", str(tmp_path / "a")], [f"--out={tmp_path / 'a'}"]):
+        with pytest.warns(DeprecationWarning, match="--out is now --run_dir"):
+            settings, _ = runs.parse(runs.EvaluationSettings, [f"--run={trained[0].path}", *argv])
+        assert settings.run_dir == tmp_path / "a"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs.parse(runs.EvaluationSettings, [f"--run={trained[0].path}", f"--run_dir={tmp_path}"])
