@@ -10,7 +10,6 @@ A mixture of logistic distributions (--likelihood.components 5) and Categorical,
 256 levels, are not among the usual contenders: on a CPU they take many times as long as the rest.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,11 +113,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings, run_dir, directories, summaries = runs.run_study(Settings, argv, "likelihood_study")
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
-        settings, data = runs.load_settings(first), runs.load_data(first)
-        head = settings.likelihood(data.test.shape[1])
-        free[name] = without_latent(head, data, settings.evidence.num_images, progress=name)
+        run = runs.load(first)
+        data = run.data
+        head = run.settings.likelihood(data.test.shape[1])
+        free[name] = without_latent(head, data, run.settings.evidence.num_images, progress=name)
         if head.is_density is None:
-            scores[name] = score(first, settings.evidence, data)
+            scores[name] = score(run)
         if not pictures:
             pictures["test images"] = side_by_side(data, *data.test[:16].split(8))
         pictures[name] = samples(first, data)
@@ -181,17 +181,17 @@ def without_latent(
         )
 
 
-def score(run: Path, settings: runs.EvidenceSettings, data: Data) -> Score:
+def score(run: runs.Run) -> Score:
     """What the number of a run with ``CrossEntropy`` means, scored as the run was."""
-    claimed = json.loads((run / "result.json").read_text())["test_log_likelihood"]
-    vae, x = runs.load_model(run), data.test[: settings.num_images]
+    settings = run.settings.evidence
+    vae, x = runs.load_model(run), run.data.test[: settings.num_images]
     torch.manual_seed(0)
     with torch.no_grad():
         logits = vae.likelihood.network(vae.posterior(x).mean)
         log_integral = (distributions.ContinuousBernoulli(logits).log_normalizer() - F.softplus(logits)).sum(-1)
     vae.likelihood.head = ContinuousBernoulli(x.shape[1])
     log_likelihood, *_ = importance_sampling(vae.model, vae.guide, x, settings.num_samples).mean()
-    return Score(claimed, log_integral.mean().item(), log_likelihood)
+    return Score(run.result["test_log_likelihood"], log_integral.mean().item(), log_likelihood)
 
 
 def _explain(name: str, each: Score) -> str:

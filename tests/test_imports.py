@@ -19,7 +19,7 @@ ORDER = (
     "testing",
     "runs",
     "cli",
-    "experiments",
+    "__main__ experiments",
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 LEVELS |= {"_moved": 0, "": 0}  # the package itself holds its version and no more; what it lists is elsewhere

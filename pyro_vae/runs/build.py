@@ -56,32 +56,32 @@ def load_dataset(dataset: Dataset, device: torch.device | str) -> Data:
         raise RunError(" ".join(str(error).split())) from error
 
 
-def build(config: Settings, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
-    """The untrained model of ``config`` for images of shape ``(C, H, W)``."""
+def build(settings: Settings, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
+    """The untrained model of ``settings`` for images of shape ``(C, H, W)``."""
     event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
-    likelihood = make("likelihood", config.likelihood, event_size)
-    posterior = make("posterior", config.posterior, config.latent_dim)
-    decoder = make("decoder", config.decoder, config.latent_dim, num_outputs(likelihood), image_shape=shape)
-    encoder = make("encoder", config.encoder, event_size, num_outputs(posterior), image_shape=shape)
+    likelihood = make("likelihood", settings.likelihood, event_size)
+    posterior = make("posterior", settings.posterior, settings.latent_dim)
+    decoder = make("decoder", settings.decoder, settings.latent_dim, num_outputs(likelihood), image_shape=shape)
+    encoder = make("encoder", settings.encoder, event_size, num_outputs(posterior), image_shape=shape)
     below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
-    return MODELS[config.model](config, *below)
+    return MODELS[settings.model](settings, *below)
 
 
-def one_layer(config: Settings, likelihood: Conditional, posterior: Conditional) -> VAE:
+def one_layer(settings: Settings, likelihood: Conditional, posterior: Conditional) -> VAE:
     """z -> x."""
-    return VAE(make("prior", config.prior, config.latent_dim), likelihood, posterior)
+    return VAE(make("prior", settings.prior, settings.latent_dim), likelihood, posterior)
 
 
-def two_layers(config: Settings, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
+def two_layers(settings: Settings, likelihood: Conditional, posterior: Conditional) -> TwoLayerVAE:
     """z2 -> z1 -> x."""
-    bottom, top = config.latent_dim, config.top.latent_dim
-    latent, top_posterior = MeanField(bottom), make("posterior", config.posterior, top)
+    bottom, top = settings.latent_dim, settings.top.latent_dim
+    latent, top_posterior = MeanField(bottom), make("posterior", settings.posterior, top)
     return TwoLayerVAE(
-        make("prior", config.prior, top),
-        latent=Conditional(MLP(top, num_outputs(latent), config.top.hidden), latent),
+        make("prior", settings.prior, top),
+        latent=Conditional(MLP(top, num_outputs(latent), settings.top.hidden), latent),
         likelihood=likelihood,
         posterior=posterior,
-        top_posterior=Conditional(MLP(bottom, num_outputs(top_posterior), config.top.hidden), top_posterior),
+        top_posterior=Conditional(MLP(bottom, num_outputs(top_posterior), settings.top.hidden), top_posterior),
     )
 
 

@@ -149,7 +149,7 @@ def _in_todays_names(argv: Sequence[str], contents: Sequence[dict[str, Any]]) ->
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name == "--config" and (equals or (value := next(arguments, ""))):
-            result.append(f"--config={yaml.safe_dump(next(contents))}")
+            result.append(f"--config={yaml.safe_dump(next(contents), sort_keys=False)}")
         elif re.fullmatch(r"--[\w.]+", name) and equals:
             result.append(f"{name}={translated_option(name, value)}")
         elif result and argv and re.fullmatch(r"--[\w.]+", result[-1]):

@@ -109,7 +109,7 @@ class Summary(NamedTuple):
 class Study(NamedTuple):
     """A finished study: its settings, its directory, the run directories of each contender, and what they say."""
 
-    config: StudySettings
+    settings: StudySettings
     run_dir: Path
     directories: dict[str, list[Path]]
     summaries: list[Summary]
@@ -256,16 +256,16 @@ def report_study(done: Study, title: str, more: dict[str, Sequence[str]] | None 
     Raises:
         RunError: if they cannot.
     """
-    config, run_dir, directories, summaries = done
+    settings, run_dir, directories, summaries = done
     if odd := next((s.name for s in summaries if s.reference != summaries[0].name), None):
         raise RunError(f"--contenders: {odd} and {summaries[0].name} are scored on other data, or in another unit")
     if len(summaries) > 1:
         with writing(run_dir):
             forest(summaries, run_dir / "differences.png", title)
     lines = [
-        f"Nats per image, larger is better; means over seeds 0 to {config.seeds - 1}, with standard errors over seeds",
-        f"and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with a bad "
-        "Pareto k.",
+        f"Nats per image, larger is better; means over seeds 0 to {settings.seeds - 1}, with standard errors over",
+        f"seeds and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with "
+        "a bad Pareto k.",
         "",
         summary_table(summaries, more),
         *(["", remarks] if remarks else []),
