@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.request import urlopen
 
 import numpy as np
@@ -41,7 +41,7 @@ class Digits(Dataset):
     usual_validation = 200
 
     def read(self) -> Images:
-        digits = load_digits()
+        digits: Any = load_digits()
         images, labels = digits.images.astype(np.uint8), digits.target
         return Images(images[:1400], images[1400:], 16, labels[:1400], labels[1400:])
 

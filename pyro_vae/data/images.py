@@ -129,7 +129,7 @@ class Data:
         self.max_value = images.max_value
         self.levels = images.max_value + 1
         self.encoding = ENCODINGS[dataset.binarization]
-        self._redrawn = "static" if dataset.binarization == "dynamic" else dataset.binarization
+        self._redrawn: Binarization = "static" if dataset.binarization == "dynamic" else dataset.binarization
         redraw = dataset.binarization in ("dynamic", "dequantized")
         # Drawn on the CPU, the test set first: it is the same on every device and for every split.
         generator = torch.Generator().manual_seed(dataset.binarization_seed)

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torchvision
@@ -199,8 +200,10 @@ class ImageFolder(OwnImages):
             images, labels = shuffled(self.binarization_seed, images, labels)
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
-            test_labels, train_labels = np.split(labels, [num_test])
-        print(f"{self.path}: {len(train) + len(test):,} images of {len(np.unique(train_labels))} classes")
+            test_labels, train_labels = np.split(cast(np.ndarray, labels), [num_test])
+        print(
+            f"{self.path}: {len(train) + len(test):,} images of {len(np.unique(cast(np.ndarray, train_labels)))} classes"
+        )
         return self._images(train, test, train_labels, test_labels)
 
     def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
