@@ -201,9 +201,8 @@ class ImageFolder(OwnImages):
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
             test_labels, train_labels = np.split(cast(np.ndarray, labels), [num_test])
-        print(
-            f"{self.path}: {len(train) + len(test):,} images of {len(np.unique(cast(np.ndarray, train_labels)))} classes"
-        )
+        classes = len(np.unique(cast(np.ndarray, train_labels)))
+        print(f"{self.path}: {len(train) + len(test):,} images of {classes} classes")
         return self._images(train, test, train_labels, test_labels)
 
     def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
