@@ -1,9 +1,11 @@
 """The command pyro-vae: it reads its arguments, calls pyro_vae.runs, and tells a user's mistake in one line."""
 
+import contextlib
+import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
@@ -34,7 +36,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise RunError(f"unknown command {argv[0]}: choose {', '.join(commands)}")
 
-    guarded(run)
+    with _working_directory_searched():
+        guarded(run)
+
+
+@contextlib.contextmanager
+def _working_directory_searched() -> Iterator[None]:
+    """Modules of one's own are found where the command is given, as ``python -m`` finds them; the others come first."""
+    here = os.getcwd()
+    if added := not {"", here} & set(sys.path):
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "pyro-vae train") -> "Run":

@@ -301,3 +301,14 @@ def test_out_is_run_dir(trained, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runs.parse(runs.EvaluationSettings, [f"--run={trained[0].path}", f"--run_dir={tmp_path}"])
+
+
+def test_parts_of_ones_own_are_found_in_the_working_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_own_parts.py").write_text("from pyro_vae import StandardNormal\nclass Mine(StandardNormal): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    before = list(sys.path)
+    options = "--dataset Digits --epochs 1 --evidence.num_samples 2 --evidence.annealed_images 0 --run_dir run"
+    cli.main(["train", "--prior", "my_own_parts.Mine", *options.split()])
+    assert sys.path == before
+    assert "class_path: my_own_parts.Mine" in Path("run/config.yaml").read_text()
