@@ -1,7 +1,6 @@
 """What is refused: the exceptions of this library, and checks that raise them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 
@@ -54,23 +53,6 @@ class RunError(Exception):
 
 class MissingExtra(ModuleNotFoundError):
     """Packages are missing that an extra of this library brings."""
-
-
-@contextmanager
-def extra(name: str, needed_by: str) -> Iterator[None]:
-    """Around imports of packages that only ``pip install 'pyro-vae[name]'`` brings: who lacks one is told so.
-
-    Raises:
-        ModuleNotFoundError: naming the extra.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "pyro_vae") or "pyro-vae[" in str(error):
-            raise
-        text = f"{needed_by} needs {missing}, which is not installed: pip install 'pyro-vae[{name}]'"
-        raise MissingExtra(text, name=error.name) from error
 
 
 def need_extra(extra: str, packages: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import extra
+from pyro_vae.errors import need_extra
 from pyro_vae.infer.diagnostics import pareto_k_threshold
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Evidence(NamedTuple):
         if image is not None:
             warnings.warn("to_dataset(datum=...) is the new spelling of image=", DeprecationWarning, stacklevel=2)
             datum = image
-        with extra("runs", "Evidence.to_dataset"):
-            import xarray as xr  # here: sampling alone should not wait for it
+        need_extra("runs", ["xarray"])
+        import xarray as xr  # here: sampling alone should not wait for it
 
         fields = {name: value for name, value in self._asdict().items() if name != "num_samples"}
         data = {name: ("datum", value.detach().cpu().numpy()) for name, value in fields.items()}
