@@ -1,7 +1,7 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -16,8 +16,10 @@ from pyro_vae.parts.networks import Network
 from pyro_vae.parts.posteriors import Posterior
 from pyro_vae.parts.priors import Prior
 
+Head = TypeVar("Head", bound=Likelihood | Posterior, covariant=True)
 
-class Conditional(nn.Module):
+
+class Conditional(nn.Module, Generic[Head]):
     """A conditional distribution: a network followed by the head that reads its outputs.
 
     What fits together is checked here, once: to change a part of it, make another one, as in ``vae.likelihood =
@@ -35,7 +37,7 @@ class Conditional(nn.Module):
             or a mass where it says density.
     """
 
-    def __init__(self, network: Network, head: Likelihood | Posterior):
+    def __init__(self, network: Network, head: Head):
         super().__init__()
         if not isinstance(network, Network):
             raise TypeError(f"{type(network).__name__} is no pyro_vae.Network: make it a subclass")
@@ -124,7 +126,7 @@ class VAE(nn.Module):
     torch.Size([3, 50])
     """
 
-    def __init__(self, prior: Prior, likelihood: Conditional, posterior: Conditional):
+    def __init__(self, prior: Prior, likelihood: Conditional[Likelihood], posterior: Conditional[Posterior]):
         super().__init__()
         _check_latent_dims(
             prior=prior.latent_dim, posterior=posterior.latent_dim, decoder=likelihood.network.in_features
@@ -176,10 +178,10 @@ class TwoLayerVAE(nn.Module):
     def __init__(
         self,
         prior: Prior,
-        latent: Conditional,
-        likelihood: Conditional,
-        posterior: Conditional,
-        top_posterior: Conditional,
+        latent: Conditional[Posterior],
+        likelihood: Conditional[Likelihood],
+        posterior: Conditional[Posterior],
+        top_posterior: Conditional[Posterior],
     ):
         super().__init__()
         _check_latent_dims(
@@ -276,7 +278,7 @@ def _check_latent_dims(**dims: int) -> None:
         raise ValueError(f"the parts disagree about the number of latent dimensions: {found}")
 
 
-def _check_pixels(posterior: Conditional, likelihood: Conditional) -> None:
+def _check_pixels(posterior: Conditional[Posterior], likelihood: Conditional[Likelihood]) -> None:
     read, scored = posterior.network.in_features, likelihood.head.event_size
     if read != scored:
         raise ValueError(f"the encoder reads {read} pixels, the likelihood scores {scored}")

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.training import Epoch
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.bbox": "tight",
     "axes.spines.top": False,
@@ -40,7 +41,7 @@ class _Figure:
         self.path = path
         self.arguments = width, height, columns, subplots
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         width, height, columns, subplots = self.arguments
         self._style = matplotlib.rc_context(STYLE)
         self._style.__enter__()
@@ -114,7 +115,9 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
         draws[name] = (("chain", "draw"), (weights @ values / weights.sum(1))[None])
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ announces its next version once a day
-        import arviz as az
+        import arviz
+
+        az: Any = arviz  # of whichever version
 
         if int(az.__version__.split(".")[0]) == 0:
             canvas = Figure(figsize=(7, 1.5 + 0.4 * len(draws)), layout="constrained")
@@ -144,7 +147,7 @@ def decode(model: Program, size: int, like: Tensor, latents: Latents | None = No
     """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
     program = poutine.condition(poutine.uncondition(model), data=latents or {})
     with torch.no_grad():
-        nodes = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
+        nodes: Any = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
     (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
     return observed["value"] if draw else observed["fn"].mean
 

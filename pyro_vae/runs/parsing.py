@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -144,12 +144,13 @@ def _run_dir_for_out(argv: Sequence[str], config: type) -> list[str]:
 
 def _in_todays_names(argv: Sequence[str], contents: Sequence[dict[str, Any]]) -> list[str]:
     """The command line with the content of each file of settings in its place, and old names of classes replaced."""
-    result, contents = [], iter(contents)
+    result: list[str] = []
+    given = iter(contents)
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name == "--config" and (equals or (value := next(arguments, ""))):
-            result.append(f"--config={yaml.safe_dump(next(contents), sort_keys=False)}")
+            result.append(f"--config={yaml.safe_dump(next(given), sort_keys=False)}")
         elif re.fullmatch(r"--[\w.]+", name) and equals:
             result.append(f"{name}={translated_option(name, value)}")
         elif result and argv and re.fullmatch(r"--[\w.]+", result[-1]):
@@ -217,7 +218,7 @@ def _forget_replaced_defaults(argv: Sequence[str], contents: Sequence[dict[str, 
 def _refuse_empty(argv: Sequence[str]) -> None:
     """An empty value, as an unset shell variable leaves it, would be read as the current directory or worse."""
     for option, value in pairwise([*argv, None]):
-        name, equals, given = option.partition("=")
+        name, equals, given = str(option).partition("=")
         if re.fullmatch(r"--[\w.]+", name) and "" in ((given,) if equals else (value,)):
             raise RunError(f"{name}: the value is empty")
 
@@ -304,7 +305,7 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
 
     if found := re.search(r"Option '([^']+)' is not accepted", problem):
         option = f"{option}.{found[1]}"
-        accepted = inspect.signature(pydoc.locate(path)).parameters
+        accepted = inspect.signature(cast(type, pydoc.locate(path))).parameters
         if found[1] in accepted:
             return f"{option} cannot be given: the program sets it"
         near = _near(found[1], accepted)
@@ -323,7 +324,7 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         return f"{option}: {problem}; choose one of {', '.join(classes)}, or an import path such as my_package.MyClass"
     if found := re.search(r"(?:Got|Given) value: ?(.*)", problem):
         types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", problem.split("Given value type")[0])
-        wanted = " or ".join(VALUES.get(name, name) for name in dict.fromkeys(types))
+        wanted = " or ".join(str(VALUES.get(name, name)) for name in dict.fromkeys(types))
         if choices := re.search(r"Literal\[(.+?)\]", problem):
             wanted = f"one of {choices[1]}"
         if wanted:

@@ -117,7 +117,7 @@ def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tenso
 
 def estimate(settings: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """Entries of the JSON file, and evidence by group of the netCDF file."""
-    annealing = PUBLISHED.get(settings.published, settings.annealing)
+    annealing = PUBLISHED[settings.published] if settings.published else settings.annealing
     if settings.published and settings.annealing.num_temperatures:
         annealing = replace(annealing, num_temperatures=settings.annealing.num_temperatures)
     if settings.estimator == "bdmc":

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import pyro
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 
 from pyro_vae.data.fetched import MNIST
 from pyro_vae.data.images import Dataset
@@ -142,7 +141,7 @@ class Settings:
     encoder: Callable[[int, int], Network] = MLP
     decoder: Callable[[int, int], Network] = MLP
     latent_dim: int = 50
-    objective: Callable[[], Objective | pyro.infer.ELBO] = Trace_ELBO
+    objective: Callable[[], Objective | ELBO] = Trace_ELBO
     engine: Literal["compiled", "pyro"] = "compiled"
     precision: Literal["float32", "bfloat16"] = "float32"
     max_norm: float | None = None

@@ -373,9 +373,8 @@ def _summary(content: dict[str, Any]) -> Summary:
     content = {"estimator": estimator, "importance_sampled": content["log_likelihood"]} | content
     absent = ("seed_error", "difference_seed_error", "bits_per_dim")  # may be None; for others JSON has null for NaN
     values = {name: content[name] for name in Summary._fields}
-    return Summary(
-        **{name: math.nan if value is None and name not in absent else value for name, value in values.items()}
-    )
+    known: dict[str, Any] = {n: math.nan if v is None and n not in absent else v for n, v in values.items()}
+    return Summary(**known)
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 import xarray as xr
 import yaml
+from pyro.infer import ELBO
 from safetensors.torch import save_file
 
 from pyro_vae.data.fetched import cache_folder
@@ -101,9 +101,7 @@ def _reread(saved: Path) -> str:
     return parse(Settings, [f"--config={saved}"])[1]
 
 
-def prepare(
-    settings: Settings, dataset: Dataset, data: Data, objective: Objective | pyro.infer.ELBO
-) -> VAE | TwoLayerVAE:
+def prepare(settings: Settings, dataset: Dataset, data: Data, objective: Objective | ELBO) -> VAE | TwoLayerVAE:
     """The model before its first step, on the device of ``data``, with all that does not fit refused.
 
     Raises:
@@ -180,7 +178,7 @@ class Log(Callback):
 
 
 def fit_run(
-    settings: Settings, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | pyro.infer.ELBO, run_dir: Path
+    settings: Settings, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | ELBO, run_dir: Path
 ) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
     log = Log(run_dir, settings.tensorboard)
