@@ -82,7 +82,7 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-    """Stop when the validation ELBO has not risen for so many epochs.
+    """Stop when the validation ELBO has not risen for ``patience`` epochs.
 
     Raises:
         ValueError: if ``patience`` is below 1; by ``fit``, without validation data.

@@ -92,7 +92,7 @@ def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
     """Refuse data that are not of the kind that the likelihood scores: its numbers would not be a log-likelihood.
 
     Raises:
-        RunError: with the option that mends it.
+        RunError: with the option that would help.
     """
     name, levels, wanted = type(head).__name__, head.levels, head.encoding
     if wanted is not None and data.encoding != wanted:
@@ -129,7 +129,7 @@ def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tensor) -> 
     """Refuse an objective that cannot serve the model, before anything is written; nothing is left changed.
 
     Raises:
-        RunError: with the option that mends it.
+        RunError: with the option that would help.
     """
     gpus = [x.device] if x.is_cuda else []
     try:

@@ -1,11 +1,11 @@
-"""Which of several finished runs is better, by how much, and how sure is that? Paired over the same test data.
+"""Which of several finished runs is better, by how much, and how sure is that? Differences paired by datum.
 
 Usage: pyro-vae compare RUN RUN [RUN ...]
 
 Each run is compared with the first one given: the mean difference of log p(x) per datum, its standard error over data
-(images are easy or hard for all models alike, so that it is far smaller than the errors of the two means), and the
+(images are easy or hard for all models alike, so this is far smaller than the errors of the two means), and the
 Monte Carlo error of the difference. log p(x) is that of annealed importance sampling, on the data that were drawn for
-it, where every run has it, else that of importance sampling. Runs whose numbers mean different things are refused:
+it, where every run has it, otherwise that of importance sampling. Runs whose numbers mean different things are refused:
 another unit, another test set, another number of importance samples.
 """
 
@@ -73,7 +73,7 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | None = None, text:
     Args:
         runs: at least two.
         run_dir: directory to write the comparison to, new or empty; None: nothing is written.
-        text: its settings as YAML, if they are at hand.
+        text: its settings as YAML, if the caller has them.
 
     Raises:
         RunError: if a directory holds no finished run, or the runs cannot be compared.

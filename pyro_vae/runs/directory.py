@@ -100,7 +100,7 @@ def check_empty(out: Path, options: str = "--run_dir") -> None:
     """Refuse to write where anything is already.
 
     Raises:
-        RunError: if ``out`` is no directory, or not empty.
+        RunError: if ``out`` is not a directory, or not empty.
     """
     with writing(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -120,7 +120,7 @@ def _difference(old: Any, new: Any, name: str = "") -> str | None:
 
 @contextmanager
 def writing(where: Path | str) -> Iterator[None]:
-    """What the system refuses here is a :class:`RunError` that says where."""
+    """Context: what the system refuses inside is a :class:`RunError` that says where."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Settings that say what is built, by class or function: checked before anything is called, and written as YAML.
 
 A file of settings names what the program calls, and files travel. So only what a setting is annotated to make is built:
-a subclass of the class named there, or a function annotated to return one. Modules that are named are imported, which
+a subclass of the class named there, or a function annotated to return one. Modules that are named are imported, as
 classes of one's own need; nothing else in them is called.
 """
 

@@ -1,4 +1,4 @@
-"""A small classifier, trained here, that judges decoded images: how sure of their class, how far from the data.
+"""A small classifier, trained here, that judges decoded images: how clear their class, how far from the data.
 
 Its numbers compare models with each other under the same judge; they are not those of the Inception network.
 """
@@ -73,7 +73,7 @@ class Judge:
         return frechet_distance(self.features(images), self.reference)
 
     def floor(self, size: int) -> float:
-        """The distance of so many training images to others; that of a perfect model, which is not 0 for few images."""
+        """The distance of ``size`` training images to others: that of a perfect model, not 0 where images are few."""
         return frechet_distance(self.others[:size], self.reference)
 
 

@@ -66,7 +66,7 @@ def score(run: Run | Path | str, **settings: Any) -> Scored:
 
 
 def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
-    """Score a finished run as told by settings; ``text`` is the same as YAML, if it is at hand.
+    """Score a finished run as told by settings; ``text`` is the same as YAML, if the caller has it.
 
     Raises:
         RunError: if the estimator cannot serve the model, or there is anything where it would write.
@@ -221,7 +221,7 @@ MANY = 0.1
 
 
 def reliable(share_bad_k: float | None) -> bool | None:
-    """Whether an importance-sampled log-likelihood and its error may be believed; None if there is no telling."""
+    """Whether an importance-sampled log-likelihood and its error may be believed; None if that is not known."""
     return None if share_bad_k is None else share_bad_k <= MANY
 
 

@@ -50,7 +50,7 @@ class EvidenceSettings:
 
     Args:
         num_samples: importance samples per image, at least 1; literature uses 5000.
-        num_images: score only the first so many test images, at least 2; null: all of them.
+        num_images: score only this many test images, the first ones, at least 2; null: all of them.
         annealed_images: how many of them, drawn at random, are scored by annealed importance sampling too, at least 2;
             their differences correct the mean over all. 0: none; null: all.
         annealing: settings of annealed importance sampling.
@@ -115,7 +115,7 @@ class Settings:
         batch_size: images per gradient step, at least 1.
         lr: learning rate of Adam, positive; the peak if the schedule has one.
         schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..
-        patience: stop after so many epochs without a better validation ELBO; null: never.
+        patience: stop after this many epochs without a better validation ELBO; null: never.
         weights: evaluate the last weights, or those of the best validation ELBO.
         seed: of initialization, data order, training noise and evaluation noise, at least 0.
         device: auto takes a GPU if there is one.

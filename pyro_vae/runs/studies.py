@@ -65,7 +65,7 @@ class StudySettings:
 
 
 class Summary(NamedTuple):
-    """What the seeds of one contender say; every error is a standard error, None if there is but one seed.
+    """What the seeds of one contender say; every error is a standard error, None if there is only one seed.
 
     Attributes:
         name: of the contender.
@@ -202,7 +202,7 @@ def _planned(settings: StudySettings, name: str, seed: int, directory: Path | No
 
 @contextmanager
 def _named(contender: str) -> Iterator[None]:
-    """A mistake in here is that of a contender."""
+    """Context: a mistake inside is that of a contender."""
     try:
         yield
     except RunError as error:

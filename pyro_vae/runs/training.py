@@ -48,7 +48,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
 
     Args:
         settings: of the run, made in Python or read from a command line.
-        text: the same as YAML, if it is at hand; settings made in Python are written as they can be read again.
+        text: the same as YAML, if the caller has it; otherwise it is written from ``settings``.
 
     Raises:
         RunError: for a mistake in the settings or in what they point to.
@@ -105,7 +105,7 @@ def prepare(settings: Settings, dataset: Dataset, data: Data, objective: Objecti
     """The model before its first step, on the device of ``data``, with all that does not fit refused.
 
     Raises:
-        RunError: with the option that mends it.
+        RunError: with the option that would help.
     """
     device = data.test.device
     vae = make("model", build, settings, data.image_shape).to(device)
