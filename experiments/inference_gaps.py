@@ -308,7 +308,7 @@ def _bar(axes, place: float, gaps: dict[str, Any], family: Family, own: bool, na
         if size > 0.05 * gaps["inference_gap"]["mean"]:  # else there is no room
             axes.text(start + size / 2, place, f"{size:.2f}", ha="center", va="center", color="white" if own else "0.2")
         start += size
-    # below each other, lest they overlap where a gap is small
+    # below each other, so that they do not overlap where a gap is small
     for end, drop in ((gaps[f"amortization_gap_{family}"], 0.2), (gaps["inference_gap"], 0.3)):
         axes.errorbar(end["mean"], place - drop, xerr=end["se"], color="0.2", capsize=2, linewidth=1)
 

@@ -179,7 +179,7 @@ def _check_rows(model: Program, guide: Program, both: Traces, data: Data) -> Non
             raise ContractError(
                 f"log-probabilities of {what} site '{name}' change if a datum is scored without the others of its "
                 "batch, so that they are of no datum: batch normalization in training mode is the usual cause, "
-                "module.eval() mends it; else let each row depend on itself alone"
+                "module.eval() helps; otherwise let each row depend on itself alone"
             )
 
 

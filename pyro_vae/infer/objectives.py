@@ -294,14 +294,14 @@ class _Separated(Objective):
         both, draws, leaves = leaf_traces(model, guide, data, self.num_particles)
         check_pathwise(both.guide)
         log_p, log_q = sum_log_prob(both.model), sum_log_prob(both.guide)
-        bound, surrogate = self._bound(log_p, log_q, lambda weighed: _through_draws(weighed, draws, leaves))
+        bound, surrogate = self._bound(log_p, log_q, lambda weighted: _through_draws(weighted, draws, leaves))
         return -_with_value(bound, surrogate)
 
     @abstractmethod
     def _bound(self, log_p: Tensor, log_q: Tensor, through: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The bound, and something whose gradient is to be taken for the bound's; scalars.
 
-        ``log_p`` and ``log_q``, ``(K, B)``, depend on the parameters directly, with z held fixed. ``through(weighed)``
+        ``log_p`` and ``log_q``, ``(K, B)``, depend on the parameters directly, with z held fixed. ``through(weighted)``
         has, for a scalar function of them, the gradient that it has through the draws of z.
         """
 
