@@ -21,7 +21,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae import Likelihood, cli, importance_sampling, runs
+from pyro_vae import Conditional, Likelihood, cli, importance_sampling, runs
 from pyro_vae.data.images import Data
 from pyro_vae.parts import distributions
 from pyro_vae.parts.likelihoods import ContinuousBernoulli
@@ -184,12 +184,12 @@ def without_latent(
 def score(run: runs.Run) -> Score:
     """What the number of a run with ``CrossEntropy`` means, scored as the run was."""
     settings = run.settings.evidence
-    vae, x = runs.load_model(run), run.data.test[: settings.num_images]
+    vae, x = runs.load_model(run.path), run.data.test[: settings.num_images]
     torch.manual_seed(0)
     with torch.no_grad():
         logits = vae.likelihood.network(vae.posterior(x).mean)
         log_integral = (distributions.ContinuousBernoulli(logits).log_normalizer() - F.softplus(logits)).sum(-1)
-    vae.likelihood.head = ContinuousBernoulli(x.shape[1])
+    vae.likelihood = Conditional(vae.likelihood.network, ContinuousBernoulli(x.shape[1]))
     log_likelihood, *_ = importance_sampling(vae.model, vae.guide, x, settings.num_samples).mean()
     return Score(run.result["test_log_likelihood"], log_integral.mean().item(), log_likelihood)
 
