@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xarray as xr
 import yaml
+from safetensors.torch import save
+from torch import Tensor
 
 import pyro_vae
 from pyro_vae.errors import RunError
@@ -142,8 +145,27 @@ def conclude(out: Path, text: str, result: dict[str, Any], device: torch.device)
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or none of it."""
+    with whole(path) as partial:
+        partial.write_text(text)
+
+
+def write_evidence(path: Path, groups: dict[str, xr.Dataset]) -> None:
+    """Write evidence per datum as netCDF, one group an estimator."""
+    with whole(path) as partial:
+        xr.DataTree.from_dict(groups).to_netcdf(partial, engine="h5netcdf")
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write weights as safetensors, whose own writer leaves a file that nobody else may read."""
+    with whole(path) as partial:
+        partial.write_bytes(save(weights, metadata))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Context: a path to write to, which takes the place of ``path`` at the end; nothing is left of half a file."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    yield partial
     os.replace(partial, path)
 
 
@@ -162,12 +184,10 @@ def _finite(value: Any) -> Any:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of equal keys as CSV."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

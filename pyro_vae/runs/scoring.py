@@ -30,6 +30,7 @@ from pyro_vae.runs.directory import (
     make_directory,
     provenance,
     table,
+    write_evidence,
     write_json,
     write_text,
     writing,
@@ -99,7 +100,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
     with writing(run_dir):
         groups = {group: each.to_dataset(among) for group, each in evidence.items()}
         write_text(run_dir / "config.yaml", text)
-        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+        write_evidence(run_dir / "evidence.nc", groups)
         write_json(run_dir / "result.json", result)
     return Scored(run_dir, result, evidence)
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xarray as xr
 import yaml
 from pyro.infer import ELBO
-from safetensors.torch import save_file
 
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.images import Data, Dataset
@@ -31,7 +29,16 @@ from pyro_vae.runs.build import (
     load_dataset,
     make,
 )
-from pyro_vae.runs.directory import check_run_dir, choose_device, open_run, provenance, write_csv, write_json
+from pyro_vae.runs.directory import (
+    check_run_dir,
+    choose_device,
+    open_run,
+    provenance,
+    write_csv,
+    write_evidence,
+    write_json,
+    write_weights,
+)
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test
@@ -128,7 +135,7 @@ def finish(
 ) -> None:
     """Write weights, scores and figures of a trained model; ``result.json``, with ``about`` in it, is the last file."""
     metadata = {"image_shape": json.dumps(data.image_shape)}
-    save_file(vae.state_dict(), run_dir / "model.safetensors", metadata=metadata)
+    write_weights(run_dir / "model.safetensors", vae.state_dict(), metadata)
     result, evidence, annealed = score_test(settings, vae, data)
     result |= {
         "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
@@ -141,7 +148,7 @@ def finish(
     }
     importance = evidence.to_dataset(unit=result["unit"])
     groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
-    xr.DataTree.from_dict(groups).to_netcdf(run_dir / "evidence.nc", engine="h5netcdf")
+    write_evidence(run_dir / "evidence.nc", groups)
     figures.training_curve(history, run_dir / "training.png")
     figures.evidence(evidence, result["khat_threshold"], run_dir)
     figures.pictures(vae.model, vae.guide, data, run_dir)

@@ -855,3 +855,12 @@ def test_a_bug_in_a_users_class_is_told_in_one_line_with_its_place(tmp_path):
     ) as caught:
         run(tmp_path / "run", "--encoder", f"{__name__}.Faulty")
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_a_run_are_readable_as_umask_says(finished):
+    run_dir, _ = finished
+    plain = run_dir.parent / "plain"
+    plain.write_text("")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in run_dir.iterdir() if path.is_file()}
+    assert set(modes.values()) == {plain.stat().st_mode & 0o777}, modes
+    assert not list(run_dir.glob("*.partial"))
