@@ -26,11 +26,11 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from tqdm import trange
-from zuko.nn import MaskedMLP
 
 from pyro_vae import Network, cli, fit, runs
 from pyro_vae.data.images import Data
 from pyro_vae.errors import check_widths
+from pyro_vae.infer.flows import import_zuko
 from pyro_vae.runs import figures
 
 
@@ -104,7 +104,7 @@ class MADE(Network):
     ):
         super().__init__(in_features, out_features, image_shape)
         before = torch.ones(out_features, in_features, dtype=torch.bool).tril(-1)
-        self.layers = MaskedMLP(before, list(hidden))
+        self.layers = import_zuko().nn.MaskedMLP(before, list(hidden))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)

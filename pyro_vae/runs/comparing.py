@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
         return f"{result['unit']}; {result['dataset']}, {size:,} test images, {how}\n{table(rows)}"
 
 
-def compare(runs: Sequence[Run | Path | str], run_dir: Path | None = None, text: str | None = None) -> Comparison:
+def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None, text: str | None = None) -> Comparison:
     """Compare finished runs, or their directories, with the first of them.
 
     Args:
@@ -78,7 +78,7 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | None = None, text:
     Raises:
         RunError: if a directory holds no finished run, or the runs cannot be compared.
     """
-    paths = [Path(run) for run in runs]
+    paths, run_dir = [Path(run) for run in runs], None if run_dir is None else Path(run_dir)
     if len(paths) < 2:
         raise RunError("name at least two run directories to compare")
     if len({path.resolve() for path in paths}) < len(paths):

@@ -94,7 +94,10 @@ def test_a_run_is_scored_by_another_estimator(trained, tmp_path):
     assert json.loads((scored.path / "result.json").read_text())["seed"] == 4
     content = yaml.safe_load((scored.path / "config.yaml").read_text())
     assert (content["run"], content["num_samples"]) == (str(run.path), 300)
-    again = runs.score(run.path, estimator="importance", num_samples=300, num_images=50, seed=4, run_dir=tmp_path / "b")
+    assert runs.Settings(run_dir="a/b").run_dir == Path("a/b")  # text will do
+    again = runs.score(
+        run.path, estimator="importance", num_samples=300, num_images=50, seed=4, run_dir=str(tmp_path / "b")
+    )
     torch.testing.assert_close(again.evidence["importance"].log_px, scored.evidence["importance"].log_px)
     with pytest.raises(runs.RunError, match="never overwritten"):
         runs.score(run, estimator="importance", num_images=50)
@@ -105,7 +108,7 @@ def test_a_run_is_scored_by_another_estimator(trained, tmp_path):
 
 
 def test_runs_are_compared_and_the_comparison_is_written(trained, tmp_path):
-    compared = runs.compare(trained, tmp_path / "compared")
+    compared = runs.compare(trained, str(tmp_path / "compared"))
     a, b = (run.importance["log_px"].values for run in trained)
     (difference,) = compared.differences
     assert difference.mean == pytest.approx((b - a).mean())
