@@ -109,10 +109,12 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
         title: above the plot.
     """
     generator = np.random.default_rng(0)
-    draws = {}
-    for name, values in differences.items():
-        weights = generator.standard_exponential((2000, len(values)))
-        draws[name] = (("chain", "draw"), (weights @ values / weights.sum(1))[None])
+    draws = np.empty((1, 2000, len(differences)))
+    for column, values in enumerate(differences.values()):
+        weights = generator.standard_exponential((draws.shape[1], len(values)))
+        draws[0, :, column] = weights @ values / weights.sum(1)
+    dims = "chain", "draw", "run"  # names of runs are no names of variables, since paths have slashes
+    sample = xr.Dataset({"difference": (dims, draws)}, coords={"run": list(differences)})
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ announces its next version once a day
         import arviz
@@ -120,20 +122,21 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
         az: Any = arviz  # of whichever version
 
         if int(az.__version__.split(".")[0]) == 0:
-            canvas = Figure(figsize=(7, 1.5 + 0.4 * len(draws)), layout="constrained")
+            canvas = Figure(figsize=(7, 1.5 + 0.4 * len(differences)), layout="constrained")
             axes = canvas.subplots()
-            az.plot_forest(xr.Dataset(draws), combined=True, hdi_prob=0.95, ax=axes, textsize=10)
+            az.plot_forest(sample, combined=True, hdi_prob=0.95, ax=axes, textsize=10)
             axes.axvline(0, color="C3", lw=1)
             axes.set_title(title)
             canvas.savefig(path)
         else:
             plot = az.plot_forest(
-                xr.DataTree.from_dict({"posterior": xr.Dataset(draws)}),
+                xr.DataTree.from_dict({"posterior": sample}),
                 combined=True,
                 ci_kind="eti",
                 ci_probs=(0.5, 0.95),
                 backend="matplotlib",
             )
+            plot.viz["figure"].item().suptitle(title)
             plot.savefig(path)
 
 

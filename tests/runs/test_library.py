@@ -140,13 +140,13 @@ def test_the_forest_plot_is_arvizs_of_a_bayesian_bootstrap(tmp_path, monkeypatch
     plot = az.plot_forest
     monkeypatch.setattr(az, "plot_forest", lambda data, **more: seen.update(data=data) or plot(data, **more))
     values = np.random.default_rng(1).normal(0.3, 2, size=400)
-    runs.figures.paired_differences({"a": values, "b": values + 1}, tmp_path / "forest.png", "title")
+    runs.figures.paired_differences({"runs/a": values, "runs/b": values + 1}, tmp_path / "forest.png", "title")
     draws = seen["data"]
-    draws = draws if "a" in draws else draws["posterior"]
-    for name, shift in (("a", 0), ("b", 1)):
-        error = values.std() / 20
-        assert abs(draws[name].values.mean() - values.mean() - shift) < 5 * error / 2000**0.5
-        assert draws[name].values.std() == pytest.approx(error, rel=0.1)
+    draws = (draws if "difference" in draws else draws["posterior"])["difference"]
+    for name, shift in (("runs/a", 0), ("runs/b", 1)):
+        error, found = values.std() / 20, draws.sel(run=name).values
+        assert abs(found.mean() - values.mean() - shift) < 5 * error / 2000**0.5
+        assert found.std() == pytest.approx(error, rel=0.1)
     assert (tmp_path / "forest.png").stat().st_size > 1000
 
 
