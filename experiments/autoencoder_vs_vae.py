@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -98,7 +98,7 @@ class Autoencoder(nn.Module):
 
     def model(self, x: Tensor) -> Tensor:
         """p(x | z(x)) for observations ``(B, X)``."""
-        with pyro.plate("data", len(x), dim=-1, device=x.device):
+        with pyro.plate("data", len(x), dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("x", self.likelihood(self.encoder(x)), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -288,7 +288,7 @@ def fitted(codes: Tensor, components: int, size: int) -> Tensor:
 
 def midpoints(codes: Tensor, data: Data, size: int) -> Tensor:
     """Points ``(size, D)`` halfway between codes of two test images of different classes, drawn at random."""
-    one, other = pairs_of_classes(data.test_labels, size)
+    one, other = pairs_of_classes(cast(Tensor, data.test_labels), size)
     return (codes[one] + codes[other]) / 2
 
 
@@ -369,7 +369,7 @@ def pictures(settings: Settings, models: dict[tuple[str, int], Model], data: Dat
     labels = [f"{kind}, {dim}" for kind, dim in order]
     draws = [decode(models[key], torch.randn(12, key[1], device=data.test.device)) for key in order]
     figures.image_grid(torch.stack(draws), shape, run_dir / "samples.png", "Decoded z ~ N(0, I)", labels)
-    classes = data.test_labels
+    classes = cast(Tensor, data.test_labels)
     other = int((classes != classes[0]).nonzero()[0])
     steps = torch.linspace(0, 1, 12, device=data.test.device)[:, None]
     between = []

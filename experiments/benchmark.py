@@ -37,7 +37,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from pyro.infer import ELBO, SVI, Importance, Trace_ELBO
 from pyro.infer.importance import vectorized_importance_weights
+from pyro.optim import Adam  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
@@ -247,14 +248,14 @@ def importance_throughput(settings: Settings, device: torch.device) -> Iterator[
     few = 1000
     decodes = settings.num_images * few
     rows = 2000  # of one matrix product: a size at which they are fastest here
-    inputs = [torch.randn(rows, layer.in_features, device=device) for layer in decoder.layers]
-    weights = [layer.weight.detach().mT for layer in decoder.layers]
+    weights = [layer.get_parameter("weight").detach().mT for layer in decoder.layers]
+    inputs = [torch.randn(rows, len(weight), device=device) for weight in weights]
     single = 200  # samples of one image for Importance, which runs the whole program once per sample
 
     def bare_products() -> None:
         for _ in range(-(-decodes // rows)):
             for matrix, weight in zip(inputs, weights, strict=True):
-                matrix @ weight
+                torch.matmul(matrix, weight)
 
     def ours() -> None:
         importance_sampling(vae.model, vae.guide, x, settings.num_samples)
@@ -266,6 +267,7 @@ def importance_throughput(settings: Settings, device: torch.device) -> Iterator[
     def vectorized() -> None:
         with torch.no_grad(), pyro.validation_enabled(False):
             for image in x.split(1):
+                log_w: Any
                 log_w, _, _ = vectorized_importance_weights(
                     vae.model, vae.guide, image, num_samples=few, max_plate_nesting=1
                 )
@@ -305,7 +307,7 @@ def build(model: str, device: torch.device) -> VAE:
     return vae.to(device)
 
 
-def adam_settings(parameters: Iterable[Tensor]) -> dict[str, object]:
+def adam_settings(parameters: Iterable[Tensor]) -> dict[str, Any]:
     """Those of torch's Adam; on a GPU a CUDA graph can hold it."""
     return {"lr": 1e-3, "fused": True, "capturable": all(p.is_cuda for p in parameters)}
 
@@ -332,7 +334,7 @@ def pyro_svi(make_vae: Callable[[], VAE], loss: ELBO, tuned: bool = False) -> St
         return vae.model(x)
 
     settings = adam_settings(vae.parameters()) if tuned else {"lr": 1e-3}
-    svi = SVI(model, vae.guide, pyro.optim.Adam(settings), loss)
+    svi = SVI(model, vae.guide, Adam(settings), loss)
     store = pyro.get_param_store().get_state()
 
     def step(x: Tensor) -> None:
@@ -345,7 +347,7 @@ def pyro_svi(make_vae: Callable[[], VAE], loss: ELBO, tuned: bool = False) -> St
 def elbo_module(make_vae: Callable[[], VAE], loss: ELBO) -> Step:
     """Pyro's loss as a module of torch, without validation."""
     vae = make_vae()
-    validated = differentiated(loss(vae.model, vae.guide), adam(vae))
+    validated = differentiated(loss(vae.model, vae.guide), adam(vae))  # pyright: ignore[reportArgumentType]
 
     def step(x: Tensor) -> None:
         with pyro.validation_enabled(False):
@@ -415,10 +417,10 @@ def bare_products(batch_size: int, device: torch.device) -> Step:
 
     def step(_: Tensor) -> None:
         for i, (a, b, w) in enumerate(zip(inputs, outputs, weights, strict=True)):
-            a @ w
-            a.mT @ b  # the weight's gradient
+            torch.matmul(a, w)
+            torch.matmul(a.mT, b)  # the weight's gradient
             if i:
-                b @ w.mT  # the input's, which pixels do not need
+                torch.matmul(b, w.mT)  # the input's, which pixels do not need
 
     return step
 
@@ -461,10 +463,10 @@ def numpyro_epoch(pixels: Tensor, device: torch.device) -> Callable[[], Callable
         ImportError: if it cannot be imported, or its jax does not know the GPU.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else jax takes most of a GPU away from torch
-    import jax
-    import numpyro
-    import numpyro.distributions as dist
-    from jax.example_libraries import stax
+    import jax  # pyright: ignore[reportMissingImports]
+    import numpyro  # pyright: ignore[reportMissingImports]
+    import numpyro.distributions as dist  # pyright: ignore[reportMissingImports]
+    from jax.example_libraries import stax  # pyright: ignore[reportMissingImports]
 
     if device.type == "cuda" and jax.default_backend() != "gpu":
         raise ImportError("its jax has no GPU backend")
@@ -524,13 +526,13 @@ def pythae_epoch(pixels: Tensor, device: torch.device) -> Callable[[], Callable[
     Raises:
         ImportError: if it, or something it needs, cannot be imported.
     """
-    from pythae.data.datasets import BaseDataset
-    from pythae.models import VAE as PythaeVAE
-    from pythae.models import VAEConfig
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseDecoder, BaseEncoder
-    from pythae.trainers import BaseTrainer, BaseTrainerConfig
-    from pythae.trainers.training_callbacks import CallbackHandler, TrainingCallback
+    from pythae.data.datasets import BaseDataset  # pyright: ignore[reportMissingImports]
+    from pythae.models import VAE as PythaeVAE  # pyright: ignore[reportMissingImports]
+    from pythae.models import VAEConfig  # pyright: ignore[reportMissingImports]
+    from pythae.models.base.base_utils import ModelOutput  # pyright: ignore[reportMissingImports]
+    from pythae.models.nn import BaseDecoder, BaseEncoder  # pyright: ignore[reportMissingImports]
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig  # pyright: ignore[reportMissingImports]
+    from pythae.trainers.training_callbacks import CallbackHandler, TrainingCallback  # pyright: ignore[reportMissingImports]
 
     class Encoder(BaseEncoder):
         def __init__(self):

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     done = runs.run_study(Settings, argv, "bound_study")
     finished = {name: [runs.load(path) for path in paths] for name, paths in done.directories.items()}
     same_data = all(run.result["dataset"] == "MNIST" for each in finished.values() for run in each)
-    more = {"by layer": [units_by_layer(each) for each in finished.values()]}
+    more: dict[str, Any] = {"by layer": [units_by_layer(each) for each in finished.values()]}
     text = [between_bounds(finished), ""]
     if same_data:
         known = [PUBLISHED.get(s.name) for s in done.summaries]
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         more["units there"] = [each.active_units if each else "" for each in known]
         text.append(
             "Published: Burda et al. (2016), Table 1, after 3,280 epochs, by importance sampling; here after "
-            f"{done.settings.epochs}."
+            f"{cast(Settings, done.settings).epochs}."
         )
     return runs.report_study(done, "Does a tighter bound make a better model?", more, "\n".join(text))
 

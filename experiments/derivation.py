@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -170,7 +170,7 @@ def toss(heads: int, tosses: int) -> Coin:
     curvature = torch.autograd.functional.hessian(log_likelihood, exact)
     curve = log_likelihood(grid)
     peak = grid[curve.argmax()].item()
-    return Coin(grid, curve, peak, coin.logit.sigmoid().item(), exact.item(), (-curvature).rsqrt().item())
+    return Coin(grid, curve, peak, coin.logit.sigmoid().item(), exact.item(), (-cast(Tensor, curvature)).rsqrt().item())
 
 
 MOST_STEPS = 10_000
@@ -264,14 +264,15 @@ def linear_gaussian() -> Truth:
 def bernoulli() -> Truth:
     """Integrals over one latent dimension by sums over a fine grid; log p(x) by ``pyro_vae.quadrature``."""
     size = 8
+    decoder = MLP(1, size, hidden=[16])
     vae = VAE(
         StandardNormal(1),
-        likelihood=Conditional(MLP(1, size, hidden=[16]), Bernoulli(size)),
+        likelihood=Conditional(decoder, Bernoulli(size)),
         posterior=Conditional(MLP(size, 2, hidden=[16]), MeanField(1)),
     ).double()
     with torch.no_grad():
-        for layer in vae.likelihood.network.layers:  # strong enough for a posterior that is not Gaussian
-            layer.weight.mul_(3)
+        for layer in decoder.layers:  # strong enough for a posterior that is not Gaussian
+            layer.get_parameter("weight").mul_(3)
         x = vae.likelihood(torch.ones(1, 1, dtype=torch.float64)).sample()
         z = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
         width = z[1] - z[0]
@@ -394,7 +395,9 @@ def noise(dim: int, num_draws: int) -> Noise:
         off.append(((draws.mean(0) - exact).norm() / (variance / num_draws).sqrt()).item())
     z = dist.Normal(start, log_scale.exp()).sample()
     log_likelihood = dist.Normal(z @ vae.weight.mT + vae.mean, vae.scale).log_prob(x).sum()
-    return Noise(dim, exact.norm().item(), *roots, *off, (roots[1] / roots[0]) ** 2, log_likelihood.requires_grad)
+    (pathwise, score), (pathwise_off, score_off) = roots, off
+    drawn = log_likelihood.requires_grad
+    return Noise(dim, exact.norm().item(), pathwise, score, pathwise_off, score_off, (score / pathwise) ** 2, drawn)
 
 
 def factorized(normal: type[dist.Normal], loc: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:

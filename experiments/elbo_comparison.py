@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pyro
@@ -195,7 +195,7 @@ def initial_vae(data: Data, seed: int) -> VAE:
     """The untrained VAE of ``seed``: the default one of svi_mnist, for the images of ``data``, on their device."""
     device = data.train_pixels.device
     with noise(seed, device):
-        vae = runs.build(runs.Settings(), data.image_shape).to(device)
+        vae = cast(VAE, runs.build(runs.Settings(), data.image_shape)).to(device)
         vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
     return vae
 
@@ -289,7 +289,7 @@ class MeanDifference:
     """
 
     def __init__(self):
-        self.total: Tensor | float = 0.0
+        self.total: Any = 0.0
         self.variances: list[float] = []
         self.squares: list[float] = []
         self._previous: Tensor | None = None
@@ -323,7 +323,10 @@ def compare_gradients(vae: VAE, x: Tensor, num_samples: int, title: str) -> dict
         image and unit of parameter; ``largest_relative_difference`` of the gradient of a draw to that of the twin. And
         ``mean_difference`` of closed-form and sampled KL in the encoder: see ``MeanDifference.in_standard_errors``.
     """
-    parts = {"encoder": list(vae.posterior.parameters()), "decoder": list(vae.likelihood.parameters())}
+    parts: dict[str, list[Tensor]] = {
+        "encoder": list(vae.posterior.parameters()),
+        "decoder": list(vae.likelihood.parameters()),
+    }
     variances, signals = defaultdict(list), defaultdict(list)
     relative = defaultdict(float)
     means = {name: MeanDifference() for name in CLOSED_AND_SAMPLED}
@@ -402,15 +405,14 @@ def train(settings: Settings, data: Data) -> Training:
     """
     num_steps = settings.seeds * settings.epochs * len(data.batches(settings.batch_size))
     with tqdm(total=num_steps, desc="training", unit="step") as bar:
-        validation, test, weights, vaes = zip(
-            *(train_seed(settings, data, seed, bar) for seed in range(settings.seeds)), strict=True
-        )
-    stacked = [{name: np.array([e[name] for e in each]) for name in each[0]} for each in (validation, test, weights)]
-    return Training(*stacked, vaes[0])
+        *curves, vaes = zip(*(train_seed(settings, data, seed, bar) for seed in range(settings.seeds)), strict=True)
+    stacked = [{name: np.array([e[name] for e in each]) for name in each[0]} for each in curves]
+    validation, test, weights = stacked
+    return Training(validation, test, weights, vaes[0])
 
 
-def train_seed(settings: Settings, data: Data, seed: int, bar: tqdm) -> Training:
-    """One seed of :func:`train`: the same fields, without their dimension of seeds."""
+def train_seed(settings: Settings, data: Data, seed: int, bar: tqdm) -> tuple[dict, dict, dict, VAE]:
+    """One seed of :func:`train`: the fields of a Training, without their dimension of seeds."""
     device = data.train_pixels.device
     start = initial_vae(data, seed)
     vaes = {name: copy.deepcopy(start) for name in CONTENDERS}
@@ -431,7 +433,7 @@ def train_seed(settings: Settings, data: Data, seed: int, bar: tqdm) -> Training
     test = {name: evaluate(vae, data.test, settings.test_samples) for name, vae in vaes.items()}
     flat = {name: parameters_to_vector(vae.parameters()).detach().double() for name, vae in vaes.items()}
     weights = {name: ((flat[name] - flat[twin]).norm() / flat[twin].norm()).item() for name, twin in TWINS.items()}
-    return Training(validation, test, weights, vaes[SAMPLED])
+    return validation, test, weights, vaes[SAMPLED]
 
 
 def take_step(step: Callable[[Tensor], object], vae: VAE, x: Tensor, name: str) -> None:
@@ -588,7 +590,7 @@ def _agreement_table(result: dict[str, Any]) -> Table:
         "draws. The mean gradients of closed-form and sampled KL, if equal, are about 1 standard error apart; the "
         "number after ± is how far from 1 chance takes it."
     )
-    rows = [("weights", "comparison", "encoder", "decoder", "standard errors between means")]
+    rows: list[tuple[str, ...]] = [("weights", "comparison", "encoder", "decoder", "standard errors between means")]
     for stage, each in result["gradients"].items():
         for name, twin in TWINS.items():
             relative = (f"{each[part]['largest_relative_difference'][name]:.1e}" for part in ("encoder", "decoder"))

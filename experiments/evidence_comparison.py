@@ -213,7 +213,7 @@ class CountedDecodes:
 def table(rows: Sequence[Row]) -> str:
     """Rows of one split as a Markdown table."""
     header = ("", "K or T", "evaluations", "seconds", "log p(x)", "+-", "difference", "+-", "bad k", "acceptance")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for row in rows:
         last = row is rows[-1]
         lines.append(
@@ -235,7 +235,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def sandwich_table(sandwiches: Sequence[dict[str, float]]) -> str:
     """Sandwiches as a Markdown table."""
-    rows = [("temperatures", "lower", "upper", "width", "+-")]
+    rows: list[tuple[str, ...]] = [("temperatures", "lower", "upper", "width", "+-")]
     for each in sandwiches:
         numbers = (number(each[name]) for name in ("lower", "upper", "width", "width_se"))
         rows.append((str(each["temperatures"]), *numbers))

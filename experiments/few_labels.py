@@ -34,7 +34,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import cli, runs
+from pyro_vae import Network, cli, runs
 from pyro_vae.data.images import Data
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
@@ -121,10 +121,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def representations(guide: Program, x: Tensor, test: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Training and test images ``(N, X)`` as features, components and pixels: pairs of ``(N, F)``, by name."""
-    features = tuple(encode(guide, each) for each in (x, test))
+    features = encode(guide, x), encode(guide, test)
     flat = x.cpu().numpy(), test.cpu().numpy()
     components = PCA(min(features[0].shape[1], *flat[0].shape), random_state=0).fit(flat[0])
-    return {FEATURES: features, COMPONENTS: tuple(components.transform(each) for each in flat), PIXELS: flat}
+    return {
+        FEATURES: features,
+        COMPONENTS: (components.transform(flat[0]), components.transform(flat[1])),
+        PIXELS: flat,
+    }
 
 
 def encode(guide: Program, x: Tensor) -> np.ndarray:
@@ -139,7 +143,7 @@ def encode(guide: Program, x: Tensor) -> np.ndarray:
 def study(
     settings: Settings,
     spaces: dict[str, tuple[np.ndarray, np.ndarray]],
-    networks: dict[str, nn.Module],
+    networks: dict[str, Network],
     x: Tensor,
     data: Data,
 ) -> Accuracies:
@@ -178,7 +182,7 @@ CLASSIFIERS: dict[str, Callable[[int], LogisticRegression | KNeighborsClassifier
 }
 
 
-def supervised(network: nn.Module, num_classes: int, x: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
+def supervised(network: Network, num_classes: int, x: Tensor, labels: Tensor, num_steps: int) -> nn.Module:
     """A copy of an encoder's network with one more layer, trained on images ``(N, X)`` and labels ``(N,)``."""
     network = copy.deepcopy(network)
     model = nn.Sequential(network, nn.Linear(network.out_features, num_classes).to(x.device))
@@ -196,15 +200,22 @@ def against(accuracies: Accuracies, name: str, other: str, number: int) -> tuple
     """Accuracy of a method minus that of another, paired by draw, and its standard error over draws."""
     pairs = zip(accuracies[name][number], accuracies[other][number], strict=True)
     differences = [ours - theirs for ours, theirs in pairs]
-    return statistics.fmean(differences), standard_error(differences)
+    return statistics.fmean(differences), _error(differences)
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of a mean, NaN of one number."""
+    error = standard_error(values)
+    return math.nan if error is None else error
 
 
 def report(accuracies: Accuracies, settings: Settings, spaces: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """Accuracies, and differences to the reference, in per cent, as Markdown."""
     header = "labels of each class", *map(str, settings.labels)
-    rows, others = [header], [("the first", "minus the second", *header[1:])]
+    rows: list[tuple[str, ...]] = [header]
+    others = [("the first", "minus the second", *header[1:])]
     for name, by in accuracies.items():
-        each = ((100 * statistics.fmean(by[n]), 100 * standard_error(by[n])) for n in settings.labels)
+        each = ((100 * statistics.fmean(by[n]), 100 * _error(by[n])) for n in settings.labels)
         rows.append((name, *(f"{mean:.1f} +- {error:.1f}" for mean, error in each)))
     for name, other in PAIRS:
         pairs = (against(accuracies, name, other, n) for n in settings.labels)

@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae import ELBO, IWAE, ContractError, DReG, Objective, cli, runs
+from pyro_vae import ELBO, IWAE, VAE, ContractError, DReG, Objective, TwoLayerVAE, cli, runs
 from pyro_vae.infer.objectives import MIWAE, PIWAE, STL
 from pyro_vae.runs import figures
 
@@ -133,7 +133,7 @@ def split(vae: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def measure(
-    vae: nn.Module,
+    vae: VAE | TwoLayerVAE,
     objective: Objective,
     x: Tensor,
     parameters: dict[str, list[nn.Parameter]],
@@ -146,7 +146,8 @@ def measure(
     blocks: dict[str, list[tuple[float, float]]] = {part: [] for part in parameters}
     per_block = num_draws // BLOCKS
     for _ in range(BLOCKS):
-        total, squares = 0.0, dict.fromkeys(parameters, 0.0)
+        total: Any = 0.0
+        squares = dict.fromkeys(parameters, 0.0)
         for _ in range(per_block):
             gradients = torch.autograd.grad(objective(vae.model, vae.guide, x), every, materialize_grads=True)
             flat = torch.cat([g.flatten() for g in gradients]).double()
@@ -177,7 +178,10 @@ def ratio(blocks: Iterable[tuple[float, float]]) -> Ratio:
 def slope(ratios: dict[int, dict[str, Ratio]], part: str) -> float:
     """d log ratio / d log K by least squares; NaN with fewer than two K of a positive ratio."""
     points = [(math.log(k), math.log(r.ratio)) for k, each in ratios.items() if (r := each[part]).ratio > 0]
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > 1 else math.nan
+    if len(points) < 2:
+        return math.nan
+    x, y = zip(*points, strict=True)
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def report(

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,8 @@ class Space:
         """Draws of the prior, ``(size, D)``."""
         with torch.no_grad():
             x = self.data.test.new_zeros(size, self.data.test.shape[1])
-            return poutine.trace(poutine.uncondition(self.model)).get_trace(x).nodes[self.site]["value"]
+            site: Any = poutine.trace(poutine.uncondition(self.model)).get_trace(x).nodes[self.site]
+            return site["value"]
 
     def quantiles(self, levels: Tensor) -> Tensor:
         """Of each dimension of the prior, from many draws: ``(len(levels), D)``."""
@@ -211,7 +212,8 @@ def halfway(space: Space, judge: Judge, size: int) -> dict[str, Mean]:
 
     Beside them its confidence in what is decoded from the codes themselves.
     """
-    start, end = (space.codes[each] for each in pairs_of_classes(space.data.test_labels[: len(space.codes)], size))
+    labels = cast(Tensor, space.data.test_labels)[: len(space.codes)]
+    start, end = (space.codes[each] for each in pairs_of_classes(labels, size))
     half = torch.tensor(0.5, device=start.device)
     found = {
         name: judge.confidence(space.data.picture(space.decode(line(start, end, half)))) for name, line in LINES.items()

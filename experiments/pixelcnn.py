@@ -188,8 +188,8 @@ class Autoregressive(TorchDistribution):
         batch_shape: of independent vectors.
     """
 
-    arg_constraints = {}  # noqa: RUF012
-    support = constraints.independent(constraints.boolean, 1)
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    support = constraints.independent(constraints.boolean, 1)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, network: Network, batch_shape: Sequence[int] = (), validate_args: bool | None = None):
         self.network = network
@@ -225,7 +225,7 @@ class AutoregressiveModel(nn.Module):
 
     def model(self, x: Tensor) -> Tensor:
         """p(x) for observations ``(B, X)``."""
-        with pyro.plate("data", len(x), dim=-1, device=x.device):
+        with pyro.plate("data", len(x), dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("x", Autoregressive(self.network), obs=x)
 
     def guide(self, x: Tensor) -> None:

@@ -248,7 +248,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     return summaries
 
 
-def report_study(done: Study, title: str, more: dict[str, Sequence[str]] | None = None, remarks: str = "") -> Path:
+def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | None = None, remarks: str = "") -> Path:
     """Write table and figure of a study whose contenders can all be compared; return its directory.
 
     ``more`` are columns of the table by their headers; ``remarks`` stand below it.
@@ -304,7 +304,7 @@ def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDiffer
     )
 
 
-def summary_table(summaries: Sequence[Summary], more: dict[str, Sequence[str]] | None = None) -> str:
+def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]] | None = None) -> str:
     """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
     reference = summaries[0].reference
     header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
