@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyro
@@ -195,7 +195,7 @@ class Autoregressive(TorchDistribution):
         self.network = network
         super().__init__(torch.Size(batch_shape), torch.Size([network.in_features]), validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None) -> "Autoregressive":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Autoregressive":
         return type(self)(self.network, batch_shape, validate_args=self._validate_args)
 
     def log_prob(self, x: Tensor) -> Tensor:

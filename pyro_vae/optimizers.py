@@ -106,7 +106,9 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
     return made
 
 
-def make_schedule(schedule: str | ScheduleFactory, optimizer: Optimizer, steps_per_epoch: int, epochs: int):
+def make_schedule(
+    schedule: str | ScheduleFactory, optimizer: Optimizer, steps_per_epoch: int, epochs: int
+) -> LRScheduler:
     """The scheduler of a short name or factory; see :func:`pyro_vae.fit`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Distributions that neither Pyro nor torch has, or that they have only in a slower or less exact form."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -31,7 +31,7 @@ class ContinuousBernoulli(TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None) -> "ContinuousBernoulli":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ContinuousBernoulli":
         return type(self)(self.logits.expand(batch_shape), validate_args=self._validate_args)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class DiscretizedLogistic(TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self):
+    def support(self) -> constraints.Constraint:
         return constraints.integer_interval(0, self.levels - 1)
 
-    def expand(self, batch_shape, _instance=None) -> "DiscretizedLogistic":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "DiscretizedLogistic":
         loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         return DiscretizedLogistic(loc, scale, self.levels, validate_args=self._validate_args)
 
@@ -152,7 +152,7 @@ class BernoulliVector(dist.Independent):
             return (x * self.logits - F.softplus(self.logits, threshold=50)).sum(-1)
         return _bernoulli_log_prob(self.logits, x)
 
-    def expand(self, batch_shape, _instance=None) -> "BernoulliVector":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "BernoulliVector":
         return BernoulliVector(self.logits.expand(*batch_shape, -1), validate_args=self.base_dist._validate_args)
 
 
@@ -208,9 +208,15 @@ class FlowDistribution(TorchDistribution):
             batch_shape = torch.Size() if context is None else context.shape[:-1]
         super().__init__(torch.Size(batch_shape), torch.Size([features]), validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None) -> "FlowDistribution":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         return FlowDistribution(
-            self.flow, self.event_shape[0], self.context, self.loc, self.log_scale, batch_shape, self._validate_args
+            self.flow,
+            self.event_shape[0],
+            self.context,
+            self.loc,
+            self.log_scale,
+            torch.Size(batch_shape),
+            self._validate_args,
         )
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008

@@ -31,7 +31,7 @@ STYLE: dict[Any, Any] = {
 Latents = dict[str, Tensor]
 
 
-def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots):
+def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots: Any) -> "_Figure":
     """Context: axes of one figure, saved to ``path`` as PNG at the end."""
     return _Figure(path, width, height, columns, subplots)
 

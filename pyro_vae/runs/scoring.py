@@ -23,6 +23,7 @@ from pyro_vae.infer.evidence.annealed import (
 )
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+from pyro_vae.infer.programs import Program
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.runs.directory import (
     check_empty,
@@ -116,7 +117,9 @@ def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tenso
         return data.observe(among), among
 
 
-def estimate(settings: EvaluationSettings, model, guide, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def estimate(
+    settings: EvaluationSettings, model: Program, guide: Program, x: Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Entries of the JSON file, and evidence by group of the netCDF file."""
     annealing = PUBLISHED[settings.published] if settings.published else settings.annealing
     if settings.published and settings.annealing.num_temperatures:

@@ -339,7 +339,7 @@ def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
 
 
 def write_study(
-    run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more
+    run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more: Any
 ) -> None:
     """Print ``text`` and write it to table.md; write result.json, with devices, versions and commits of the runs."""
     results = [load(path).result for paths in directories.values() for path in paths]
