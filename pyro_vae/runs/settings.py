@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.optim import Optimizer
 
 from pyro_vae.data.fetched import MNIST
 from pyro_vae.data.images import Dataset
@@ -120,7 +122,9 @@ class Settings:
             positive, by the compiled engine; null: not.
         epochs: passes over the training images, at least 1.
         batch_size: images per gradient step, at least 1.
-        lr: learning rate of Adam, positive; the peak if the schedule has one.
+        optimizer: adam, or the import path of an optimizer of torch or of your own, such as torch.optim.AdamW, whose
+            options follow it: --optimizer.weight_decay 0.01.
+        lr: learning rate, positive; the peak if the schedule has one.
         schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..
         patience: stop after this many epochs without a better validation ELBO; null: never.
         weights: evaluate the last weights, or those of the best validation ELBO.
@@ -154,6 +158,7 @@ class Settings:
     max_norm: float | None = None
     epochs: int = 40
     batch_size: int = 256
+    optimizer: Literal["adam"] | Callable[[list[Tensor]], Optimizer] = "adam"
     lr: float = 5e-3
     schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle"
     patience: int | None = None

@@ -202,6 +202,7 @@ def fit_run(
             data.validation,
             epochs=settings.epochs,
             lr=settings.lr,
+            optimizer=settings.optimizer,
             schedule=settings.schedule,
             loss=objective,
             engine=engine,
