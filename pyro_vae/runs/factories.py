@@ -56,36 +56,36 @@ def _check(value: Any, annotation: Any, where: str) -> None:
     elif isinstance(value, list | tuple | set):
         for each in value:
             _check(each, annotation, where)
-    elif callable(value) and _classes_made(annotation) - {nn.Module}:
+    elif callable(value) and classes_made(annotation) - {nn.Module}:
         _refuse_other(value, annotation, where, getattr(value, "__qualname__", repr(value)))
 
 
 def _refuse_other(made: Any, annotation: Any, where: str, path: str) -> None:
     """Refuse ``made`` unless it is a class that the annotation names, or a function annotated to return one."""
-    wanted = tuple(_classes_made(annotation))
+    wanted = tuple(classes_made(annotation))
     names = " or ".join(sorted(each.__name__ for each in wanted))
     if inspect.isclass(made):
         if wanted and issubclass(made, wanted):
             return
         refusal = f"is no {names}" if wanted else "is not built there, where no class is asked for"
     else:
-        returned = _classes_made(_hints(made).get("return", Any)) if inspect.isroutine(made) else set()
+        returned = classes_made(_hints(made).get("return", Any)) if inspect.isroutine(made) else set()
         if wanted and returned and all(issubclass(each, wanted) for each in returned):
             return
         refusal = f"is no {names}, nor a function annotated to return one" if wanted else "is not called there"
     raise RunError(f"{where}: {path} {refusal}")
 
 
-def _classes_made(annotation: Any) -> set[type]:
+def classes_made(annotation: Any) -> set[type]:
     """The classes whose instances an annotation asks for; of a factory, those that it returns."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Callable or annotation is Callable:
-        returned = _classes_made(arguments[-1]) if arguments else set()
+        returned = classes_made(arguments[-1]) if arguments else set()
         return returned if returned - {Tensor} else returned | {nn.Module}  # a function of tensors may be a module
     if origin is type:
         return set()
     if arguments:
-        return set().union(*map(_classes_made, arguments))
+        return set().union(*map(classes_made, arguments))
     anything = {Any, object, type(None), bool, int, float, str, bytes, type, Path}
     return {annotation} - anything if inspect.isclass(annotation) else set()
 

@@ -19,7 +19,15 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyro_vae.errors import RunError
-from pyro_vae.runs.factories import as_partial, check_factories, plain, spelled, translated, translated_option
+from pyro_vae.runs.factories import (
+    as_partial,
+    check_factories,
+    classes_made,
+    plain,
+    spelled,
+    translated,
+    translated_option,
+)
 
 T = TypeVar("T")
 
@@ -82,8 +90,7 @@ def parse(
         result, text = _instance(config, options, read)
     except MISTAKES as error:
         raise RunError(_one_line(str(error), config, options)) from error
-    kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
-    return result, yaml.safe_dump(kept, sort_keys=False)
+    return result, _kept(text)
 
 
 def settings_text(settings: Any) -> str:
@@ -102,7 +109,15 @@ def settings_text(settings: Any) -> str:
         _, text = _instance(config, options, read)
     except MISTAKES as error:
         raise RunError(_one_line(str(error), config, options)) from error
+    return _kept(text)
+
+
+def _kept(text: str) -> str:
+    """What ``config.yaml`` has of the settings: not where a run is written, nor an optimizer's own default rate."""
     kept = {name: value for name, value in yaml.safe_load(text).items() if name not in PLACE}
+    optimizer = kept.get("optimizer")
+    if isinstance(optimizer, dict):
+        optimizer.get("init_args", {}).pop("lr", None)
     return yaml.safe_dump(kept, sort_keys=False)
 
 
@@ -297,6 +312,8 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
     if not keys:
         return message
     option = "--" + ".".join(keys)
+    if "Union subtypes" in problem:
+        return _explain_union(option, problem, config)
     found = re.search(r"class_path='([^']+)'", problem)
     path = found[1] if found else ""
     name = path.rsplit(".", 1)[-1]
@@ -330,6 +347,18 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         if wanted:
             return f"{option}: expected {wanted}, got '{found[1]}'"
     return f"{option}: {problem}"
+
+
+def _explain_union(option: str, problem: str, config: type) -> str:
+    """Of a setting that is one of a few words, or the import path of a factory."""
+    words = re.search(r"Literal\[(.+?)\]", problem)
+    made = sorted(each.__name__ for each in classes_made(get_type_hints(config)[option.removeprefix("--")]))
+    given = re.search(r"Given value: (.*)$", problem)
+    if not words or not made or not given:
+        return f"{option}: {problem}"
+    if inside := re.search(r"Option '([^']+)' is not accepted.*class_path='([^']+)'", problem):
+        return f"{option}.{inside[1]}: {inside[2]} has no such option"
+    return f"{option}: expected {words[1]} or the import path of an {' or '.join(made)}, got '{given[1]}'"
 
 
 def _near(name: str, known: Iterable[str]) -> str:

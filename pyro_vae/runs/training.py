@@ -1,5 +1,6 @@
 """Training runs: from settings to a directory with a trained and scored model."""
 
+import inspect
 import json
 import shlex
 import traceback
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -19,6 +20,7 @@ from pyro_vae.errors import CheckpointError, ContractError, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
+from pyro_vae.optimizers import OptimizerFactory, make_optimizer
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import (
     as_options,
@@ -122,6 +124,7 @@ def prepare(settings: Settings, dataset: Dataset, data: Data, objective: Objecti
     check_observations(vae, [data.test, data.validation, x], dataset.binarization)
     if isinstance(objective, Objective):
         check_objective(objective, vae, x[:2])
+    make("optimizer", make_optimizer, optimizer_of(settings), list(vae.parameters()), settings.lr)
     return vae
 
 
@@ -202,7 +205,7 @@ def fit_run(
             data.validation,
             epochs=settings.epochs,
             lr=settings.lr,
-            optimizer=settings.optimizer,
+            optimizer=optimizer_of(settings),
             schedule=settings.schedule,
             loss=objective,
             engine=engine,
@@ -219,6 +222,21 @@ def fit_run(
         raise RunError(f"{option}: {reason}") from error
     finally:
         log.close()
+
+
+def optimizer_of(settings: Settings) -> Literal["adam"] | OptimizerFactory:
+    """The optimizer as :func:`pyro_vae.fit` takes it: the learning rate is that of the run.
+
+    Raises:
+        RunError: if the optimizer has been given a rate of its own.
+    """
+    made = settings.optimizer
+    if isinstance(made, partial) and "lr" in made.keywords:
+        usual = inspect.signature(made.func).parameters["lr"].default
+        if made.keywords["lr"] != usual:
+            raise RunError(f"--optimizer.lr {made.keywords['lr']}: the learning rate is that of --lr")
+        return partial(made.func, **{name: value for name, value in made.keywords.items() if name != "lr"})
+    return made
 
 
 def compiled_engine(num_steps: int, **settings: Any) -> Callable[..., CompiledSVI]:
