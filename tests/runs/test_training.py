@@ -864,3 +864,33 @@ def test_files_of_a_run_are_readable_as_umask_says(finished):
     modes = {path.name: path.stat().st_mode & 0o777 for path in run_dir.iterdir() if path.is_file()}
     assert set(modes.values()) == {plain.stat().st_mode & 0o777}, modes
     assert not list(run_dir.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--optimizer os.system", "--optimizer: expected 'adam' or the import path of an Optimizer, got 'os.system'"),
+        ("--optimizer pyro_vae.MLP", "--optimizer: expected 'adam' or the import path of an Optimizer"),
+        ("--optimizer sgd", "--optimizer: expected 'adam' or the import path of an Optimizer, got 'sgd'"),
+        ("--optimizer torch.optim.SGD --optimizer.momentun 1", "--optimizer.momentun: torch.optim.SGD has no such"),
+        ("--optimizer torch.optim.AdamW --optimizer.lr 3", "--optimizer.lr 3.0: the learning rate is that of --lr"),
+        ("--optimizer torch.optim.LBFGS", "optimizer LBFGS needs a closure"),
+    ],
+)
+def test_optimizers_that_are_none_are_refused(tmp_path, options, words):
+    with pytest.raises(RunError, match=re.escape(words)):
+        run(tmp_path / "run", *options.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
+    options = ["--optimizer", "torch.optim.SGD", "--optimizer.momentum", "0.9", "--lr", "1e-4", "--epochs", "2"]
+    made = run(tmp_path / "run", *options)
+    saved = yaml.safe_load((made / "config.yaml").read_text())["optimizer"]
+    assert saved["class_path"] == "torch.optim.SGD"
+    assert saved["init_args"]["momentum"] == 0.9
+    assert "lr" not in saved["init_args"]
+    content = torch.load(made / "checkpoint.pt", weights_only=True)
+    assert content["optimizer"]["param_groups"][0]["momentum"] == 0.9
+    again = runs.load(made).settings.optimizer
+    assert again.func is torch.optim.SGD
