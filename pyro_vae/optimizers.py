@@ -27,7 +27,7 @@ class Together(Optimizer):
     >>> def muon(parameters, lr):
     ...     matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
     ...     return Together(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr / 10))
-    >>> len(muon(torch.nn.Linear(3, 2).parameters(), lr=0.01).param_groups)
+    >>> len(muon(list(torch.nn.Linear(3, 2).parameters()), lr=0.01).param_groups)
     2
 
     Args:

@@ -63,7 +63,7 @@ class Conditional(nn.Module, Generic[Head]):
                 f"{type(self.network).__name__} must map {tuple(condition.shape)} to {expected}, "
                 f"it made {tuple(outputs.shape)}"
             )
-        size = self.head.event_size if isinstance(self.head, Likelihood) else self.latent_dim
+        size = cast(Likelihood, self.head).event_size if hasattr(self.head, "event_size") else self.latent_dim
         made = check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
         if isinstance(self.head, Likelihood) and self.head.is_density is not None:
             is_density = not innermost(made.support).is_discrete
