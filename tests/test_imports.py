@@ -134,6 +134,7 @@ def loaded(program):
     return set(run.stdout.split()) - sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_infer_loads_nothing_but_torch_pyro_numpy_and_tqdm():
     basis = loaded("import pyro, numpy, tqdm")
     extra = loaded("import pyro; import pyro_vae.infer")

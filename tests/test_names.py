@@ -70,6 +70,7 @@ def test_an_old_name_is_the_very_same_and_says_its_new_one(module, name):
     assert at(_moved.current(old)) is value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import pyro_vae.{0}", "from pyro_vae import {0}", "import {1}"])
 def test_a_short_path_is_the_very_same_module(first):
     """Whatever is imported first, in an interpreter of its own."""
@@ -125,6 +126,7 @@ def test_paths_of_others_stay_as_they_are():
     assert _moved.current("pyro_vae.VAE") == "pyro_vae.VAE"
 
 
+@pytest.mark.slow
 def test_nothing_inside_uses_an_old_name():
     """Every module of the library and the experiments is imported where an old name is an error."""
     paths = [*ROOT.glob("pyro_vae/**/*.py"), *ROOT.glob("experiments/*.py")]

@@ -516,6 +516,7 @@ def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_p
         assert torch.equal(value, states[-1][name])
 
 
+@pytest.mark.slow
 def test_the_training_elbo_is_plain_whatever_the_objective():
     """Of a bound far above the ELBO, and on the most recent observations only."""
     torch.manual_seed(0)
@@ -595,6 +596,7 @@ def fresh(seed=3):
     return small_vae()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [None, IWAE(3)], ids=["Trace_ELBO", "IWAE"])
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
 @pytest.mark.parametrize("schedule", ["one_cycle", "constant", "stages"])
@@ -663,6 +665,7 @@ def test_any_optimizer(monkeypatch, name):
     assert all(not torch.equal(value, before[key]) for key, value in state(ours).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
 def test_any_optimizer_learns(name, engine):
@@ -882,6 +885,7 @@ class Regression(nn.Module):
             pyro.sample("z", pyro.distributions.Normal(loc, self.log_scale.exp()).to_event(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [ELBO(), Trace_ELBO()], ids=["ELBO", "Trace_ELBO"])
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
 @pytest.mark.parametrize("kind", ["tuple", "dict", "DataLoader"])

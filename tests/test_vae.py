@@ -65,6 +65,7 @@ def train(vae, engine, steps=3, seed=2):
 NORMAL, UNIFORM, ELSEWHERE = DiagonalNormal(2), Uniform(2, -2.0, 3.0), Uniform(2, 5.0, 6.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("make", "first", "second"),

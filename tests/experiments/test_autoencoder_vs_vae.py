@@ -13,6 +13,8 @@ from pyro_vae import fit, importance_sampling, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.runs import judge
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

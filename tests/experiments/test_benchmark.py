@@ -12,6 +12,8 @@ from torch.nn.utils import parameters_to_vector
 from experiments import benchmark
 from pyro_vae import runs
 
+pytestmark = pytest.mark.slow
+
 PYRO = "Pyro SVI, Trace_ELBO"
 COMPILED = {PYRO, "CompiledSVI", "CompiledSVI, bfloat16", "by hand, torch.compile", "bare matrix products"}
 

@@ -9,6 +9,8 @@ import torch
 from experiments import derivation
 from pyro_vae import runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):

@@ -10,6 +10,8 @@ from experiments.elbo_comparison import CLOSED, CONTENDERS, MEAN_FIELD, SAMPLED,
 from pyro_vae import cli
 from pyro_vae.data.fetched import Digits, cache_folder
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--dataset", "Digits", "--seeds", "2", "--epochs", "2", "--gradient_samples", "40", "--timing_steps", "3"]
 PARTS = ("encoder", "decoder")
 

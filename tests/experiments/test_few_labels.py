@@ -12,6 +12,8 @@ from experiments import few_labels
 from experiments.few_labels import COMPONENTS, FEATURES, FINE_TUNED, LOGISTIC, PIXELS, SCRATCH
 from pyro_vae import cli, runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -11,6 +11,8 @@ from experiments import gradient_snr
 from pyro_vae import MLP, Bernoulli, Conditional, MeanField, TwoLayerVAE, cli, runs
 from pyro_vae.parts.priors import VampPrior
 
+pytestmark = pytest.mark.slow
+
 
 class KnownGradient:
     """A loss whose gradient is ``mean`` plus normal noise of standard deviation ``scale`` in every entry."""

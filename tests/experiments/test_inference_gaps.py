@@ -16,6 +16,8 @@ from experiments import inference_gaps
 from pyro_vae import Evidence, cli, estimate_elbo, quadrature, runs
 from pyro_vae.runs import figures, loading
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["--num_images=12", "--num_samples=200", "--num_steps=60", "--device=cpu"]
 SHORT = [*SETTINGS, "--num_images=2", "--num_samples=20", "--num_steps=2", "--annealing.num_temperatures=2"]
 ROWS = {

@@ -14,6 +14,8 @@ from experiments import latent_space
 from experiments.latent_space import Space, blur, copying, sharpness, spherical, straight
 from pyro_vae import cli, runs
 
+pytestmark = pytest.mark.slow
+
 BASE = "--dataset Digits --epochs 20 --encoder.hidden [32] --decoder.hidden [32] --evidence.num_samples 2"
 PICTURES = ("traversals.png", "interpolations.png", "nearest.png")
 

@@ -11,6 +11,8 @@ from experiments import pixelcnn
 from experiments.pixelcnn import MADE, Autoregressive, AutoregressiveModel, PixelCNN
 from pyro_vae import cli, importance_sampling, runs
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "PixelCNN": lambda side: PixelCNN(side**2, side**2, channels=4, layers=4, image_shape=(1, side, side)),
     "MADE": lambda side: MADE(side**2, side**2, hidden=[3 * side**2]),

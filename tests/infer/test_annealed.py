@@ -355,6 +355,7 @@ def test_laplace_proposal_is_exact_for_a_gaussian_posterior(dim):
     assert (evidence.mc_se < 1e-7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wider", [{"widening": 1.3}, {"df": 5.0}, {"df": 5.0, "widening": 1.2}, {"widening": 1.3, "memory": 200_000}]
 )
@@ -413,6 +414,7 @@ def test_annealing_from_laplace_is_exact_for_a_gaussian_posterior(dim):
     check_evidence(evidence, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "start", "num"),
     [(2, "guide", 40), (10, "guide", 40), (50, "guide", 100), (2, "prior", 40), (10, "prior", 100), (50, "prior", 300)],
@@ -427,6 +429,7 @@ def test_annealing_from_the_guide_and_the_prior(dim, start, num):
     check_evidence(evidence, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "num"), [("laplace", 60), ("guide", 100), ("prior", 300)])
 def test_annealing_of_a_hard_separable_model(start, num):
     program, x = SeparableBernoulli(), binary(30, pixels=20)
@@ -439,6 +442,7 @@ def test_annealing_of_a_hard_separable_model(start, num):
     check_evidence(evidence, 30)
 
 
+@pytest.mark.slow
 def test_annealing_beats_importance_sampling_from_the_same_start():
     program, x = SeparableBernoulli(), binary(30, pixels=20)
     exact = program.log_px(x)
@@ -522,6 +526,7 @@ def test_transitions_reach_the_posterior_from_elsewhere():
     assert stats.kstest(white, stats.norm.cdf).pvalue > 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_annealing_over_bounded_support(start):
     vae, x = wide_uniform_vae(), binary(10, pixels=6)
@@ -536,6 +541,7 @@ def test_annealing_over_bounded_support(start):
     check_evidence(evidence, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "num"), [("laplace", 5), ("guide", 80), ("prior", 80)])
 def test_annealing_over_two_sites(start, num):
     program = GaussianChain()
@@ -548,6 +554,7 @@ def test_annealing_over_two_sites(start, num):
     check_evidence(evidence, 10)
 
 
+@pytest.mark.slow
 def test_the_pilot_aims_at_the_error_asked_for():
     program, x = SeparableBernoulli(), binary(20, pixels=20)
     for error in (0.3, 0.1):
@@ -591,6 +598,7 @@ def test_step_sizes_are_frozen_and_go_back_the_way_they_came(monkeypatch):
     assert taken == forward + forward[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.6, 0.9])
 def test_step_sizes_adapt_to_the_acceptance_asked_for(target):
     vae, x = linear_gaussian(15, 5), torch.randn(4, 15, dtype=torch.float64)
@@ -607,6 +615,7 @@ def test_step_sizes_end_at_the_longest():
         torch.testing.assert_close(steps, torch.full((4, 2), 0.5 * math.pi / settings.num_leapfrogs).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_trajectories_that_overflow_are_rejected(start):
     # sinh(z) after a long step is infinite, and the next point NaN
@@ -652,6 +661,7 @@ def test_invalid_log_weights_are_counted(num):
     assert evidence.log_px.isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 100_000])
 def test_estimates_do_not_depend_on_memory(memory):
     vae, x = linear_gaussian(), 2 * torch.randn(3, 7, dtype=torch.float64)  # apart, so that each is told by its value
@@ -751,6 +761,7 @@ def total(vae):
     return math.sqrt((vae.weight.sum(0).square().sum() + len(vae.weight) * vae.scale**2).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
     model, guide, x, log_px = bumpy()

@@ -123,6 +123,7 @@ def test_log_weights_of_the_exact_posterior_are_log_p(kind):
     check_program(program.model, program.guide, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_every_bound_is_tight_at_the_exact_posterior(objective, kind):
@@ -135,6 +136,7 @@ def test_every_bound_is_tight_at_the_exact_posterior(objective, kind):
         torch.testing.assert_close(bound, log_px_of(program, data).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimators_agree_with_the_closed_form(kind):
     program, data = Gaussian(shift=0.4), data_of(kind)
@@ -155,6 +157,7 @@ def test_estimators_agree_with_the_closed_form(kind):
     assert (elbo > exact - 0.5 * 0.4**2 * 60).all()
 
 
+@pytest.mark.slow
 def test_memory_and_chunks_do_not_change_what_is_estimated():
     program, data = Gaussian(shift=0.3), data_of("masked", 9)
     exact = log_px_of(program, data)
@@ -190,7 +193,8 @@ def test_simulated_data_keep_their_conditions_and_masks(kind):
     torch.testing.assert_close(sandwich.upper.log_px, exact, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tuple", "masked"])
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO, lambda: IWAE(3), lambda: DReG(3), lambda: STL(2)])
 def test_engines_take_the_same_steps(loss, kind):
     data = data_of(kind)
@@ -199,7 +203,7 @@ def test_engines_take_the_same_steps(loss, kind):
         torch.manual_seed(0)
         program = Gaussian(shift=0.5)
         svi = make(program.model, program.guide, torch.optim.Adam(program.parameters(), lr=0.05), loss())
-        losses = [float(call(svi.step, data)) for _ in range(6)]
+        losses = [float(call(svi.step, data)) for _ in range(3)]
         found.append(
             (losses, float(call(svi.evaluate_loss, data)) > 0, [p.detach().clone() for p in program.parameters()])
         )
@@ -221,6 +225,7 @@ def test_pyro_itself_takes_an_objective_of_several_arguments():
     assert loss == pytest.approx(-log_px_of(program, data).mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", [PyroSVI, lambda *given: CompiledSVI(*given, compiler="none")])
 def test_fit_trains_on_batches_of_trees(engine, kind):
@@ -659,6 +664,7 @@ def regression():
     return Regression(), {"y": torch.randn(6, dtype=F64), "v": torch.randn(6, 3, dtype=F64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [labelled, regression])
 def test_other_programs_by_every_estimator(make):
     program, data = make()
@@ -679,19 +685,20 @@ def test_other_programs_by_every_estimator(make):
     assert ((sandwich.upper.log_px - simulated).abs() < 5 * sandwich.upper.mc_se + 0.05).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [labelled, regression])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_other_programs_by_every_objective_and_engine(objective, make):
     torch.manual_seed(1)
     program, data = make()
-    draws = torch.stack([-objective(program.model, program.guide, data).detach() for _ in range(300)])
-    assert draws.mean() < log_px_of(program, data).mean() + 5 * draws.std() / 300**0.5
+    draws = torch.stack([-objective(program.model, program.guide, data).detach() for _ in range(100)])
+    assert draws.mean() < log_px_of(program, data).mean() + 5 * draws.std() / 10
     losses = []
     for engine in (PyroSVI, lambda *given: CompiledSVI(*given, compiler="none")):
         torch.manual_seed(1)
         program, _ = make()
         svi = engine(program.model, program.guide, torch.optim.Adam(program.parameters(), lr=0.01), objective)
-        losses.append([float(call(svi.step, data)) for _ in range(4)])
+        losses.append([float(call(svi.step, data)) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 

@@ -101,6 +101,7 @@ def assert_same(make, x, loss=None, compiler="none"):
     assert any((a != b).any() for a, b in zip(parameters, make().parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS)
 def test_every_prior_trains_as_with_pyro(prior):
     assert_same(lambda: vae_of(prior=prior), binary(6))
@@ -111,12 +112,14 @@ def test_every_posterior_trains_as_with_pyro(posterior):
     assert_same(lambda: vae_of(posterior=posterior), binary(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood_trains_as_with_pyro(likelihood):
     make, x = seeded(likelihood=LIKELIHOODS[likelihood]), data_for(LIKELIHOODS[likelihood](PIXELS), 6).double()
     assert_same(make, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "networks",
     [{"encoder": each} for each in ENCODERS.values()] + [{"decoder": each} for each in DECODERS.values()],
@@ -136,6 +139,7 @@ def seeded(**parts):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -239,6 +243,7 @@ def programs():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize("name", ["regression", "map", "global and local", "factors", "subsampled"])
 def test_programs_that_are_no_vae_train_as_with_pyro(name, loss):
@@ -269,11 +274,13 @@ def test_programs_that_are_no_vae_train_as_with_pyro(name, loss):
 # The compiled graph
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_those_of_pyro():
     """Inductor rounds otherwise, but draws the noise that eager torch draws."""
     assert_same(lambda: vae_of(posterior="FullRank"), binary(6), compiler="inductor")
 
 
+@pytest.mark.slow
 def test_compiled_noise_is_new_at_every_step_reproducible_and_of_the_right_law():
     vae, x = vae_of(), binary(6)
     optim = torch.optim.SGD(vae.parameters(), lr=1e-12)
@@ -289,6 +296,7 @@ def test_compiled_noise_is_new_at_every_step_reproducible_and_of_the_right_law()
     assert 0.8 < draws[0].std() / eager.std() < 1.25
 
 
+@pytest.mark.slow
 def test_compiled_products_are_rounded_as_the_traced_ones():
     x, losses = binary(6).float(), []
     for settings in ({"precision": "bfloat16"}, {"precision": "bfloat16", "compiler": "none"}, {"compiler": "none"}):
@@ -371,6 +379,7 @@ def test_rounded_convolutions_train_as_precise_ones_do():
 # Functions of tensors that run programs
 
 
+@pytest.mark.slow
 def test_a_compiled_function_gives_what_the_function_gives():
     vae, x = small_vae(), binary(5)
     calls = []
@@ -432,6 +441,7 @@ class Weighted(ELBO):
         return self.weight * super().__call__(model, guide, x)
 
 
+@pytest.mark.slow
 def test_a_changed_number_is_noticed():
     vae, x, loss = vae_of(), binary(6), Weighted()
     svi = CompiledSVI(vae.model, vae.guide, torch.optim.SGD(vae.parameters(), lr=1e-12), loss, compiler="none")
@@ -490,6 +500,7 @@ def test_what_modules_hold_is_watched_wherever_they_are():
         torch.testing.assert_close(value, buffers[name])
 
 
+@pytest.mark.slow
 def test_data_of_other_strides_are_another_case():
     vae = vae_of()
     svi = CompiledSVI(vae.model, vae.guide, torch.optim.SGD(vae.parameters(), lr=1e-12))
@@ -641,6 +652,7 @@ def test_python_that_looks_at_values_is_refused(look):
         svi.step(x)
 
 
+@pytest.mark.slow
 def test_a_distribution_made_beforehand_may_check_its_values():
     """It has a switch of its own for the checks, which look at values."""
     prior, x, y = dist.Normal(0.0, 1.0).expand([3]).to_event(1), torch.randn(8, 3), torch.randn(8)

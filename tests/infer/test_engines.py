@@ -40,6 +40,7 @@ def test_same_trajectory_as_textbook_pyro():
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_engines_in_one_process_both_learn():
     vaes = [small_vae(), small_vae()]
     x = binary(50)
@@ -75,6 +76,7 @@ def test_only_the_optimizers_tensors_are_trained():
         assert torch.equal(value, before[name]) == name.startswith("posterior")
 
 
+@pytest.mark.slow
 def test_programs_with_pyro_param():
     data = 3 + torch.randn(500, 1)
 

@@ -77,6 +77,7 @@ def quadrature(vae: VAE, x: Tensor, size: int = 200_000) -> Tensor:
     return log_likelihood.logsumexp(0) - math.log(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("latent_dim", "shift", "stretch"), [(1, 3.0, 0.4), (2, 5.0, 1 / 3), (2, -3.0, 5.0), (5, 0.5, 0.02)]
 )
@@ -90,6 +91,7 @@ def test_local_mean_field_reaches_the_closed_form(latent_dim, shift, stretch):
     assert ((elbo - oracle.elbo(found.loc, found.scale)).abs() < 4 * error + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_local_flow_closes_the_gap_of_the_mean_field():
     oracle = Oracle(6, latent_dim=3)
     mean_field = local_mean_field(oracle.vae.model, oracle.guide, oracle.x)
@@ -138,6 +140,7 @@ def test_a_flow_starts_as_the_identity():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_inference_gaps_match_the_closed_form():
     oracle = Oracle(7, latent_dim=2)
     gaps = inference_gaps(oracle.vae.model, oracle.guide, oracle.log_px, oracle.x, num_samples=2000, batch_size=4)
@@ -184,6 +187,7 @@ def test_the_error_of_evidence_is_passed_on():
     torch.testing.assert_close(gaps.inference_gap()[1], torch.hypot(evidence.mc_se, gaps.elbo_se))
 
 
+@pytest.mark.slow
 def test_bounded_support_against_quadrature():
     vae = uniform_vae(1)
     x = binary(8)
@@ -200,6 +204,7 @@ def test_bounded_support_against_quadrature():
     assert (gaps.approximation_gap("flow")[0] < 0.05).all()
 
 
+@pytest.mark.slow
 def test_several_latent_sites():
     vae = TwoLayerVAE(
         priors.Uniform(2),
@@ -241,6 +246,7 @@ def test_the_programs_are_left_as_they_were():
     assert not any(value.requires_grad for value in (found.loc, found.scale, *found.parameters.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_chunks_hold_the_same_observations_in_order(batch_size, capsys):
     oracle = Oracle(3, latent_dim=2)

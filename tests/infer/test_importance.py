@@ -97,6 +97,7 @@ def test_intervals_cover_at_the_stated_rate():
     assert 0.93 < covered < 0.97  # binomial standard error 0.005
 
 
+@pytest.mark.slow
 def test_brute_force_over_binary_latents():
     program, x = BinaryLatents(), binary(3, pixels=6)
     evidence = importance_sampling(program.model, program.guide, x, 100_000)
@@ -135,6 +136,7 @@ def test_reduction_counts_what_it_was_promised():
         reduce_log_weights([torch.zeros(9, 2)], 10)
 
 
+@pytest.mark.slow
 def test_exactly_num_samples_are_drawn_whatever_the_memory():
     vae, x = small_vae(), binary(5)
     drawn = []

@@ -155,6 +155,7 @@ def test_tvo_is_a_sum_of_tempered_expectations(intervals, smallest):
     assert value.item() < dist.Normal(0.0, math.hypot(WEIGHT, NOISE)).log_prob(torch.tensor(X)).item()
 
 
+@pytest.mark.slow
 def test_bounds_are_ordered():
     log_px = dist.Normal(0.0, math.hypot(WEIGHT, NOISE)).log_prob(torch.tensor(X)).item()
     model = Replicates(100_000)
@@ -167,6 +168,7 @@ def test_bounds_are_ordered():
     assert bounds[0] < ciwae < bounds[3]
 
 
+@pytest.mark.slow
 def test_signal_to_noise_of_the_guides_gradient():
     """IWAE's falls as 1 / sqrt(K), DReG's rises (Rainforth et al. 2018; Tucker et al. 2019)."""
     model = Replicates(20_000)
@@ -318,6 +320,7 @@ ENGINES = {"SVI": pyro_svi, "PyroSVI": engine(PyroSVI), "CompiledSVI": engine(Co
 WARM_UPS = [{}, {"warmup": 4}, {"warmup": 4, "period": 6}, {"warmup": 5, "period": 5}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", WARM_UPS, ids=str)
 @pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
 def test_a_warm_up_advances_by_itself(make, settings):
@@ -340,6 +343,7 @@ def test_a_warm_up_advances_by_itself(make, settings):
     assert [Unrelated.weight(loss) for loss in losses] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", WARM_UPS, ids=str)
 @pytest.mark.parametrize("make", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
 def test_a_warm_up_in_fit_goes_on_where_it_stopped(tmp_path, make, settings):

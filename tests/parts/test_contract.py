@@ -96,11 +96,13 @@ def named(constructors):
     return pytest.mark.parametrize("make", list(constructors.values()), ids=list(constructors))
 
 
+@pytest.mark.slow
 @named(PRIORS)
 def test_prior_keeps_the_contract(make):
     testing.check_prior(make)
 
 
+@pytest.mark.slow
 @named(POSTERIORS)
 def test_posterior_keeps_the_contract(make):
     testing.check_posterior(make)
@@ -239,6 +241,7 @@ def test_likelihood_is_normalized_with_its_mean_and_samples(make):
     assert samples.std().item() == pytest.approx(std, rel=0.1)
 
 
+@pytest.mark.slow
 @named(LIKELIHOODS)
 def test_likelihood_starts_near_its_best_without_a_latent(make):
     """The marginal start is at most 0.25 nats per pixel below what free raw outputs reach by optimization."""
@@ -394,6 +397,7 @@ def test_repr_names_the_part(parts):
     assert all(name in text for name in ("(prior)", "(likelihood)", "(posterior)", "(network)", "(head)"))
 
 
+@pytest.mark.slow
 def test_import_leaves_validation_as_it_was():
     """zuko switches it off for all of torch, which would score grey pixels under a Bernoulli without a word."""
     program = (
@@ -445,6 +449,7 @@ def test_two_layer_log_weights_by_hand(make):
     torch.testing.assert_close(log_w, log_p - vae.posterior(x).log_prob(z1) - log_q2, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("posterior", list(POSTERIORS))
 @pytest.mark.parametrize("prior", list(PRIORS))
 def test_every_prior_trains_with_every_posterior(prior, posterior):
@@ -452,6 +457,7 @@ def test_every_prior_trains_with_every_posterior(prior, posterior):
     check_that_it_learns(vae)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network", [("MLP", "MLP"), ("ConvEncoder", "ConvDecoder"), ("RecurrentEncoder", "RecurrentDecoder")]
 )

@@ -142,6 +142,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", list(ATTACKS))
 def test_a_file_of_settings_runs_no_command(nothing_runs, attack):
     (nothing_runs / "shared.yaml").write_text(ATTACKS[attack] + "\n")
@@ -152,6 +153,7 @@ def test_a_file_of_settings_runs_no_command(nothing_runs, attack):
     assert not (nothing_runs / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", list(ATTACKS))
 def test_nor_does_the_directory_of_a_run(nothing_runs, attack):
     (nothing_runs / "config.yaml").write_text(ATTACKS[attack] + "\n")
@@ -164,6 +166,7 @@ def test_nor_does_the_directory_of_a_run(nothing_runs, attack):
         cli.train([f"--run_dir={nothing_runs}", "--resume"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if "!!" not in ATTACKS[name]])
 def test_nor_does_the_command_line(nothing_runs, attack):
     for option, value in yaml.safe_load(ATTACKS[attack]).items():
@@ -221,6 +224,7 @@ def test_what_is_right_is_built():
 # Settings made in Python
 
 
+@pytest.mark.slow
 def test_settings_of_python_are_those_of_the_command_line(tmp_path):
     made = Settings(
         dataset=Digits,
@@ -286,6 +290,7 @@ RENAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "old"), [(setting, old) for setting, names in RENAMED.items() for old in names])
 def test_old_names_are_todays(setting, old):
     now = f"pyro_vae.{setting}s.{RENAMED[setting][old]}"

@@ -19,6 +19,8 @@ from pyro_vae.data.fetched import Digits
 from pyro_vae.data.images import Data
 from pyro_vae.errors import MissingExtra, need_extra
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = runs.Settings(
     dataset=Digits,

@@ -11,6 +11,8 @@ import xarray as xr
 from experiments import evidence_comparison
 from pyro_vae import cli, importance_sampling, runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -14,6 +14,8 @@ from pyro_vae.data.fetched import Digits
 from pyro_vae.parts.likelihoods import Categorical
 from pyro_vae.runs import studies
 
+pytestmark = pytest.mark.slow
+
 COMMON = (
     "--common=--dataset Digits --epochs 1 --evidence.num_samples 30 --latent_dim 3 --encoder.hidden [8] "
     "--decoder.hidden [8] --evidence.annealed_images 20 --evidence.annealing.num_temperatures 2"

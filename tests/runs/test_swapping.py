@@ -11,6 +11,8 @@ from pyro_vae import TwoLayerVAE, cli, log_weights, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.parts.priors import VampPrior
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     "--dataset=Digits",
     "--epochs=1",

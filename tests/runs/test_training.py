@@ -163,6 +163,7 @@ def contents(folder):
 # A run
 
 
+@pytest.mark.slow
 def test_all_files_are_written(finished):
     run_dir, _ = finished
     found = {path.name for path in run_dir.iterdir() if "tfevents" not in path.name}
@@ -297,6 +298,7 @@ def test_nothing_is_left_in_pyros_parameter_store(finished):
     assert not list(pyro.get_param_store().keys())
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path, no_figures):
     run_dir, _ = finished
     torch.manual_seed(5)
@@ -308,6 +310,7 @@ def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path, no_figu
     assert result(tmp_path / "other")["test_log_likelihood"] != result(run_dir)["test_log_likelihood"]
 
 
+@pytest.mark.slow
 def test_config_repeats_the_run(finished, tmp_path, no_figures):
     run_dir, _ = finished
     cli.train(["--config", str(run_dir / "config.yaml"), "--run_dir", str(tmp_path / "new")])
@@ -315,6 +318,7 @@ def test_config_repeats_the_run(finished, tmp_path, no_figures):
     assert (tmp_path / "new" / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures):
     monkeypatch.chdir(tmp_path)
     made = [cli.train(TINY).path for _ in range(2)]
@@ -349,6 +353,7 @@ def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "changed"),
     [
@@ -393,6 +398,7 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     assert (type(best), stopping.patience) == (BestWeights, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [
@@ -421,6 +427,7 @@ def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
     assert not all(torch.equal(saved[name], value) for name, value in checkpoint["weights"].items())
 
 
+@pytest.mark.slow
 def test_patience_ends_training(tmp_path, no_figures, monkeypatch):
     values = iter([-3.0, -1.0, -2.0, -2.0])
     monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
@@ -429,6 +436,7 @@ def test_patience_ends_training(tmp_path, no_figures, monkeypatch):
     assert len(metrics(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 5, 4), (2, 4, 5), (2, 2)], ids=str)
 def test_images_of_other_shapes(tmp_path, shape):
     generator = np.random.default_rng(0)
@@ -488,6 +496,7 @@ def in_the_figures(patch):
     patch.setattr(figures, "pictures", ctrl_c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("interrupt", "steps_left"),
     [
@@ -517,6 +526,7 @@ def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monk
     assert {path.name for path in run_dir.iterdir()} == FILES - {f"{name}.png" for name in FIGURES}
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_epoch(finished, tmp_path, no_figures):
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -581,6 +591,7 @@ def of_another_model(path):
     torch.save(content, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -707,6 +718,7 @@ def test_no_gpu(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["run", "file", "file/below", "thesis"])
 def test_nothing_is_overwritten(tmp_path, finished, place):
     shutil.copytree(finished[0], tmp_path / "run")
@@ -739,6 +751,7 @@ def test_data_that_cannot_be_had(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["data"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_training(tmp_path, monkeypatch):
     def full(path, rows):
         raise OSError(28, "No space left on device")
@@ -815,6 +828,7 @@ def program(*argv, code="from pyro_vae import cli; cli.guarded(cli.train)"):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_mistake_has_status_2_and_one_line(tmp_path):
     done = program(*TINY, "--epocs", "3", "--run_dir", str(tmp_path / "run"))
     assert done.returncode == 2
@@ -834,6 +848,7 @@ cli.guarded(cli.train)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_has_status_130_and_says_how_to_go_on(tmp_path):
     done = program(*TINY, "--run_dir", str(tmp_path / "run"), code=INTERRUPTED)
     assert done.returncode == 130

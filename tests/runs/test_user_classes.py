@@ -27,6 +27,8 @@ from pyro_vae import (
 )
 from pyro_vae.data.fetched import Digits
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     "--dataset=Digits",
     "--epochs=1",

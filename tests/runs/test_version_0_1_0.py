@@ -80,6 +80,7 @@ def test_a_run_is_scored_again(tmp_path):
     assert not (OLD / "vae" / "evaluations").exists()
 
 
+@pytest.mark.slow
 def test_old_and_new_runs_are_compared(tmp_path):
     """The same settings today: as good a model, on the same test set."""
     argv = [f"--config={OLD / 'vae' / 'config.yaml'}", "--seed=3", f"--run_dir={tmp_path / 'new'}"]
@@ -99,6 +100,7 @@ def metrics(run_dir):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(tmp_path):
     run_dir = shutil.copytree(OLD / "interrupted", tmp_path / "run")
     run = cli.train([f"--run_dir={run_dir}", "--resume"])
