@@ -312,8 +312,8 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
     if not keys:
         return message
     option = "--" + ".".join(keys)
-    if "Union subtypes" in problem:
-        return _explain_union(option, problem, config)
+    if "Union subtypes" in problem and (told := _explain_union(option, problem, config)):
+        return told
     found = re.search(r"class_path='([^']+)'", problem)
     path = found[1] if found else ""
     name = path.rsplit(".", 1)[-1]
@@ -349,13 +349,14 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
     return f"{option}: {problem}"
 
 
-def _explain_union(option: str, problem: str, config: type) -> str:
-    """Of a setting that is one of a few words, or the import path of a factory."""
+def _explain_union(option: str, problem: str, config: type) -> str | None:
+    """Of a setting that is one of a few words, or the import path of a factory; None of others."""
     words = re.search(r"Literal\[(.+?)\]", problem)
-    made = sorted(each.__name__ for each in classes_made(get_type_hints(config)[option.removeprefix("--")]))
+    annotation = get_type_hints(config).get(option.removeprefix("--"))
+    made = sorted(each.__name__ for each in classes_made(annotation))
     given = re.search(r"Given value: (.*)$", problem)
     if not words or not made or not given:
-        return f"{option}: {problem}"
+        return None
     if inside := re.search(r"Option '([^']+)' is not accepted.*class_path='([^']+)'", problem):
         return f"{option}.{inside[1]}: {inside[2]} has no such option"
     return f"{option}: expected {words[1]} or the import path of an {' or '.join(made)}, got '{given[1]}'"
