@@ -957,3 +957,14 @@ def test_batches_of_another_structure_are_refused(second, validation, words):
     with pytest.raises(ContractError) as caught:
         fit(Regression(), [first, second], validation, epochs=1)
     assert words in str(caught.value)
+
+
+def test_the_order_of_a_dict_does_not_matter():
+    x = torch.randn(40, 1, dtype=torch.float64)
+    first, second = ({"x": x[i : i + 20], "y": 100 + x[i : i + 20]} for i in (0, 20))
+    turned = {"y": second["y"], "x": second["x"]}
+    bounds = []
+    for batches in ([first, second], [first, turned]):
+        torch.manual_seed(0)
+        bounds.append(without_time(fit(Regression(), batches, epochs=1, lr=1e-9))[0][1:3])
+    assert bounds[0] == bounds[1]

@@ -9,7 +9,7 @@ from pyro.distributions import MaskedDistribution, constraints
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.errors import ContractError
+from pyro_vae.errors import ContractError, reason_of
 from pyro_vae.infer.programs import (
     Program,
     Traces,
@@ -52,6 +52,7 @@ def check_program(model: Program, guide: Program, data: Data) -> None:
     with torch.no_grad(), pyro.validation_enabled(False):
         both = traces(model, guide, data, num_samples=2)
         _check_latent_supports(both)
+        check_latent_masks(both)
         for name in sample_sites(both.model):
             if site_of(both.model, name)["is_observed"]:
                 _check_observed(name, site_of(both.model, name), data)
@@ -71,6 +72,18 @@ def _check_latent_supports(both: Traces) -> None:
                 )
 
 
+def check_latent_masks(both: Traces) -> None:
+    """Refuse latent sites whose masks differ, so that p(z) and q(z | x) are of other variables."""
+    for name in sample_sites(both.guide):
+        sites = [site_of(trace, name) for trace in both]
+        of_model, of_guide = (seen_entries(site).broadcast_to(sites[0]["value"].shape) for site in sites)
+        if not torch.equal(of_model, of_guide):
+            raise ContractError(
+                f"site '{name}' is masked in one program where it is not in the other, so that a log-weight would hold "
+                "p(z) without q(z | x) or the other way round: mask it in both alike, or the observed sites alone"
+            )
+
+
 def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
     """Refuse an observed site that scores something else than the data, or values outside its support."""
     value, size = site["value"], len(tensors(data)[0])
@@ -82,7 +95,7 @@ def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
     constraint = site["fn"].support
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    seen = _seen(site)
+    seen = seen_entries(site)
     found = value if value.dim() - site["fn"].event_dim >= 1 else value.unsqueeze(0)
     rows = found.dim() - site["fn"].event_dim - 1
     if found.shape[rows] != size:
@@ -103,7 +116,7 @@ def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
         )
 
 
-def _seen(site: dict[str, Any]) -> Tensor:
+def seen_entries(site: dict[str, Any]) -> Tensor:
     """Which entries of a site's value count, a shape that broadcasts to the value's: what is masked does not."""
     fn, mask = site["fn"], site["mask"]
     seen = torch.ones((), dtype=torch.bool, device=site["value"].device)
@@ -166,21 +179,33 @@ def _check_rows(model: Program, guide: Program, both: Traces, data: Data) -> Non
     size = len(tensors(data)[0])
     if size < 2:
         return
-    some = slice(1, 2 * max(1, min(size // 2, MOST_ALONE)), 2)  # without those beside them
-    for what, program, trace in (("guide", guide, both.guide), ("model", model, both.model)):
+    step = max(2, -(-size // MOST_ALONE))  # without those beside them, and from all over the batch
+    for some in (slice(1, None, step), slice(0, None, step)):
+        for what, program, trace in (("guide", guide, both.guide), ("model", model, both.model)):
+            _check_alone(what, program, trace, data, some)
+
+
+def _check_alone(what: str, program: Program, trace: poutine.Trace, data: Data, some: slice) -> None:
+    """Refuse a program whose log-probabilities of some of the data change if these are scored without the others."""
+    try:
         alone = _score(program, trace, select(data, some), some)
-        for name in sample_sites(trace):
-            if _alike(site_of(alone, name)["log_prob"], site_of(trace, name)["log_prob"][:, some]):
-                continue
-            first, second = (_score(program, trace, data, slice(None)).nodes[name]["log_prob"] for _ in range(2))
-            noisy = not _alike(first, second)  # dropout in training mode, for example
-            if noisy or _alike(site_of(alone, name)["log_prob"], first[:, some]):
-                continue
-            raise ContractError(
-                f"log-probabilities of {what} site '{name}' change if a datum is scored without the others of its "
-                "batch, so that they are of no datum: batch normalization in training mode is the usual cause, "
-                "module.eval() helps; otherwise let each row depend on itself alone"
-            )
+    except (RuntimeError, ValueError) as error:
+        raise ContractError(
+            f"the {what} runs with all data that it was given and fails with some of them alone ({reason_of(error)}): "
+            "what it knows of a datum must be computed from the data that it is called with, not kept for each datum"
+        ) from error
+    for name in sample_sites(trace):
+        if _alike(site_of(alone, name)["log_prob"], site_of(trace, name)["log_prob"][:, some]):
+            continue
+        first, second = (_score(program, trace, data, slice(None)).nodes[name]["log_prob"] for _ in range(2))
+        noisy = not _alike(first, second)  # dropout in training mode, for example
+        if noisy or _alike(site_of(alone, name)["log_prob"], first[:, some]):
+            continue
+        raise ContractError(
+            f"log-probabilities of {what} site '{name}' change if a datum is scored without the others of its "
+            "batch, so that they are of no datum: batch normalization in training mode is the usual cause, "
+            "module.eval() helps; otherwise let each row depend on itself alone"
+        )
 
 
 def _score(program: Program, trace: poutine.Trace, data: Data, some: slice) -> poutine.Trace:

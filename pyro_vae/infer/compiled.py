@@ -228,6 +228,10 @@ class _Graph:
             if gradient.stride() != p.stride():  # inductor pads matrix products on a GPU; fused optimizers refuse that
                 gradient = torch.empty_like(p).copy_(gradient)
             p.grad = gradient
+        trained = {id(p) for p in self.trained}
+        for p in self.svi._params:
+            if p.grad is not None and id(p) not in trained:  # this loss does not depend on it, one before it did
+                p.grad = torch.zeros_like(p.grad)
         if self.svi.max_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.svi.max_norm)
         return loss

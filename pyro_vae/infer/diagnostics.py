@@ -8,6 +8,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.checks import check_latent_masks, seen_entries
 from pyro_vae.infer.programs import (
     Program,
     added,
@@ -201,6 +203,7 @@ def kl_divergence(
     with scoring(model, guide):
         for part in split(data, batch_size):
             both = traces(model, guide, part, num_samples)
+            check_latent_masks(both)
             for name in latent_sites(both.model):
                 p, q = site_of(both.model, name), site_of(both.guide, name)
                 if _factorizes(p) and _factorizes(q):
@@ -268,6 +271,7 @@ def mutual_information(model: Program, guide: Program, data: Data, num_samples: 
 
     Raises:
         ValueError: if there are fewer than 2 observations, or as :func:`pyro_vae.traces`.
+        ContractError: if a latent site is masked.
     """
     if data_size(data) < 2:
         raise ValueError(f"an aggregated posterior needs at least 2 observations, got {data_size(data)}")
@@ -277,6 +281,9 @@ def mutual_information(model: Program, guide: Program, data: Data, num_samples: 
         for part in split(data, max(1, 1000 // max(1, num_samples))):
             both = traces(model, guide, part, num_samples)
             latent = latent_sites(both.model)
+            check_latent_masks(both)
+            if masked := [name for name in latent if not seen_entries(site_of(both.guide, name)).all()]:
+                raise ContractError(f"site '{masked[0]}' is masked, so that some data have no q(z | x) to compare")
             log_q.append(sum_log_prob(both.guide).double())
             log_p.append(added(site_of(both.model, name)["log_prob"] for name in latent).double())
             for name in latent:

@@ -14,11 +14,11 @@ from pyro_vae.infer.programs import Traces, sample_sites, site_of
 
 
 def divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[Tensor]:
-    """KL(q || p) of each latent site, ``(K, B)``, or an estimate of it; ``(K, B, D)`` if both factorize, and asked."""
+    """KL(q || p) of each latent site, ``(K, B)``, or an estimate; by number if both factorize, and asked."""
     for name in sample_sites(both.guide):
         site, prior = site_of(both.guide, name), site_of(both.model, name)
         q, p = site["fn"], prior["fn"]
-        if by_dimension and (parts := _factors(q)) and (others := _factors(p)):
+        if by_dimension and (parts := _of_numbers(q)) and (others := _of_numbers(p)):
             q, p = parts, others
         if kl == "analytic":
             try:
@@ -36,7 +36,7 @@ def divergences(both: Traces, kl: str, by_dimension: bool = False) -> Iterator[T
 
 
 def _masked(kl: Tensor, site: dict[str, Any]) -> Tensor:
-    """``(K, B)`` or ``(K, B, D)``, zero where the site is masked."""
+    """``(K, B)`` or ``(K, B, *event_shape)``, zero where the site is masked."""
     mask = site["mask"]
     if isinstance(mask, Tensor):
         mask = mask.view(*mask.shape, *[1] * (kl.dim() - 2))
@@ -66,3 +66,11 @@ def _factors(made: dist.TorchDistribution) -> dist.TorchDistribution | None:
     if isinstance(made, torch.distributions.Independent) and made.event_dim == made.reinterpreted_batch_ndims == 1:
         return made.base_dist
     return None
+
+
+def _of_numbers(made: dist.TorchDistribution) -> dist.TorchDistribution | None:
+    """The distribution of each number of an event of any shape, if they are independent by construction."""
+    base = made
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    return base if made.event_shape and not base.event_shape else None

@@ -59,7 +59,7 @@ class PyroSVI:
             for group in optim.param_groups
             for p in group["params"]
             if isinstance(p, nn.Parameter) and p.requires_grad
-        )
+        ).eval()  # else Pyro warns of those that are frozen later
 
         def registered_model(*args, **kwargs):
             pyro.module("trained", modules)
@@ -95,10 +95,18 @@ class _OneOptimizer(PyroOptim):
         self.optim = optim
 
     def __call__(self, params, *args, **kwargs) -> None:
-        grads = [p.grad for group in self.optim.param_groups for p in group["params"] if p.grad is not None]
+        held = [p for group in self.optim.param_groups for p in group["params"]]
+        for p in held:
+            if not p.requires_grad:  # frozen since: without a gradient no momentum moves it on
+                p.grad = None
+        grads = [p.grad for p in held if p.grad is not None]
         if not grads:
             raise ValueError("the optimizer holds no tensor that the loss depends on: nothing would be trained")
         if not torch.nn.utils.get_total_norm(grads).isfinite():
             self.optim.zero_grad()
             raise NonFiniteError("a gradient is NaN or infinite")
         self.optim.step()
+        traced = {id(p) for p in params}  # SVI zeroes their gradients, and not of what was freed since
+        for p in held:
+            if p.grad is not None and id(p) not in traced:
+                p.grad = torch.zeros_like(p.grad)

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -230,8 +230,8 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
 def evaluating(*programs: Program) -> Iterator[None]:
     """Programs are in evaluation mode inside, as after ``module.eval()``: no dropout, running means of batches.
 
-    Their modules are those reached from bound methods, closures, partials and handlers, and all that run inside. At the
-    end each is in the mode that it had.
+    Their modules are those reached from bound methods, closures, globals, partials and handlers, and all that run
+    inside. At the end each is in the mode that it had.
     """
     switched: dict[int, nn.Module] = {}
 
@@ -259,7 +259,7 @@ def scoring(*programs: Program) -> Iterator[None]:
 
 
 def modules_of(*programs: Program) -> list[nn.Module]:
-    """The modules that programs hold: their own, and those in closures, partials, handlers and attributes."""
+    """The modules that programs hold: their own, and those in closures, partials, handlers, attributes and globals."""
     found: dict[int, nn.Module] = {}
     waiting: list[tuple[object, int]] = [(program, 0) for program in programs]
     seen: set[int] = set()
@@ -279,9 +279,21 @@ def modules_of(*programs: Program) -> list[nn.Module]:
         elif callable(each) or hasattr(each, "__dict__"):
             inside = [getattr(each, name, None) for name in ("__self__", "__func__", "__wrapped__")]
             inside += [cell.cell_contents for cell in getattr(each, "__closure__", None) or () if _is_filled(cell)]
-            inside += list(getattr(each, "__dict__", {}).values())
+            inside += [*getattr(each, "__dict__", {}).values(), *_named_globals(each)]
             waiting += [(other, depth + 1) for other in inside if other is not None]
     return list(found.values())
+
+
+def _named_globals(function: Any) -> Iterator[Any]:
+    """What a function of the user's, and those inside it, take from their module: modules, and functions there."""
+    waiting = [code] if isinstance(code := getattr(function, "__code__", None), CodeType) else []
+    while waiting:
+        code = waiting.pop()
+        waiting += [each for each in code.co_consts if isinstance(each, CodeType)]
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, nn.Module | partial) or getattr(value, "__globals__", None) is function.__globals__:
+                yield value
 
 
 def _is_filled(cell: Any) -> bool:

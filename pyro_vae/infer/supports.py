@@ -6,11 +6,12 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
+from pyro.distributions import MaskedDistribution, constraints
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Independent, Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -81,7 +82,8 @@ class Latents:
     def sample_prior(self, num_samples: int) -> Tensor:
         """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients; p(u | c) where there are conditions c."""
         with torch.no_grad(), pyro.validation_enabled(False):
-            return self._read(particle_trace(poutine.uncondition(self.model), self.data, num_samples))
+            # what is observed stays: a latent variable after it in the program may depend on it
+            return self._read(particle_trace(self.model, self.data, num_samples))
 
     def prior_draws(self, num_samples: int) -> Tensor:
         """Draws of u from the priors of a few of the data together, shape ``(K, D)``: where u lies, and how widely."""
@@ -95,28 +97,56 @@ class Latents:
         u is then an exact draw from the posterior of x.
 
         Raises:
-            ContractError: if an observed site holds no whole tensor of the data, whose place its draws could take.
+            ContractError: if an observed site holds no whole tensor of the data, whose place its draws could take, or
+                if it depends on what another one observes through the data, and not through the value of its site.
         """
-        with torch.no_grad(), pyro.validation_enabled(False):
-            given = particle_trace(self.model, self.data, 1)
-            trace = particle_trace(poutine.uncondition(self.model), self.data, 1)
         leaves, spec = tree_flatten(self.data)
+        leaves = [leaf.clone() for leaf in leaves]  # each in a place of its own, so that equal ones are told apart
+        with torch.no_grad(), pyro.validation_enabled(False):
+            given = particle_trace(self.model, tree_unflatten(leaves, spec), 1)
+            with _Unobserved():
+                trace = particle_trace(self.model, self.data, 1)
+            trace.compute_log_prob()
+        drawn = list(leaves)
         for name in self._observed:
             place = self._leaf_of(name, site_of(given, name)["value"], leaves)
-            leaf = leaves[place]
-            leaves[place] = site_of(trace, name)["value"][0].expand(len(leaf), *[-1] * (leaf.dim() - 1)).to(leaf.dtype)
-            leaves[place] = leaves[place].reshape(leaf.shape)
-        return tree_unflatten(leaves, spec), self._read(trace)[0]
+            leaf, value = leaves[place], site_of(trace, name)["value"][0]
+            if drawn[place] is not leaf:
+                raise ContractError(f"site '{name}' observes a tensor of the data that another site observes too")
+            drawn[place] = value.expand(len(leaf), *value.shape[1:]).to(leaf.dtype).reshape(leaf.shape)
+        data, u = tree_unflatten(drawn, spec), self._read(trace)
+        self._check_simulated(self.of(data)._run_model(u)[0], trace)
+        return data, u[0]
 
     def _leaf_of(self, name: str, value: Tensor, leaves: list[Tensor]) -> int:
         """The place of the tensor that an observed site holds."""
-        for place, leaf in enumerate(leaves):
-            if value.numel() == leaf.numel() and torch.equal(value.reshape(leaf.shape).to(leaf), leaf):
-                return place
+        equal = [
+            place
+            for place, leaf in enumerate(leaves)
+            if value.numel() == leaf.numel() and torch.equal(value.reshape(leaf.shape).to(leaf), leaf)
+        ]
+        same = [place for place in equal if leaves[place].data_ptr() == value.data_ptr()]
+        if len(same or equal) == 1:
+            return (same or equal)[0]
+        if equal:
+            raise ContractError(
+                f"site '{name}' observes one of several tensors of the data that are equal, which cannot be told "
+                "apart: observe it as it is, or give data that differ"
+            )
         raise ContractError(
             f"site '{name}' observes no whole tensor of the data, so that no draw can stand in for it: pass what it "
             "observes as a tensor of its own"
         )
+
+    def _check_simulated(self, again: poutine.Trace, drawn: poutine.Trace) -> None:
+        """Refuse programs that give simulated data another density than that they were drawn with."""
+        for name in [*self._places, *self._observed]:
+            found, wanted = (site_of(trace, name)["log_prob"].double().nan_to_num() for trace in (again, drawn))
+            if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-2):
+                raise ContractError(
+                    f"site '{name}' depends on what the model observes through the data that it is called with, so "
+                    "that no data can be drawn: use the value that pyro.sample returns where it observes them"
+                )
 
     def of(self, data: Data) -> "Latents":
         """The same for other data."""
@@ -135,7 +165,7 @@ class Latents:
         return trace, place
 
     def _split(self, trace: poutine.Trace, place: "_Place") -> tuple[Tensor, Tensor]:
-        log_prior = added(self._unmasked(site_of(trace, name)) for name in self._places) + place.log_det
+        log_prior = added(unmasked_log_prob(site_of(trace, name)) for name in self._places) + place.log_det
         return log_prior, added(site_of(trace, name)["log_prob"] for name in self._observed)
 
     def _score_guide(self, trace: poutine.Trace, place: "_Place") -> Tensor:
@@ -143,11 +173,7 @@ class Latents:
         with pyro.validation_enabled(False):
             trace = particle_trace(poutine.condition(self.guide, data=values), self.data, place.u.shape[0])
             trace.compute_log_prob()
-        return added(self._unmasked(site_of(trace, name)) for name in self._places) + place.log_det
-
-    @staticmethod
-    def _unmasked(site: dict) -> Tensor:
-        return site["log_prob"] if site["mask"] is None else site["fn"].log_prob(site["value"])
+        return added(unmasked_log_prob(site_of(trace, name)) for name in self._places) + place.log_det
 
     def _read(self, trace: poutine.Trace) -> Tensor:
         parts = []
@@ -177,6 +203,29 @@ class _Place(Messenger):
             log_det = transform.log_abs_det_jacobian(free, value)
             self.log_det = self.log_det + cast(Tensor, sum_rightmost(log_det, log_det.dim() - 2))
         msg["value"] = value
+
+
+class _Unobserved(UnconditionMessenger):
+    """Draws what is observed, and leaves pyro.deterministic alone, which poutine.uncondition would take for it."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
+def without_mask(fn: Any) -> Any:
+    """A distribution whose own mask, that of ``.mask()``, is taken off; the very same one if it has none."""
+    if isinstance(fn, MaskedDistribution):
+        return without_mask(fn.base_dist)
+    if isinstance(fn, Independent) and (base := without_mask(fn.base_dist)) is not fn.base_dist:
+        return Independent(base, fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def unmasked_log_prob(site: dict[str, Any]) -> Tensor:
+    """The log-probability of a site's value, of what is masked too."""
+    fn = without_mask(site["fn"])
+    return site["log_prob"] if site["mask"] is None and fn is site["fn"] else fn.log_prob(site["value"])
 
 
 def innermost(support: Any) -> constraints.Constraint:

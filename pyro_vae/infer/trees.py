@@ -133,8 +133,8 @@ def split(data: Data, size: int) -> Iterator[Data]:
 
 def concatenate(parts: Sequence[Data]) -> Data:
     """The data of all parts, one after the other."""
-    columns = zip(*(tensors(part) for part in parts), strict=True)
-    return tree_unflatten([torch.cat(column) for column in columns], tree_flatten(parts[0])[1])
+    named = [dict(named_tensors(part)) for part in parts]  # by name, since dicts may have their keys in another order
+    return tree_unflatten([torch.cat([each[path] for each in named]) for path in named[0]], tree_flatten(parts[0])[1])
 
 
 def to(data: Data, device: torch.device | str) -> Data:

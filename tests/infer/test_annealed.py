@@ -481,6 +481,7 @@ def gaussian_between(vae, x, beta):
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize(("length", "least", "most"), [(0.5, 0.9, 1.0), (1.4, 0.2, 0.85)])
 def test_transitions_leave_the_density_invariant(beta, length, least, most):
+    torch.manual_seed(1)
     vae = linear_gaussian(pixels=5, latent_dim=3)
     x = torch.randn(1, 5, dtype=torch.float64)
     path = path_of(vae, far_guide(3), x, Annealing(start="prior"))
@@ -764,6 +765,7 @@ def total(vae):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
+    torch.manual_seed(1)
     model, guide, x, log_px = bumpy()
     x, settings = x[:1].expand(10_000, 1), Annealing(2, 3, start)
     sandwich = bidirectional_monte_carlo(model, guide, x, settings, memory=10**6)  # in about ten chunks

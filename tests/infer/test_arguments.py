@@ -740,3 +740,249 @@ def test_a_distribution_masked_altogether_costs_mean_field_nothing():
         torch.manual_seed(0)
         losses.append(float(make(model, guide, torch.optim.SGD([loc], lr=0.0), TraceMeanField_ELBO()).step(y)))
     assert losses[0] == pytest.approx(losses[1])
+
+
+# ---- masks of latent sites, and what was not seen
+
+
+def masked_rows(program, seen_at=-1):
+    def run(*data):
+        with poutine.mask(mask=data[seen_at]):
+            program(*data)
+
+    return run
+
+
+def masked_elements(x, seen):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).mask(seen))
+        pyro.sample("x", dist.Normal(z, 1.0).mask(seen), obs=x)
+
+
+def masked_elements_guide(x, seen):
+    with pyro.plate("data", len(x), dim=-1):
+        pyro.sample("z", dist.Normal(x / 2, 0.8).mask(seen))
+
+
+@pytest.mark.parametrize(
+    "programs",
+    [(masked_rows(plain), masked_rows(plain_guide)), (masked_elements, masked_elements_guide)],
+    ids=["poutine.mask", "dist.mask"],
+)
+def test_a_latent_that_is_masked_in_both_programs_integrates_to_one(programs):
+    x, seen = torch.randn(6, dtype=F64), torch.arange(6) % 2 == 0
+    exact = torch.where(seen, dist.Normal(0.0, 2**0.5).log_prob(x), 0.0)
+    torch.testing.assert_close(quadrature(*programs, (x, seen)).log_px, exact, rtol=0, atol=1e-7)
+    for found in (
+        importance_sampling(*programs, (x, seen), 4000, compiled=False),
+        importance_sampling(*programs, (x, seen), 1000, proposal="laplace", compiled=False),
+        annealed_importance_sampling(*programs, (x, seen), Annealing(num_temperatures=5), compiled=False),
+    ):
+        assert ((found.log_px - exact).abs() < 5 * found.mc_se + 1e-6).all()
+    with pytest.raises(ContractError, match="site 'z' is masked"):
+        mutual_information(*programs, (x, seen))
+
+
+@pytest.mark.parametrize(
+    "programs",
+    [
+        (masked_rows(plain), plain_guide),
+        (plain, masked_rows(plain_guide)),
+        (masked_elements, plain_guide),
+        (plain, masked_elements_guide),
+    ],
+)
+@pytest.mark.parametrize("estimate", [check_program, quadrature, kl_divergence, mutual_information])
+def test_a_latent_that_is_masked_in_one_program_alone_is_refused(programs, estimate):
+    data = torch.randn(6, dtype=F64), torch.arange(6) % 2 == 0
+    with pytest.raises(ContractError, match="'z' is masked in one program"):
+        estimate(*programs, data)
+
+
+def test_enumeration_leaves_out_what_was_not_seen():
+    """A class of two, x and a label of three given it; the label was not seen, or neither of them."""
+    weight = torch.tensor([0.0, 1.0, 2.0], dtype=F64)
+
+    def model(x, y, labelled, there):
+        with poutine.mask(mask=there), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(torch.full_like(x, 0.3)))
+            pyro.sample("y", dist.Categorical(logits=z.unsqueeze(-1) * weight), obs=y, obs_mask=labelled)
+            pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+    def guide(x, y, labelled, there):
+        with poutine.mask(mask=there), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Bernoulli(torch.full_like(x, 0.5)))
+
+    x, y = torch.randn(4, dtype=F64), torch.tensor([0, 1, 2, 0])
+    labelled, there = torch.tensor([True, True, False, True]), torch.tensor([True, True, True, False])
+    terms = [
+        math.log(p) + dist.Normal(2.0 * z, 1.0).log_prob(x) + torch.where(labelled, (z * weight).log_softmax(0)[y], 0.0)
+        for z, p in ((0, 0.7), (1, 0.3))
+    ]
+    exact = torch.where(there, torch.stack(terms).logsumexp(0), 0.0)
+    torch.testing.assert_close(enumeration(model, guide, (x, y, labelled, there)).log_px, exact)
+
+
+# ---- draws from the model
+
+
+def test_a_latent_after_an_observed_site_has_the_prior_that_the_data_give_it():
+    def model(x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            seen = pyro.sample("x", dist.Normal(torch.zeros_like(x), 2.0), obs=x)
+            z = pyro.sample("z", dist.Normal(seen, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.2 * x + 0.8 * y, 0.5))
+
+    x = torch.tensor([-4.0, 0.0, 4.0], dtype=F64)
+    y = x + 1
+    settings = Annealing(num_chains=64, num_temperatures=40, start="prior")
+    found = annealed_importance_sampling(model, guide, (x, y), settings, compiled=False)
+    exact = dist.Normal(0.0, 2.0).log_prob(x) + dist.Normal(x, 1.25**0.5).log_prob(y)
+    assert (found.mc_se < 0.4).all()
+    assert ((found.log_px - exact).abs() < 5 * found.mc_se).all()
+    simulated = bidirectional_monte_carlo(model, guide, (x, y), settings, compiled=False)
+    x, y = simulated.data
+    exact = dist.Normal(0.0, 2.0).log_prob(x) + dist.Normal(x, 1.25**0.5).log_prob(y)
+    assert ((simulated.lower.log_px - exact).abs() < 5 * simulated.lower.mc_se).all()
+
+
+@pytest.mark.parametrize("start", ["laplace", "prior"])
+def test_deterministic_sites_between_latents_do_not_disturb_draws(start):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros_like(x), 1.0))
+            b = pyro.sample("b", dist.Normal(pyro.deterministic("twice", 2 * a), 1.0))
+            pyro.sample("x", dist.Normal(pyro.deterministic("mean", b), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(0.3 * x, 0.5))
+            pyro.sample("b", dist.Normal(0.5 * x + a, 0.8))
+
+    x, settings = torch.randn(4, dtype=F64), Annealing(num_chains=64, num_temperatures=40, start=start)
+    sandwich = bidirectional_monte_carlo(model, guide, x, settings, compiled=False)
+    exact = dist.Normal(0.0, 6**0.5).log_prob(sandwich.data)
+    for found in (sandwich.lower, sandwich.upper):
+        assert ((found.log_px - exact).abs() < 5 * found.mc_se + 0.1).all()
+
+
+def test_simulated_data_take_the_place_of_what_is_observed_and_not_of_its_equal():
+    """An input that equals the target, and two sites whose data are equal."""
+
+    def model(c, x, first, second):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("second", dist.Bernoulli(logits=3 + 0 * z), obs=second)
+            pyro.sample("first", dist.Bernoulli(logits=-3 + 0 * z), obs=first)
+
+    def guide(c, x, first, second):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(c / 2, 0.7))
+
+    x, zeros = 5 + torch.randn(400, dtype=F64), torch.zeros(400, dtype=F64)
+    settings = Annealing(num_temperatures=2)
+    simulated = bidirectional_monte_carlo(model, guide, (x, x, zeros, zeros), settings, compiled=False).data
+    assert torch.equal(simulated[0], x)
+    assert abs(simulated[1].mean()) < 5 * (2 / 400) ** 0.5
+    assert simulated[2].mean() < 0.2
+    assert simulated[3].mean() > 0.8
+
+
+def test_simulated_data_that_depend_on_the_data_given_are_refused():
+    def model(x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z + 3 * x, 1.0), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    with pytest.raises(ContractError, match="'y' depends on what the model observes through the data"):
+        bidirectional_monte_carlo(model, guide, torch.randn(2, 9, dtype=F64).unbind())
+
+
+def test_latents_of_another_type_than_the_data():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))  # float32
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.float() / 2, 0.7))
+
+    x, settings = torch.randn(3, dtype=F64), Annealing(num_temperatures=3)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    by_laplace = importance_sampling(model, guide, x, 100, proposal="laplace", compiled=False)
+    torch.testing.assert_close(by_laplace.log_px, exact, rtol=0, atol=1e-3)
+    sandwich = bidirectional_monte_carlo(model, guide, x, settings, compiled=False)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(sandwich.data)
+    torch.testing.assert_close(sandwich.lower.log_px, exact, rtol=0, atol=1e-3)
+
+
+# ---- more of what check_program refuses
+
+
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [
+        (lambda x: x + x[-1:], 16),
+        (lambda x: x + x[-1:], 2),
+        (lambda x: torch.cat([x[1:], x[:1]]), 2),
+        (lambda x: torch.cat([x[:20], x[20:] - x[20:].mean(0)]) if len(x) > 20 else x, 60),
+    ],
+    ids=["last", "last of two", "next", "late rows alone"],
+)
+def test_neighbours_anywhere_in_the_batch_are_noticed(function, size):
+    vae = Neighbours(Lambda(function))
+    with pytest.raises(ContractError, match="guide site 'z' change if a datum is scored without the others"):
+        check_program(vae.model, vae.guide, torch.randn(size, 5, dtype=F64))
+
+
+def test_what_is_kept_for_each_datum_is_refused_with_a_reason():
+    loc = torch.zeros(9, dtype=F64)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ContractError, match=r"the guide runs with all data .* fails with some of them alone"):
+        check_program(plain, guide, torch.randn(9, dtype=F64))
+
+
+class InMethod(Neighbours):
+    """Dropout of a function, in a method that is not ``forward``."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            mean = nn.functional.dropout(self.decoder(z), 0.5, self.training)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(1), obs=x)
+
+
+ELSEWHERE = InMethod()
+
+
+def elsewhere_guide(x):
+    return ELSEWHERE.guide(x)
+
+
+def test_modules_that_are_global_are_evaluated_too():
+    x, found = torch.randn(5, 5, dtype=F64), []
+    for programs in (
+        (ELSEWHERE.model, ELSEWHERE.guide),
+        (lambda x: ELSEWHERE.model(x), lambda x: ELSEWHERE.guide(x)),
+        (lambda x: [ELSEWHERE.model(each) for each in (x,)], lambda x: elsewhere_guide(x)),
+    ):
+        torch.manual_seed(0)
+        found.append(importance_sampling(*programs, x, 50).log_px)
+    assert ELSEWHERE.training
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -698,3 +698,21 @@ def test_an_objective_refuses_global_latents():
         svi = CompiledSVI(program.model, program.guide, torch.optim.Adam(params), ELBO(), compiler="none")
         with pytest.raises(ContractError):
             svi.step(*args)
+
+
+def test_a_gradient_is_used_once():
+    """Of a parameter on which the loss depends in some steps only."""
+    x, found = torch.ones(4), []
+    for make in (PyroSVI, lambda *given: CompiledSVI(*given, compiler="none")):
+        first, second = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
+
+        def model(x, flag, first=first, second=second):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("x", dist.Normal(first if flag else second, 1.0), obs=x)
+
+        svi = make(model, lambda x, flag: None, torch.optim.SGD([first, second], lr=0.1))
+        for flag in (True, False, False):
+            svi.step(x, flag)
+        found.append((first.item(), second.item()))
+    assert found[0] == pytest.approx((0.4, 0.64))
+    assert found[1] == pytest.approx(found[0])

@@ -111,3 +111,26 @@ def test_a_non_finite_gradient_stops_before_the_update():
     with pytest.raises(NonFiniteError):
         engine.step(x)
     torch.testing.assert_close(weights(vae), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam], ids=lambda each: each.__name__)
+def test_freed_parameters_start_and_frozen_ones_rest(make):
+    """The slope of the loss is nearly the same in every step, so that steps of a freed parameter are equally long."""
+    first, second = (torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64)) for _ in range(2))
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(first + second, 1000.0), obs=x)
+
+    svi = PyroSVI(model, lambda x: None, make([first, second], lr=0.01))
+    second.requires_grad_(False)
+    values = []
+    for step in range(9):
+        if step in (3, 6):
+            second.requires_grad_(step == 3)
+        svi.step(torch.full((4,), 1000.0, dtype=torch.float64))
+        values.append(second.item())
+    assert values[:3] == [0, 0, 0]
+    assert values[5] == pytest.approx(3 * values[3], rel=1e-2)
+    assert values[3] != 0
+    assert values[5:] == [values[5]] * 4

@@ -562,3 +562,16 @@ def test_draws_without_gradient_are_refused_but_for_tvo(objective):
         objective(model.model, guide, model.x)
     (gradient,) = torch.autograd.grad(TVO(5)(model.model, guide, model.x), model.loc)
     assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("kl", ["sampled", "analytic"])
+def test_free_bits_of_a_latent_that_is_a_matrix_are_those_of_its_numbers(kl):
+    def program(x, observed=False):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(2, 3, dtype=x.dtype), 1.0).to_event(1).to_event(1))
+            if observed:
+                pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0), obs=x)
+
+    x = torch.zeros(5, dtype=torch.float64)
+    loss = BetaELBO(free_bits=0.5, kl=kl)(partial(program, observed=True), program, x)
+    assert loss.item() == pytest.approx(6 * 0.5 + 0.5 * math.log(2 * math.pi))

@@ -14,8 +14,8 @@ from torch.distributions import Independent
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.infer.programs import Program, latent_sites, particle_trace, scoring, site_of, sum_log_prob, traces
-from pyro_vae.infer.supports import Latents, innermost
+from pyro_vae.infer.programs import Program, added, latent_sites, particle_trace, sample_sites, scoring, site_of, traces
+from pyro_vae.infer.supports import Latents, innermost, unmasked_log_prob
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
 
@@ -256,6 +256,7 @@ def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, 
             check_program(model, guide, part)
         model_trace, _ = traces(model, guide, select(data, slice(1)), 1)
         choices = {name: _choices(name, site_of(model_trace, name)) for name in latent_sites(model_trace)}
+        observed = [name for name in sample_sites(model_trace) if name not in choices]
         count = math.prod(len(values) ** elements for values, elements, _ in choices.values())
         if count > limit:
             sizes = " * ".join(
@@ -276,7 +277,10 @@ def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, 
                 }
                 trace = particle_trace(poutine.condition(model, data=values), part, len(index))
                 trace.compute_log_prob()
-                log_joint = sum_log_prob(trace).double()
+                # of the part of an obs_mask site that was not seen, nothing; what is masked sums to one over its values
+                latent = (unmasked_log_prob(site_of(trace, name)) for name in choices)
+                seen = (site_of(trace, name)["log_prob"] for name in observed)
+                log_joint = (added(latent) + added(seen)).double()
                 log_px = torch.logaddexp(log_px, log_joint.logsumexp(0))
                 invalid += (log_joint.isnan() | log_joint.isposinf()).sum(0)
             results.append((log_px, torch.zeros_like(log_px), invalid))

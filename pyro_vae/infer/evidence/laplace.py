@@ -132,7 +132,7 @@ def _polish(latents: Latents, u: Tensor, factor: Tensor, num_steps: int) -> Tens
         return u
     log_density = partial(_log_joint, latents)
     value, gradient = _gradient(log_density, u)
-    length = torch.ones_like(value)
+    length = torch.ones_like(value, dtype=u.dtype)  # which may be another than that of log p(x, u)
     for _ in range(num_steps):
         step = (factor @ (factor.mT @ gradient.unsqueeze(-1))).squeeze(-1)
         new = u + length[:, None] * step
