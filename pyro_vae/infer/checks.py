@@ -53,9 +53,10 @@ def check_program(model: Program, guide: Program, data: Data) -> None:
         both = traces(model, guide, data, num_samples=2)
         _check_latent_supports(both)
         check_latent_masks(both)
-        for name in sample_sites(both.model):
-            if site_of(both.model, name)["is_observed"]:
-                _check_observed(name, site_of(both.model, name), data)
+        observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
+        for name in observed:
+            _check_observed(name, site_of(both.model, name), data)
+        _check_observed_once(both.model, observed, data)
         _check_unseen(model, both, data)
         _check_rows(model, guide, both, data)
 
@@ -114,6 +115,36 @@ def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
             f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
             "likelihood for its values"
         )
+
+
+def _check_observed_once(trace: poutine.Trace, observed: list[str], data: Data) -> None:
+    """Refuse sites that score the same tensor of the data: p(x | z) p(x | z) is no density of x."""
+    for name in observed:
+        value, seen = (_flat(trace, name, each) for each in ("value", "seen"))
+        equal = [
+            leaf
+            for leaf in tensors(data)
+            if leaf.numel() == value.numel() and torch.equal(leaf.flatten().to(value), value)
+        ]
+        others = [
+            n
+            for n in observed
+            if torch.equal(_flat(trace, n, "value"), value) and (_flat(trace, n, "seen") & seen).any()
+        ]
+        if equal and len(others) > len(equal):
+            raise ContractError(
+                f"sites {' and '.join(map(repr, others))} observe the same tensor of the data, so that the product of "
+                "their densities is none of the data: observe it once, or mask apart what each of them sees"
+            )
+
+
+def _flat(trace: poutine.Trace, name: str, what: str) -> Tensor:
+    """An observed site's value, or which of its entries count, as one row of numbers."""
+    site = site_of(trace, name)
+    value = site["value"]
+    if what == "value":
+        return value.flatten()
+    return _reduced(seen_entries(site), value, 0).broadcast_to(value.shape).flatten()
 
 
 def seen_entries(site: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from threading import get_ident
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -199,6 +200,13 @@ def _check(traces: Traces, shape: tuple[int, int]) -> None:
     if len(latents) == len(sample_sites(traces.model)):
         raise ContractError("the model must have an observed site, it has none: pass obs= to pyro.sample")
     if latents != (in_guide := set(sample_sites(traces.guide))):
+        if auxiliary := [
+            name for name in in_guide - latents if site_of(traces.guide, name)["infer"].get("is_auxiliary")
+        ]:
+            raise ContractError(
+                f"guide site '{min(auxiliary)}' is auxiliary, as those of Pyro's AutoGuides are, which keep parameters "
+                "for each datum: write a guide that computes q(z | x) from the data"
+            )
         raise ContractError(
             f"model and guide must have the same latent sites, got {sorted(latents)} and {sorted(in_guide)}: add "
             f"{sorted(latents ^ in_guide)} to the other program, or take them out"
@@ -234,9 +242,10 @@ def evaluating(*programs: Program) -> Iterator[None]:
     inside. At the end each is in the mode that it had.
     """
     switched: dict[int, nn.Module] = {}
+    thread = get_ident()
 
     def switch(module: nn.Module, *_: object) -> None:
-        if module.training:
+        if module.training and get_ident() == thread:  # another one may be training
             switched[id(module)] = module
             module.training = False
 

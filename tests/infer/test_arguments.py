@@ -1,6 +1,7 @@
 """Programs of several arguments: conditions, several observed sites, masks, images; each against a closed form."""
 
 import math
+import threading
 
 import numpy as np
 import pyro
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from scipy import integrate, stats
 from torch import nn
 
@@ -986,3 +988,59 @@ def test_modules_that_are_global_are_evaluated_too():
     assert ELSEWHERE.training
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_a_tensor_that_two_sites_observe_is_refused():
+    """p(x | z)^2 is no density of x; two halves that are masked apart are."""
+    x, half = torch.randn(6, dtype=F64), torch.arange(6) % 2 == 0
+
+    def model(x, half, apart):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(half if apart else torch.ones_like(half)), obs=x)
+            pyro.sample("again", dist.Normal(z, 1.0).mask(~half if apart else torch.ones_like(half)), obs=x)
+
+    with pytest.raises(ContractError, match="'x' and 'again' observe the same tensor"):
+        check_program(lambda x, half: model(x, half, False), plain_guide, (x, half))
+    check_program(lambda x, half: model(x, half, True), plain_guide, (x, half))
+    found = importance_sampling(lambda x, half: model(x, half, True), plain_guide, (x, half), 4000, compiled=False)
+    assert ((found.log_px - dist.Normal(0.0, 2**0.5).log_prob(x)).abs() < 5 * found.mc_se).all()
+    twins = (x, x.clone())  # two tensors that happen to be equal, each observed once
+
+    def two(a, b):
+        with pyro.plate("data", len(a), dim=-1):
+            z = pyro.sample("z", dist.Normal(a.new_zeros(()), 1.0))
+            pyro.sample("a", dist.Normal(z, 1.0), obs=a)
+            pyro.sample("b", dist.Normal(z, 1.0), obs=b)
+
+    check_program(two, plain_guide, twins)
+
+
+def test_an_automatic_guide_is_told_from_a_missing_site():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(4, dtype=F64)
+    with pyro.get_param_store().scope(), pytest.raises(ContractError, match="'z_unconstrained' is auxiliary"):
+        log_weights(model, AutoNormal(model), x, 3)
+
+
+def test_scoring_leaves_the_mode_of_other_threads_alone():
+    vae, other, x = Neighbours(nn.Dropout(0.5)), nn.Dropout(0.5), torch.randn(30, 5, dtype=F64)
+    modes, done = [], threading.Event()
+
+    def train():
+        while not done.is_set():
+            other(x)
+            modes.append(other.training)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    for _ in range(20):
+        estimate_elbo(vae.model, vae.guide, x)
+    done.set()
+    thread.join()
+    assert modes
+    assert all(modes)
