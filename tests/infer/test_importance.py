@@ -152,7 +152,7 @@ def test_exactly_num_samples_are_drawn_whatever_the_memory():
         importance_sampling(vae.model, guide, x, 333, memory=memory, compiled=False)  # compiled programs do not append
         checks_and_sizing = sum(drawn) - 333 * 5 * 3
         once = 2 * 5 + 2 * (2 + 3)  # two samples of each, and of every other one alone
-        again = 2 * 5 if memory < 2**30 else once  # one datum at a time has no neighbours
+        again = 2 * 5  # of each chunk, without that
         assert checks_and_sizing == 3 * (64 + 128 + once + again)
 
 

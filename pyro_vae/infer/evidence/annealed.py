@@ -294,7 +294,7 @@ def _paths(
     bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing")
     with bar, evaluating(model, guide):
         for part in split(data, rows):
-            check_program(model, guide, part)
+            check_program(model, guide, part, neighbours=False)
             latents = Latents(model, guide, part)
             if evaluate is None:
                 evaluate = partial(_evaluate, latents, settings.start)

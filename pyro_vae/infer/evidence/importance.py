@@ -103,7 +103,7 @@ def _from_guide(
     """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
     weigh = _per_number(lambda num_samples, data: log_weights(model, guide, data, num_samples), compiled)
     for part in split(data, size):
-        check_program(model, guide, part)
+        check_program(model, guide, part, neighbours=False)
         yield lambda num_samples, part=part: weigh(num_samples)(part)
 
 
@@ -124,7 +124,7 @@ def _from_laplace(
 
     weigh = _per_number(weights, compiled)
     for part in split(data, max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
-        check_program(model, guide, part)
+        check_program(model, guide, part, neighbours=False)
         approximation = laplace_approximation(latents.of(part))
         for first in range(0, data_size(part), size):
             among = slice(first, first + size)
