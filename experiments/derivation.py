@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     coin = toss(settings.heads, settings.tosses)
     truths = {"linear-Gaussian, closed form": linear_gaussian(), "Bernoulli decoder, quadrature": bernoulli()}
     terms = {name: decompose(truth, settings.num_draws) for name, truth in truths.items()}
+    torch.manual_seed(settings.seed)  # so that these models do not depend on how many draws the part before took
     gradients = [noise(dim, settings.num_draws) for dim in settings.dims]
     dim = max(settings.dims)
     vae, x = linear_gaussian_vae(dim, dim)

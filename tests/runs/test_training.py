@@ -765,7 +765,7 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch):
 def test_nan_ends_the_run_in_one_line(tmp_path, part, name, capsys):
     run_dir = tmp_path / "run"
     # the first calls check the program, then each epoch has 5 steps and a validation: it breaks down in the second
-    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "19", "--engine", "pyro"]
+    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "26", "--engine", "pyro"]
     with pytest.raises(SystemExit) as caught:
         cli.guarded(lambda: run(run_dir, *argv))
     assert caught.value.code == 2
