@@ -31,6 +31,9 @@ class Evidence(NamedTuple):
             average as zero; a NaN makes ``log_px`` NaN.
         acceptance: acceptance rate of the estimator's Markov transitions.
         num_samples: importance samples, chains or points behind each estimate; not one entry per datum.
+        reliable: whether every check of the estimator was passed, of booleans. False: neither ``log_px`` nor ``mc_se``
+            is to be believed.
+        evaluations: how often the model was evaluated; a gradient counts as two.
     """
 
     log_px: Tensor
@@ -40,6 +43,8 @@ class Evidence(NamedTuple):
     num_invalid: Tensor
     acceptance: Tensor
     num_samples: int = 0
+    reliable: Tensor | None = None
+    evaluations: Tensor | None = None
 
     def mean(self) -> tuple[float, float, float]:
         """Mean of ``log_px``, its standard error over observations, and its Monte Carlo error alone, in nats.
@@ -77,7 +82,7 @@ class Evidence(NamedTuple):
         need_extra("runs", ["xarray"])
         import xarray as xr  # here: sampling alone should not wait for it
 
-        fields = {name: value for name, value in self._asdict().items() if name != "num_samples"}
+        fields = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         data = {name: ("datum", value.detach().cpu().numpy()) for name, value in fields.items()}
         number = np.arange(self.log_px.numel()) if datum is None else datum.cpu().numpy()
         return xr.Dataset(data, coords={"datum": number}, attrs={"num_samples": self.num_samples} | attributes)
@@ -86,8 +91,8 @@ class Evidence(NamedTuple):
 def concatenate(parts: Iterable[Evidence]) -> Evidence:
     """Evidence of the data of all parts, one after the other."""
     parts = list(parts)
-    fields = (torch.cat(field) for field in zip(*(part[:-1] for part in parts), strict=True))
-    return Evidence(*fields, num_samples=parts[0].num_samples)
+    fields = zip(*parts, strict=True)
+    return Evidence(*(torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields))
 
 
 def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:
