@@ -60,6 +60,11 @@ class Latents:
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
         self.like = self._read(trace).new_zeros(())
 
+    @property
+    def size(self) -> int:
+        """B, the number of data."""
+        return data_size(self.data)
+
     def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, B, D) -> (K, B)`` each, in nats."""
         return self._split(*self._run_model(u))
@@ -154,8 +159,8 @@ class Latents:
         other.__dict__.update(self.__dict__, data=data)
         return other
 
-    def select(self, among: slice) -> "Latents":
-        """The same for some of the data."""
+    def select(self, among: Any) -> "Latents":
+        """The same for some of the data: a slice, or places ``(n,)``."""
         return self.of(select(self.data, among))
 
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:

@@ -45,7 +45,12 @@ def diagonal(loc: Tensor, scale: Tensor) -> Coordinates:
 
 @torch.enable_grad()
 def laplace_approximation(
-    latents: Latents, num_steps: int = 20, num_polishing: int = 4, num_refinements: int = 8, num_samples: int = 16
+    latents: Latents,
+    num_steps: int = 20,
+    num_polishing: int = 4,
+    num_refinements: int = 8,
+    num_samples: int = 16,
+    start: Tensor | None = None,
 ) -> Coordinates:
     """The Gaussian at the mode of each p(u | x), with the curvature there, moved towards the Gaussian nearest in KL.
 
@@ -66,13 +71,13 @@ def laplace_approximation(
         num_polishing: Newton's steps, at least 0.
         num_refinements: steps towards the nearest Gaussian; 0 is Laplace's own approximation.
         num_samples: draws for each of these, an even number.
+        start: where a climb has ended, shape ``(B, D)``, in place of one from the guide's mean.
 
     Returns:
         Coordinates in which the approximation is N(0, I).
     """
     _, width = prior_location_and_width(latents)
-    loc = latents.sample_guide(32).mean(0)
-    loc = _climb(latents, loc, width, num_steps)
+    loc = climb(latents, latents.sample_guide(32).mean(0), width, num_steps) if start is None else start
     eigenvalues, vectors = torch.linalg.eigh(-_hessian(latents, loc) * width * width[:, None])
     eigenvalues = eigenvalues.clamp(min=1)
     factor = width[:, None] * vectors * eigenvalues.rsqrt().unsqueeze(-2)
@@ -96,19 +101,20 @@ def _gradient(log_density: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tens
     return value.detach(), gradient
 
 
-def _log_joint(latents: Latents, u: Tensor) -> Tensor:
-    """log p(x, u): ``(B, D) -> (B,)``."""
-    return added(latents.log_joint(u.unsqueeze(0))).squeeze(0)
+def log_joint(latents: Latents, u: Tensor) -> Tensor:
+    """log p(x, u): ``(*, B, D) -> (*, B)``."""
+    return added(latents.log_joint(u)) if u.dim() == 3 else added(latents.log_joint(u.unsqueeze(0))).squeeze(0)
 
 
-def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float = 0.15) -> Tensor:
-    """The best point that Adam meets, its steps shrinking linearly."""
+@torch.enable_grad()
+def climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float = 0.15) -> Tensor:
+    """The best points that Adam meets on its way up log p(x, u), its steps shrinking linearly: ``(*, B, D)``."""
     first, second = torch.zeros_like(u), torch.zeros_like(u)
-    best, highest = u, u.new_full(u.shape[:1], -math.inf)
+    best, highest = u, u.new_full(u.shape[:-1], -math.inf)
     for step in range(num_steps):
-        value, gradient = _gradient(partial(_log_joint, latents), u)
+        value, gradient = _gradient(partial(log_joint, latents), u)
         higher = value > highest
-        best, highest = torch.where(higher[:, None], u, best), torch.where(higher, value, highest)
+        best, highest = torch.where(higher[..., None], u, best), torch.where(higher, value, highest)
         gradient = torch.nan_to_num(gradient * width)
         first = 0.9 * first + 0.1 * gradient
         second = 0.95 * second + 0.05 * gradient.square()
@@ -120,7 +126,7 @@ def _climb(latents: Latents, u: Tensor, width: Tensor, num_steps: int, lr: float
 def _hessian(latents: Latents, u: Tensor) -> Tensor:
     """Second derivatives of log p(x, u): ``(B, D) -> (B, D, D)``."""
     u = u.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(_log_joint(latents, u).sum(), u, create_graph=True)
+    (gradient,) = torch.autograd.grad(log_joint(latents, u).sum(), u, create_graph=True)
     rows = [torch.autograd.grad(gradient[:, d].sum(), u, retain_graph=True)[0] for d in range(latents.dim)]
     hessian = torch.stack(rows, 1).nan_to_num()
     return (hessian + hessian.mT) / 2
@@ -130,7 +136,7 @@ def _polish(latents: Latents, u: Tensor, factor: Tensor, num_steps: int) -> Tens
     """Newton's steps with a fixed covariance factor factor', each as long as the last one that climbed allows."""
     if num_steps == 0:
         return u
-    log_density = partial(_log_joint, latents)
+    log_density = partial(log_joint, latents)
     value, gradient = _gradient(log_density, u)
     length = torch.ones_like(value, dtype=u.dtype)  # which may be another than that of log p(x, u)
     for _ in range(num_steps):
