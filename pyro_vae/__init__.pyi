@@ -17,6 +17,7 @@ from .infer.engines import PyroSVI as PyroSVI
 from .infer.evidence.annealed import Annealing as Annealing
 from .infer.evidence.annealed import annealed_importance_sampling as annealed_importance_sampling
 from .infer.evidence.annealed import bidirectional_monte_carlo as bidirectional_monte_carlo
+from .infer.evidence.bridge import bridge_sampling as bridge_sampling
 from .infer.evidence.exact import quadrature as quadrature
 from .infer.evidence.gaps import inference_gaps as inference_gaps
 from .infer.evidence.importance import importance_sampling as importance_sampling

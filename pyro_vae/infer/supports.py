@@ -153,6 +153,10 @@ class Latents:
                     "that no data can be drawn: use the value that pyro.sample returns where it observes them"
                 )
 
+    def site_at(self, coordinate: int) -> str:
+        """The site that a coordinate of u belongs to."""
+        return next(name for name, (where, _) in self._places.items() if where.start <= coordinate < where.stop)
+
     def of(self, data: Data) -> "Latents":
         """The same for other data."""
         other = object.__new__(Latents)

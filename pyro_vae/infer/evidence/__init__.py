@@ -8,11 +8,13 @@ from pyro_vae.infer.evidence.annealed import (
     annealed_importance_sampling,
     bidirectional_monte_carlo,
 )
+from pyro_vae.infer.evidence.bridge import bridge_sampling
 from pyro_vae.infer.evidence.exact import enumeration, quadrature
 from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
 from pyro_vae.infer.evidence.importance import importance_sampling, reduce_log_weights
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
+from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "Evidence",
     "InferenceGaps",
     "LocalPosterior",
+    "PosteriorChains",
     "Sandwich",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
+    "bridge_sampling",
     "difference_estimate",
     "enumeration",
     "importance_sampling",

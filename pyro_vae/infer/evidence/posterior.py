@@ -1,0 +1,263 @@
+"""Draws of p(z | x) by long Hamiltonian chains, and whether the chains have converged."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
+from pyro_vae.infer.evidence.annealed import Annealing, _evaluate, _Path, _State
+from pyro_vae.infer.evidence.importance import _free_memory, rows_per_chunk
+from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, prior_location_and_width
+from pyro_vae.infer.programs import Program, evaluating, scoring
+from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.tracing import Compiled
+from pyro_vae.infer.trees import Data, data_size, first_tensor, split
+
+RUN_AWAY = 20.0
+"""Chains that stay further out than this, in units of the prior's width, may run away."""
+
+
+@dataclass(frozen=True)
+class PosteriorChains:
+    """Long Hamiltonian chains of p(z | x), and when they count as converged.
+
+    They start far apart, half of them from the prior, a quarter from the guide, the others from a Laplace approximation
+    of twice the width, so that modes that few chains reach, and none leaves, show as a large R-hat.
+
+    Args:
+        num_chains: C, at least 4.
+        num_warmup: transitions that adapt step sizes and coordinates of each datum, frozen after them; at least 20.
+        num_draws: N, transitions of each chain that count, at least 8.
+        num_leapfrogs: gradient steps of a transition, at least 1.
+        target_acceptance: of the adapted step sizes, in (0, 1).
+        max_rhat: the largest rank-normalized split R-hat of any coordinate, and of log p(x, z), above 1.
+        min_ess: the smallest effective sample size of their middle and their tails, positive.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    num_chains: int = 16
+    num_warmup: int = 300
+    num_draws: int = 500
+    num_leapfrogs: int = 4
+    target_acceptance: float = 0.8
+    max_rhat: float = 1.02
+    min_ess: float = 200
+
+    def __post_init__(self):
+        for name, bound in {"num_chains": 4, "num_warmup": 20, "num_draws": 8, "num_leapfrogs": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name} must be a whole number of at least {bound}, got {value}")
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(f"target_acceptance must be between 0 and 1, got {self.target_acceptance}")
+        if not 1 < self.max_rhat < math.inf:
+            raise ValueError(f"max_rhat must be above 1, got {self.max_rhat}")
+        if not 0 < self.min_ess < math.inf:
+            raise ValueError(f"min_ess must be positive, got {self.min_ess}")
+
+    @property
+    def evaluations(self) -> int:
+        """Of the model for each datum, by all transitions; a gradient counts as two."""
+        return 2 * self.num_chains * (2 + (self.num_warmup + self.num_draws) * self.num_leapfrogs)
+
+
+class Posterior(NamedTuple):
+    """Draws of p(z | x) of B observations.
+
+    Attributes:
+        e: draws in whitened coordinates, shape ``(N, C, B, D)``.
+        log_joint: log p(x, e) of them, shape ``(N, C, B)``.
+        coordinates: those of e.
+        rhat: the largest rank-normalized split R-hat of any coordinate and of log p(x, e), shape ``(B,)``.
+        ess: the smallest effective sample size of middle and tails of any of them, shape ``(B,)``.
+        acceptance: of the transitions, shape ``(B,)``.
+        converged: whether both are as the settings ask, shape ``(B,)``.
+    """
+
+    e: Tensor
+    log_joint: Tensor
+    coordinates: Coordinates
+    rhat: Tensor
+    ess: Tensor
+    acceptance: Tensor
+    converged: Tensor
+
+
+def evaluator(latents: Latents, compiled: bool, start: str = "laplace") -> Callable[..., tuple[Tensor, ...]]:
+    """What scores points of chains, for all chunks of data like those of ``latents``."""
+    evaluate = partial(_evaluate, latents, start)
+    return Compiled(evaluate) if compiled else evaluate
+
+
+def in_chunks(
+    model: Program,
+    guide: Program,
+    data: Data,
+    num_chains: int,
+    memory: int | None,
+    progress: bool,
+    description: str,
+    draws: int = 0,
+) -> Iterator[tuple[Latents, tqdm]]:
+    """The latent variables of as many observations at a time as memory allows, and a progress bar of observations.
+
+    ``draws`` is how many draws of each chain are kept.
+    """
+    with scoring(model, guide):
+        check_program(model, guide, next(split(data, 1000)))
+        rows = rows_per_chunk(model, guide, data, memory)
+        latents = Latents(model, guide, data)
+    size = max(1, rows // 3 // num_chains)  # a gradient keeps what a forward pass would drop
+    if draws:
+        kept = draws * num_chains * latents.dim * latents.like.element_size()
+        size = max(1, min(size, (memory or _free_memory(first_tensor(data).device)) // kept))
+    bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
+    with bar, evaluating(model, guide):
+        for part in split(data, size):
+            check_program(model, guide, part, neighbours=False)
+            yield Latents(model, guide, part), bar
+            bar.update(data_size(part))
+
+
+def posterior_chains(latents: Latents, settings: PosteriorChains, evaluate: Callable) -> Posterior:
+    """Draws of each p(z | x) by :class:`PosteriorChains`.
+
+    Args:
+        latents: those of the observations.
+        settings: of the chains.
+        evaluate: of :func:`evaluator`.
+
+    Raises:
+        ContractError: if chains run away, as they do where log p(x) diverges.
+    """
+    kernel = Annealing(num_leapfrogs=settings.num_leapfrogs, target_acceptance=settings.target_acceptance)
+    path = _Path(latents, laplace_approximation(latents), kernel, evaluate)
+    state = path.evaluate(_dispersed_starts(path, settings.num_chains))
+    one = torch.ones((), dtype=state.e.dtype, device=state.e.device)
+    half = settings.num_warmup // 2
+    seen, state, step = _settle(path, state, one, half)
+    coordinates, moved = _whitened_again(path.coordinates, seen, state.e)
+    path = _Path(latents, coordinates, kernel, evaluate)
+    state, step = _adapt(path, path.evaluate(moved), one, settings.num_warmup - half, step)
+    e, log_joint, acceptances = [], [], []
+    for _ in range(settings.num_draws):
+        state, acceptance = path.transition(state, one, step)
+        e.append(state.e)
+        log_joint.append(state.target)
+        acceptances.append(acceptance)
+    e, log_joint = torch.stack(e), torch.stack(log_joint)
+    _check_that_none_runs_away(path, e)
+    rhat, ess = _worst(e, log_joint)
+    converged = (rhat <= settings.max_rhat) & (ess >= settings.min_ess)
+    return Posterior(e, log_joint, coordinates, rhat, ess, torch.stack(acceptances).mean(0).double(), converged)
+
+
+def _dispersed_starts(path: _Path, num_chains: int) -> Tensor:
+    """Points ``(C, B, D)`` that lie further apart than the posterior does."""
+    loc = path.coordinates.loc
+    wide = 2 * torch.randn(num_chains, *loc.shape, dtype=loc.dtype, device=loc.device)
+    drawn = torch.cat([path.latents.sample_prior(num_chains // 2), path.latents.sample_guide(num_chains // 4)])
+    starts = torch.cat([path.coordinates.from_latents(drawn), wide[len(drawn) :]])
+    for other in (wide, torch.zeros_like(wide)):  # where there is no density to follow
+        state = path.evaluate(starts)
+        sound = state.target.isfinite() & state.target_gradient.isfinite().all(-1)
+        starts = torch.where(sound.unsqueeze(-1), starts, other)
+    return starts
+
+
+def _settle(path: _Path, state: _State, one: Tensor, num: int) -> tuple[Tensor, _State, Tensor]:
+    """Bring chains from wherever they start to where the posterior's mass is, each with a step size of its own.
+
+    Returns:
+        The draws of the second half, ``(num / 2, C, B, D)``, the chains, and a step size for each observation.
+    """
+    longest = math.log(path.settings.longest_step)
+    log_step = torch.full_like(state.target, longest)
+    seen = []
+    for t in range(num):
+        old = state.e
+        state, _ = path.transition(state, one, log_step.exp())
+        accepted = (state.e != old).any(-1).to(log_step)
+        log_step = (log_step + (1 + t / 10) ** -0.6 * (accepted - path.settings.target_acceptance)).clamp(max=longest)
+        if t >= num // 2:
+            seen.append(state.e)
+    return torch.stack(seen), state, log_step.median(0).values.exp()
+
+
+def _whitened_again(coordinates: Coordinates, seen: Tensor, e: Tensor) -> tuple[Coordinates, Tensor]:
+    """Coordinates in which the draws ``seen`` have about unit covariance, and the points e in them.
+
+    The covariance is shrunk towards that of ``coordinates`` by as much as its noise explains of what it differs by
+    (Ledoit & Wolf 2004), and extremes count no more than five deviations, lest one lost chain stretch all.
+    """
+    draws = seen.flatten(0, 1)
+    median = draws.median(0).values
+    width = 1.5 * (draws - median).abs().median(0).values.clamp(min=1e-3)
+    draws = torch.minimum(torch.maximum(draws, median - 5 * width), median + 5 * width)
+    mean = draws.mean(0)
+    centred = draws - mean
+    covariance = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
+    identity = torch.eye(covariance.shape[-1]).to(covariance)
+    noise = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).square() / (len(draws) / 4)  # draws depend on each other
+    share = (1 - noise / (covariance - identity).square().sum((-2, -1))).clamp(0, 1)
+    shrunk = torch.lerp(identity, covariance, share.view(-1, 1, 1)) + 1e-3 * identity
+    scale = torch.linalg.cholesky(shrunk)
+    moved = torch.linalg.solve_triangular(scale, (e - mean).unsqueeze(-1), upper=False).squeeze(-1)
+    loc = coordinates.loc + (coordinates.factor @ mean.unsqueeze(-1)).squeeze(-1)
+    log_det = coordinates.log_det + scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return Coordinates(loc, coordinates.factor @ scale, log_det), moved
+
+
+def _adapt(path: _Path, state: _State, one: Tensor, num: int, step: Tensor) -> tuple[_State, Tensor]:
+    """One step size for each observation, the average of those of the second half."""
+    longest = math.log(path.settings.longest_step)
+    log_step, kept = step.log(), []
+    for t in range(num):
+        state, acceptance = path.transition(state, one, log_step.exp())
+        rate = (1 + t / 5) ** -0.6
+        log_step = (log_step + rate * (acceptance - path.settings.target_acceptance)).clamp(max=longest)
+        if t >= num // 2:
+            kept.append(log_step)
+    return state, torch.stack(kept).mean(0).exp()
+
+
+def _check_that_none_runs_away(path: _Path, e: Tensor) -> None:
+    """Refuse posteriors without mass in any finite region: chains stay far out, and twice as far is hardly less likely.
+
+    A density of which half is left at twice the distance, or more, has no finite integral.
+    """
+    centre, width = prior_location_and_width(path.latents)
+    distances = [((path.coordinates.to_latents(each) - centre) / width).abs() for each in e[-(len(e) // 4) :]]
+    far = distances[-1] > RUN_AWAY / 2
+    u = path.coordinates.to_latents(e[-1])
+    twice = path.coordinates.from_latents(torch.where(far, centre + 2 * (u - centre), u))
+    change = path.evaluate(twice).target - path.evaluate(e[-1]).target
+    stays = (torch.stack(distances).min(0).values > RUN_AWAY).any(-1)
+    share = (stays & ~(change < -math.log(2))).double().mean(0)
+    if (share >= 0.25).any():
+        datum = int(share.argmax())
+        site = path.latents.site_at(int(distances[-1][:, datum].median(0).values.argmax()))
+        raise ContractError(
+            f"log p(x) diverges for datum {datum} of this chunk: chains run away at site '{site}', where the posterior "
+            "has no finite integral; give it a prior whose tails the likelihood does not outweigh"
+        )
+
+
+def _worst(e: Tensor, log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest R-hat and the smallest effective sample size of any coordinate, ``(B,)`` each, a datum at a time."""
+    rhat, ess = [], []
+    for datum in range(e.shape[2]):
+        variables = torch.cat([e[:, :, datum], log_joint[:, :, datum, None]], -1).double()
+        rhat.append(split_rhat(variables).max())
+        ess.append(torch.minimum(bulk_ess(variables), tail_ess(variables)).min())
+    return torch.stack(rhat), torch.stack(ess)

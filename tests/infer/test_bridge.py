@@ -1,0 +1,171 @@
+"""Bridge sampling, and the posterior chains under it, against closed forms and quadrature."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import SeparableBernoulli, linear_gaussian
+from scipy import integrate, stats
+from torch import Tensor
+
+from pyro_vae import ContractError, Evidence, bridge_sampling
+from pyro_vae.infer.evidence.bridge import batch_variance
+from pyro_vae.infer.evidence.posterior import PosteriorChains, evaluator, posterior_chains
+from pyro_vae.infer.supports import Latents
+
+QUICK = PosteriorChains(num_chains=8, num_warmup=60, num_draws=120, num_leapfrogs=3, max_rhat=1.05, min_ess=100)
+
+
+def reliable(found: Evidence) -> Tensor:
+    assert found.reliable is not None
+    return found.reliable
+
+
+class Fold:
+    """z ~ N(0, 1), x ~ N(abs(z), 0.2): two modes, of which the guide knows one."""
+
+    @staticmethod
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.abs(), 0.2), obs=x)
+
+    @staticmethod
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.2))
+
+    @staticmethod
+    def log_px(x: Tensor) -> Tensor:
+        def density(z, x):
+            return stats.norm.pdf(z) * stats.norm.pdf(x, abs(z), 0.2)
+
+        values = [integrate.quad(density, -9, 9, args=(v,), points=(-v, 0, v), limit=200)[0] for v in x.tolist()]
+        return torch.tensor(values, dtype=torch.float64).log()
+
+
+class Funnel:
+    """v ~ N(0, 3), z_1 .. z_9 ~ N(0, exp(v / 2)), x ~ N(z_1, 5) (Neal 2003)."""
+
+    @staticmethod
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            v = pyro.sample("v", dist.Normal(x.new_zeros(len(x)), 3.0))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(9), (v / 2).exp().unsqueeze(-1)).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 5.0), obs=x)
+
+    @staticmethod
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("v", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 9), 1.0).to_event(1))
+
+    @staticmethod
+    def log_px(x: Tensor) -> Tensor:
+        def density(v, x):
+            return stats.norm.pdf(v, 0, 3) * stats.norm.pdf(x, 0, math.sqrt(25 + math.exp(v)))
+
+        return torch.tensor([integrate.quad(density, -30, 30, args=(v,), limit=200)[0] for v in x.tolist()]).log()
+
+
+def test_the_chains_draw_from_the_posterior():
+    vae = linear_gaussian()
+    x = torch.randn(3, 7, dtype=torch.float64)
+    latents = Latents(vae.model, vae.guide, x)
+    found = posterior_chains(latents, QUICK, evaluator(latents, compiled=False))
+    exact = vae.posterior(x)
+    u = torch.stack([found.coordinates.to_latents(e) for e in found.e]).flatten(0, 1)
+    error = exact.covariance_matrix.diagonal(dim1=-2, dim2=-1).sqrt() / 120**0.5
+    assert ((u.mean(0) - exact.mean).abs() < 4 * error).all()
+    centred = u - u.mean(0)
+    covariance = torch.einsum("kbi,kbj->bij", centred, centred) / len(u)
+    torch.testing.assert_close(covariance, exact.covariance_matrix.expand_as(covariance), rtol=0.2, atol=0.02)
+    log_joint = sum(latents.log_joint(found.coordinates.to_latents(found.e[5]))) + found.coordinates.log_det
+    torch.testing.assert_close(found.log_joint[5], log_joint)
+    assert found.converged.all()
+
+
+def test_linear_gaussian_model():
+    vae = linear_gaussian(latent_dim=3)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    found = bridge_sampling(vae.model, vae.guide, x, QUICK)
+    torch.testing.assert_close(found.log_px, vae.log_px(x), atol=0.02, rtol=0)
+    assert reliable(found).all()
+    assert (found.mc_se < 0.01).all()
+    assert found.evaluations is not None
+    assert (found.evaluations > QUICK.evaluations).all()
+    chunked = bridge_sampling(vae.model, vae.guide, x, QUICK, memory=2**20)
+    torch.testing.assert_close(chunked.log_px, vae.log_px(x), atol=0.02, rtol=0)
+
+
+def test_twenty_dimensions_that_are_skewed():
+    separable = SeparableBernoulli()
+    x = torch.bernoulli(torch.full((6, 20), 0.4, dtype=torch.float64))
+    found = bridge_sampling(separable.model, separable.guide, x, QUICK)
+    error = (found.log_px - separable.log_px(x)) / found.mc_se
+    assert reliable(found).all()
+    assert (found.mc_se < 0.1).all()
+    assert error.abs().max() < 4
+    assert error.square().mean().sqrt() < 2
+
+
+@pytest.mark.parametrize("program", [Fold, Funnel])
+def test_several_modes_and_funnels_are_right_or_not_reliable(program):
+    x = torch.tensor([0.0, 0.2, 1.0, 2.0], dtype=torch.float64)
+    found = bridge_sampling(program.model, program.guide, x, QUICK)
+    wrong = (found.log_px - program.log_px(x)).abs() > 4 * found.mc_se + 0.01
+    assert not (wrong & reliable(found)).any()
+    if program is Fold:
+        assert reliable(found).tolist() == [True, True, False, False]
+
+
+def test_draws_of_the_prior_tell_of_a_mode_that_no_chain_has_found(monkeypatch):
+    monkeypatch.setattr("pyro_vae.infer.evidence.posterior._dispersed_starts", lambda path, num: path.draw(num))
+    x = torch.tensor([0.2, 1.0], dtype=torch.float64)
+    found = bridge_sampling(Fold.model, Fold.guide, x, QUICK)
+    assert (found.log_px[1] - Fold.log_px(x)[1]).item() == pytest.approx(-math.log(2), abs=0.05)
+    assert reliable(found).tolist() == [True, False]
+
+
+def test_an_integral_that_diverges_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x.new_zeros(len(x)), 1.0))
+            b = pyro.sample("b", dist.StudentT(3.0, x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Exponential(b.exp()), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in "ab":
+                pyro.sample(name, dist.Normal(x.new_zeros(len(x)), 0.2))
+
+    with pytest.raises(ContractError, match=r"diverges for datum 1 .* site 'b'"):
+        bridge_sampling(model, guide, torch.tensor([1.0, 0.0], dtype=torch.float64), QUICK)
+
+
+def test_the_variance_of_a_mean_is_that_of_an_autoregression():
+    noise = torch.randn(2000, 50, 3, dtype=torch.float64)
+    draws = [noise[0]]
+    for each in noise[1:]:
+        draws.append(0.5 * draws[-1] + each)
+    expected = 1 / (1 - 0.5) ** 2 / (2000 * 50)
+    torch.testing.assert_close(batch_variance(torch.stack(draws)) / expected, torch.ones(3).double(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_chains": 3},
+        {"num_warmup": 10},
+        {"num_draws": 2.5},
+        {"num_leapfrogs": 0},
+        {"target_acceptance": 1},
+        {"max_rhat": 1},
+        {"min_ess": 0},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PosteriorChains(**wrong)
