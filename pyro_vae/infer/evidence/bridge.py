@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
+from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.importance import reduce_log_weights
-from pyro_vae.infer.evidence.laplace import Coordinates, laplace_evaluations, whitened_log_joint
-from pyro_vae.infer.evidence.posterior import PosteriorChains, evaluator, in_chunks, posterior_chains
+from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
+from pyro_vae.infer.evidence.posterior import PosteriorChains, in_chunks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.programs import Program, added
 from pyro_vae.infer.supports import Latents
@@ -77,7 +78,7 @@ class Tools(NamedTuple):
     @classmethod
     def of(cls, latents: Latents, compiled: bool) -> "Tools":
         score = partial(_score, latents)
-        return cls(evaluator(latents, compiled), Compiled(score) if compiled else torch.no_grad()(score))
+        return cls(evaluator(latents, "normal", compiled), Compiled(score) if compiled else torch.no_grad()(score))
 
 
 def estimate(latents: Latents, settings: PosteriorChains = DEFAULTS, tools: Tools | None = None) -> Evidence:
@@ -97,7 +98,7 @@ def estimate(latents: Latents, settings: PosteriorChains = DEFAULTS, tools: Tool
         ratios.append(torch.stack(rows))
     log_px, mc_se, ess, settled = _bridge(*ratios)
     doubted = _contradicted(latents, settings.num_chains, log_px, mc_se)
-    spent = settings.evaluations + laplace_evaluations(latents.dim) + 3 * moved[..., 0, 0].numel() + PRIOR_DRAWS
+    spent = posterior.evaluations + 3 * moved[..., 0, 0].numel() + PRIOR_DRAWS
     return Evidence(
         log_px=log_px,
         mc_se=mc_se,

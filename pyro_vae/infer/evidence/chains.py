@@ -76,7 +76,8 @@ class Path:
         evaluate: Callable[..., tuple[Tensor, ...]],
         mixture: Mixture | None = None,
     ):
-        self.latents, self.coordinates, self.start, self.num_leapfrogs = latents, coordinates, start, num_leapfrogs
+        self.latents, self.coordinates, self.num_leapfrogs = latents, coordinates, num_leapfrogs
+        self.start: Start = start
         self._evaluate, self.mixture, self.evaluations = evaluate, mixture, 0
 
     def select(self, among: Any) -> "Path":
@@ -101,8 +102,9 @@ class Path:
         """Hamiltonian Monte Carlo (Neal 2011, section 5.3.2) that leaves the density at ``beta`` unchanged.
 
         ``beta`` is one number, or one of each observation, ``(B,)``. ``step`` is the step size of each observation,
-        ``(B,)``, or of each of its coordinates, ``(B, D)``; it is varied at random by a fifth, so that no trajectory
-        keeps returning to where it began. Returns the chains and the mean acceptance probability of each observation.
+        ``(B,)``, of each of its coordinates, ``(B, D)``, or of each chain, ``(C, B, 1)``; it is varied at random by a
+        fifth, so that no trajectory keeps returning to where it began. Returns the chains and the mean acceptance
+        probability of each observation.
         """
         weight = beta.unsqueeze(-1) if beta.dim() else beta
 
@@ -113,7 +115,7 @@ class Path:
             return (1 - weight) * at.start_gradient + weight * at.target_gradient
 
         jitter = 0.8 + 0.4 * torch.rand_like(state.start[0])
-        size = (step if step.dim() == 2 else step.unsqueeze(-1)) * jitter.unsqueeze(-1)
+        size = (step.unsqueeze(-1) if step.dim() == 1 else step) * jitter.unsqueeze(-1)
         size = size.to(state.e.dtype)
         momentum = torch.randn_like(state.e)
         energy = log_density(state) - 0.5 * momentum.square().sum(-1)

@@ -86,11 +86,6 @@ def laplace_approximation(
     return _refine(latents, approximation, num_refinements, num_samples) if num_refinements else approximation
 
 
-def laplace_evaluations(dim: int) -> int:
-    """What :func:`laplace_approximation` costs by default, in evaluations of the model for each datum."""
-    return 2 * (20 + 4 + 1) + 2 * dim + 2 + 2 * 9 * 16
-
-
 def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:
     """Median of p(u), and half the width of its central 68 %: mean and standard deviation if it is normal; ``(D,)``."""
     at = torch.tensor([0.16, 0.5, 0.84]).to(latents.like)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,12 +12,12 @@ from tqdm import tqdm
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
-from pyro_vae.infer.evidence.annealed import Annealing, _evaluate, _Path, _State
+from pyro_vae.infer.evidence.chains import Path, State
 from pyro_vae.infer.evidence.importance import _free_memory, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, prior_location_and_width
+from pyro_vae.infer.evidence.modes import laplace_cost
 from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.tracing import Compiled
 from pyro_vae.infer.trees import Data, data_size, first_tensor, split
 
 RUN_AWAY = 20.0
@@ -66,9 +65,9 @@ class PosteriorChains:
             raise ValueError(f"min_ess must be positive, got {self.min_ess}")
 
     @property
-    def evaluations(self) -> int:
-        """Of the model for each datum, by all transitions; a gradient counts as two."""
-        return 2 * self.num_chains * (2 + (self.num_warmup + self.num_draws) * self.num_leapfrogs)
+    def longest_step(self) -> float:
+        """A quarter of a standard normal's period in all, after which a trajectory has forgotten where it began."""
+        return math.pi / 2 / self.num_leapfrogs
 
 
 class Posterior(NamedTuple):
@@ -82,6 +81,7 @@ class Posterior(NamedTuple):
         ess: the smallest effective sample size of middle and tails of any of them, shape ``(B,)``.
         acceptance: of the transitions, shape ``(B,)``.
         converged: whether both are as the settings ask, shape ``(B,)``.
+        evaluations: of the model for each datum, a gradient counting as two.
     """
 
     e: Tensor
@@ -91,12 +91,7 @@ class Posterior(NamedTuple):
     ess: Tensor
     acceptance: Tensor
     converged: Tensor
-
-
-def evaluator(latents: Latents, compiled: bool, start: str = "laplace") -> Callable[..., tuple[Tensor, ...]]:
-    """What scores points of chains, for all chunks of data like those of ``latents``."""
-    evaluate = partial(_evaluate, latents, start)
-    return Compiled(evaluate) if compiled else evaluate
+    evaluations: int
 
 
 def in_chunks(
@@ -135,20 +130,21 @@ def posterior_chains(latents: Latents, settings: PosteriorChains, evaluate: Call
     Args:
         latents: those of the observations.
         settings: of the chains.
-        evaluate: of :func:`evaluator`.
+        evaluate: of :func:`pyro_vae.infer.evidence.chains.evaluator`, with a normal start.
 
     Raises:
         ContractError: if chains run away, as they do where log p(x) diverges.
     """
-    kernel = Annealing(num_leapfrogs=settings.num_leapfrogs, target_acceptance=settings.target_acceptance)
-    path = _Path(latents, laplace_approximation(latents), kernel, evaluate)
+    path = Path(latents, laplace_approximation(latents), "normal", settings.num_leapfrogs, evaluate)
+    spent = 40 + laplace_cost(latents.dim)
     state = path.evaluate(_dispersed_starts(path, settings.num_chains))
     one = torch.ones((), dtype=state.e.dtype, device=state.e.device)
     half = settings.num_warmup // 2
-    seen, state, step = _settle(path, state, one, half)
+    seen, state, step = _settle(path, state, one, half, settings)
     coordinates, moved = _whitened_again(path.coordinates, seen, state.e)
-    path = _Path(latents, coordinates, kernel, evaluate)
-    state, step = _adapt(path, path.evaluate(moved), one, settings.num_warmup - half, step)
+    spent += path.evaluations
+    path = Path(latents, coordinates, "normal", settings.num_leapfrogs, evaluate)
+    state, step = _adapt(path, path.evaluate(moved), one, settings.num_warmup - half, step, settings)
     e, log_joint, acceptances = [], [], []
     for _ in range(settings.num_draws):
         state, acceptance = path.transition(state, one, step)
@@ -159,10 +155,11 @@ def posterior_chains(latents: Latents, settings: PosteriorChains, evaluate: Call
     _check_that_none_runs_away(path, e)
     rhat, ess = _worst(e, log_joint)
     converged = (rhat <= settings.max_rhat) & (ess >= settings.min_ess)
-    return Posterior(e, log_joint, coordinates, rhat, ess, torch.stack(acceptances).mean(0).double(), converged)
+    acceptance = torch.stack(acceptances).mean(0).double()
+    return Posterior(e, log_joint, coordinates, rhat, ess, acceptance, converged, spent + path.evaluations)
 
 
-def _dispersed_starts(path: _Path, num_chains: int) -> Tensor:
+def _dispersed_starts(path: Path, num_chains: int) -> Tensor:
     """Points ``(C, B, D)`` that lie further apart than the posterior does."""
     loc = path.coordinates.loc
     wide = 2 * torch.randn(num_chains, *loc.shape, dtype=loc.dtype, device=loc.device)
@@ -175,20 +172,20 @@ def _dispersed_starts(path: _Path, num_chains: int) -> Tensor:
     return starts
 
 
-def _settle(path: _Path, state: _State, one: Tensor, num: int) -> tuple[Tensor, _State, Tensor]:
+def _settle(path: Path, state: State, one: Tensor, num: int, settings: PosteriorChains) -> tuple[Tensor, State, Tensor]:
     """Bring chains from wherever they start to where the posterior's mass is, each with a step size of its own.
 
     Returns:
         The draws of the second half, ``(num / 2, C, B, D)``, the chains, and a step size for each observation.
     """
-    longest = math.log(path.settings.longest_step)
+    longest = math.log(settings.longest_step)
     log_step = torch.full_like(state.target, longest)
     seen = []
     for t in range(num):
         old = state.e
-        state, _ = path.transition(state, one, log_step.exp())
+        state, _ = path.transition(state, one, log_step.exp().unsqueeze(-1))
         accepted = (state.e != old).any(-1).to(log_step)
-        log_step = (log_step + (1 + t / 10) ** -0.6 * (accepted - path.settings.target_acceptance)).clamp(max=longest)
+        log_step = (log_step + (1 + t / 10) ** -0.6 * (accepted - settings.target_acceptance)).clamp(max=longest)
         if t >= num // 2:
             seen.append(state.e)
     return torch.stack(seen), state, log_step.median(0).values.exp()
@@ -218,20 +215,22 @@ def _whitened_again(coordinates: Coordinates, seen: Tensor, e: Tensor) -> tuple[
     return Coordinates(loc, coordinates.factor @ scale, log_det), moved
 
 
-def _adapt(path: _Path, state: _State, one: Tensor, num: int, step: Tensor) -> tuple[_State, Tensor]:
+def _adapt(
+    path: Path, state: State, one: Tensor, num: int, step: Tensor, settings: PosteriorChains
+) -> tuple[State, Tensor]:
     """One step size for each observation, the average of those of the second half."""
-    longest = math.log(path.settings.longest_step)
+    longest = math.log(settings.longest_step)
     log_step, kept = step.log(), []
     for t in range(num):
         state, acceptance = path.transition(state, one, log_step.exp())
         rate = (1 + t / 5) ** -0.6
-        log_step = (log_step + rate * (acceptance - path.settings.target_acceptance)).clamp(max=longest)
+        log_step = (log_step + rate * (acceptance - settings.target_acceptance)).clamp(max=longest)
         if t >= num // 2:
             kept.append(log_step)
     return state, torch.stack(kept).mean(0).exp()
 
 
-def _check_that_none_runs_away(path: _Path, e: Tensor) -> None:
+def _check_that_none_runs_away(path: Path, e: Tensor) -> None:
     """Refuse posteriors without mass in any finite region: chains stay far out, and twice as far is hardly less likely.
 
     A density of which half is left at twice the distance, or more, has no finite integral.
