@@ -1,12 +1,16 @@
 """All latent variables of a program as one vector of real numbers: what estimators that move through them need."""
 
+import contextlib
+import copy
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution, constraints
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -16,6 +20,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError
+from pyro_vae.infer.gaussianize import Affine, Map, gaussianize
 from pyro_vae.infer.programs import Program, added, latent_sites, particle_trace, sample_sites, site_of, traces
 from pyro_vae.infer.trees import Data, data_size, select
 
@@ -30,16 +35,21 @@ class Latents:
 
     Args:
         model, guide, data: see :func:`pyro_vae.traces`.
+        gaussian: take coordinates in which p(u) is N(0, 1), up to interpolation (:func:`.gaussianize`), where a site
+            is made of independent numbers whose distribution depends on no other latent site and on no datum, as far as
+            a few draws and data show; the others stay. Densities are exact either way. The coordinates are those of
+            ``data``, also after :meth:`of`: two objects made of different data may have different ones.
 
     Attributes:
         dim: D.
         like: a number of the type, and on the device, of u.
+        standard: whether p(u) is N(0, I), up to interpolation; False unless ``gaussian``.
 
     Raises:
         ContractError: as :func:`pyro_vae.traces`, and if a latent site is discrete.
     """
 
-    def __init__(self, model: Program, guide: Program, data: Data):
+    def __init__(self, model: Program, guide: Program, data: Data, gaussian: bool = False):
         self.model, self.guide, self.data = model, guide, data
         self._places: dict[str, tuple[slice, torch.Size]] = {}
         self.dim = 0
@@ -58,7 +68,28 @@ class Latents:
             self._places[name] = (slice(self.dim, end), shape)
             self.dim = end
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
+        self._maps: dict[str, Map] = {}
+        self.standard = False
         self.like = self._read(trace).new_zeros(())
+        if gaussian:
+            self._gaussianize()
+
+    def _gaussianize(self) -> None:
+        """Map the sites that allow it to standard normal coordinates."""
+        few = select(self.data, slice(None, None, max(1, data_size(self.data) // 16)))
+        with torch.no_grad(), pyro.validation_enabled(False), _own_draws(self.like.is_cuda):
+            one, _ = traces(self.model, self.guide, select(self.data, slice(1)), 1)
+            some, _ = traces(self.model, self.guide, few, 3)
+            maps = {
+                name: gaussian_map(site_of(one, name)["fn"], site_of(some, name)["fn"], shape, self.like)
+                for name, (_, shape) in self._places.items()
+            }
+        self.standard = all(each is not None and each.misfit < 0.01 for each in maps.values())
+        self._maps = {
+            name: each
+            for name, each in maps.items()
+            if not (each is None or (isinstance(each, Affine) and each.is_identity))
+        }
 
     @property
     def size(self) -> int:
@@ -168,7 +199,7 @@ class Latents:
         return self.of(select(self.data, among))
 
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
-        with pyro.validation_enabled(False), _Place(self._places, u) as place:
+        with pyro.validation_enabled(False), _Place(self._places, self._maps, u) as place:
             trace = particle_trace(self.model, self.data, u.shape[0])
             trace.compute_log_prob(lambda name, site: name in self._places or name in self._observed)
         return trace, place
@@ -189,16 +220,28 @@ class Latents:
         for name in self._places:
             site = site_of(trace, name)
             value: Any = into_support(site["fn"].support).inv(site["value"])
+            if name in self._maps:
+                value = self._maps[name].inverse(value)
             parts.append(value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1))
         return torch.cat(parts, -1)
+
+
+@contextlib.contextmanager
+def _own_draws(on_gpu: bool) -> Iterator[None]:
+    """The same random numbers each time, while those of others go on as if none had been drawn."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            torch.cuda.manual_seed_all(0)
+        yield
 
 
 class _Place(Messenger):
     """Puts a vector u where a program would draw its latent sites, and adds up log |dz / du|."""
 
-    def __init__(self, places: dict[str, tuple[slice, torch.Size]], u: Tensor):
+    def __init__(self, places: dict[str, tuple[slice, torch.Size]], maps: dict[str, Map], u: Tensor):
         super().__init__()
-        self.places, self.u = places, u
+        self.places, self.maps, self.u = places, maps, u
         self.log_det = u.new_zeros(())
 
     def _pyro_sample(self, msg) -> None:
@@ -206,12 +249,19 @@ class _Place(Messenger):
             return
         where, shape = self.places[msg["name"]]
         value = self.u[..., where].reshape(*self.u.shape[:2], *shape)
+        if msg["name"] in self.maps:
+            value, log_slope = self.maps[msg["name"]](value)
+            self._add(log_slope)
         if not is_whole_space(msg["fn"].support):
             transform = into_support(msg["fn"].support)
-            free, value = value, transform(value)
-            log_det = transform.log_abs_det_jacobian(free, value)
-            self.log_det = self.log_det + cast(Tensor, sum_rightmost(log_det, log_det.dim() - 2))
+            free, value = value, cast(Tensor, transform(value))
+            self._add(transform.log_abs_det_jacobian(free, value))
+            if msg["name"] in self.maps:
+                value = within_type(value, msg["fn"].support)
         msg["value"] = value
+
+    def _add(self, log_det: Tensor) -> None:
+        self.log_det = self.log_det + cast(Tensor, sum_rightmost(log_det, log_det.dim() - 2))
 
 
 class _Unobserved(UnconditionMessenger):
@@ -220,6 +270,82 @@ class _Unobserved(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["infer"].get("_deterministic"):
             super()._pyro_sample(msg)
+
+
+def gaussian_map(one: Any, some: Any, shape: torch.Size, like: Tensor) -> Map | None:
+    """The map to v ~ N(0, 1) of a site's unconstrained values; None where there is none.
+
+    There is one where the site is made of independent numbers, and their distribution is the same each time.
+
+    Args:
+        one: the distribution of the site, of batch shape (1, 1).
+        some: the same in other traces, of any batch shape that broadcasts with (1, 1).
+        shape: of the site's unconstrained value, without the batch.
+        like: a tensor of the type, and on the device, of u.
+    """
+    one, some = (_numbers(_in_double(fn, {}), math.prod(shape)) for fn in (one, some))
+    if one is None or some is None:
+        return None
+
+    def log_density(u: Tensor) -> Tensor:
+        return _free_log_prob(one, u.reshape(-1, 1, 1, *shape)).reshape(u.shape)
+
+    try:
+        draws = cast(Tensor, into_support(one.support).inv(one.sample((257,))))
+        draws = draws.reshape(257, *[1] * (3 + len(shape) - draws.dim()), *draws.shape[1:])
+        draws = draws.double().expand(257, 1, 1, *shape)
+        u = draws[:32]
+        wanted, found = _free_log_prob(one, u), _free_log_prob(some, u)
+    except (NotImplementedError, ValueError, RuntimeError):  # no draws, no density there, or it mixes types
+        return None
+    if not torch.allclose(found, wanted.expand_as(found), rtol=1e-5, atol=1e-5):
+        return None
+    if type(one).log_prob is torch.distributions.Normal.log_prob:
+        return Affine(*(each.expand(1, 1, *shape)[0, 0].to(like).clone() for each in (one.loc, one.scale)))
+    return gaussianize(log_density, draws.flatten(1), shape, like)
+
+
+def _numbers(fn: Any, count: int) -> Any:
+    """The distribution of each of ``count`` independent numbers, of no event dimension, or of the only one; or None."""
+    fn = without_mask(fn)
+    if count == 1:
+        return fn
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return None if fn.event_shape else fn
+
+
+def _free_log_prob(fn: Any, u: Tensor) -> Tensor:
+    """The log-density of unconstrained numbers u ``(T, 1, 1, *shape)``, each by itself: ``(T, K, B, *shape)``."""
+    transform = into_support(fn.support)
+    batch = [*fn.batch_shape, *[1] * (u.dim() - 3 if fn.event_shape else 0)]
+    u = u.expand(len(u), *torch.broadcast_shapes(u.shape[1:], batch))
+    value = cast(Tensor, transform(u))
+    log_prob = fn.log_prob(within_type(value, fn.support))
+    log_det = transform.log_abs_det_jacobian(u, value)
+    log_prob = log_prob + sum_rightmost(log_det, log_det.dim() - log_prob.dim())
+    return log_prob.reshape(u.shape)
+
+
+def _in_double(part: Any, made: dict[int, Any]) -> Any:
+    """A distribution, or what one is made of, with parameters in double precision: some round values to their type."""
+    if isinstance(part, Tensor):
+        return part.double() if part.is_floating_point() else part
+    if isinstance(part, list):
+        return [_in_double(each, made) for each in part]
+    if not isinstance(part, torch.distributions.Distribution | Transform):
+        return part
+    if id(part) not in made:
+        made[id(part)] = copy.copy(part)
+        inside = {name: _in_double(value, made) for name, value in vars(part).items()}
+        made[id(part)].__dict__.update(inside)
+    return made[id(part)]
+
+
+def within_type(value: Tensor, support: Any) -> Tensor:
+    """Positive numbers, none of them rounded to zero, where a density may be infinite; others as they are."""
+    is_positive = innermost(support) in (constraints.positive, constraints.nonnegative)
+    return value.clamp(min=torch.finfo(value.dtype).tiny) if is_positive else value
 
 
 def without_mask(fn: Any) -> Any:
