@@ -1,11 +1,12 @@
 """check_program: whether the log-weights of a model and guide are those of the data that they are given."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, constraints
+from pyro.distributions import MaskedDistribution, Unit, constraints
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -20,6 +21,7 @@ from pyro_vae.infer.programs import (
     traces,
     unseen_sites,
 )
+from pyro_vae.infer.supports import innermost
 from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
 
 MOST_ALONE = 8
@@ -253,3 +255,74 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether log-probabilities are the same up to rounding, in batches of other sizes."""
     relative = 1e-9 if b.dtype == torch.float64 else 1e-4
     return torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=relative, atol=relative)
+
+
+def check_whole(runs: list[poutine.Trace], pinned: Mapping[str, Tensor]) -> list[str]:
+    """The observed sites of a program without a data plate, of which several runs are given.
+
+    Args:
+        runs: its traces.
+        pinned: latent sites on which nothing depends.
+
+    Raises:
+        ContractError: if its sites change from run to run, are discrete, scaled, or wrongly observed, or none is there
+            to integrate over or to observe.
+    """
+    kinds = [{name: site_of(run, name)["is_observed"] for name in sample_sites(run)} for run in runs]
+    changing = {name for kind in kinds for name in {*kinds[0], *kind} if kind.get(name) != kinds[0].get(name)}
+    shapes = [{name: site_of(run, name)["value"].shape for name in sample_sites(run)} for run in runs]
+    changing |= {name for shape in shapes for name in shape if shape[name] != shapes[0].get(name)}
+    if changing:
+        raise ContractError(unsteady(changing))
+    for name in sample_sites(run := runs[0]):
+        site = site_of(run, name)
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
+            raise ContractError(
+                f"site '{name}' is scaled, by a subsampled plate or poutine.scale, which makes log p(x) that of no "
+                "data set: give all data, in a plate of their number"
+            )
+        if site["is_observed"]:
+            _check_possible(name, site)
+        elif name not in pinned and innermost(site["fn"].support).is_discrete:
+            raise ContractError(
+                f"site '{name}' is discrete, on {site['fn'].support}, so that its log-density has no gradient to "
+                "follow: sum it out of the program, by a mixture distribution or pyro.ops"
+            )
+    observed = [name for name in sample_sites(run) if site_of(run, name)["is_observed"]]
+    if not observed:
+        raise ContractError(
+            "the model must have an observed site or a pyro.factor, it has none: pass obs= to pyro.sample"
+        )
+    if not set(latent_sites(run)) - set(pinned):
+        raise ContractError("the model has no latent site, so that its trace's log_prob_sum() is log Z")
+    return observed
+
+
+def _check_possible(name: str, site: Any) -> None:
+    """Refuse what is observed and impossible, or scored against the data of others."""
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, Unit):
+        return
+    seen = seen_entries(site)
+    if (value.isnan() & seen).any():
+        raise ContractError(f"the observed site '{name}' holds NaN: fill in what was not seen, and mask it")
+    possible = fn.support.check(value)
+    counts = seen.flatten(seen.dim() - fn.event_dim).all(-1) if fn.event_dim and seen.dim() else seen
+    if (~possible & counts).any():
+        raise ContractError(
+            f"the observed site '{name}' holds values outside the support of {type(fn).__name__}, {fn.support}: its "
+            "log_prob of them is no log-likelihood"
+        )
+    one_each, scored = value.shape[: value.dim() - fn.event_dim].numel(), fn.log_prob(value).numel()
+    if scored > one_each > 1:
+        raise ContractError(
+            f"the observed site '{name}' has {one_each} values of shape {tuple(value.shape)} and {scored} "
+            f"log-probabilities, of batch shape {tuple(fn.batch_shape)}: let the shapes agree"
+        )
+
+
+def unsteady(names: set[str]) -> str:
+    return (
+        f"sites {', '.join(sorted(names))} change from run to run of the program, in being there, in being observed "
+        "or in their shape: log Z needs the same latent variables in every run"
+    )
