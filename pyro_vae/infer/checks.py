@@ -157,11 +157,11 @@ def seen_entries(site: dict[str, Any]) -> Tensor:
     seen = torch.ones((), dtype=torch.bool, device=site["value"].device)
     if mask is not None:
         mask = torch.as_tensor(mask, device=seen.device).bool()
-        seen = seen & mask.reshape(*mask.shape, *[1] * fn.event_dim)
+        seen = seen & mask.reshape((*mask.shape, *[1] * fn.event_dim))
     while isinstance(fn, Independent | MaskedDistribution):
         if isinstance(fn, MaskedDistribution):
             mask = torch.as_tensor(fn._mask, device=seen.device).bool()
-            seen = seen & mask.reshape(*mask.shape, *[1] * fn.event_dim)
+            seen = seen & mask.reshape((*mask.shape, *[1] * fn.event_dim))
         fn = fn.base_dist
     return seen
 

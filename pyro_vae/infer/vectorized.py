@@ -29,7 +29,7 @@ class Vectorized:
 
     def each(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
         """A tree of tensors that a function makes of one vector, of each: ``(K, D)`` to tensors ``(K, *)``."""
-        with _NoFailure():
+        with NaNFactors():
             if not self.at_once:
                 return tree_map(lambda *found: torch.stack(found), *map(function, u))
             with warnings.catch_warnings():
@@ -38,7 +38,7 @@ class Vectorized:
 
     def draws(self, draw: Callable[[], Tensor], like: Tensor, num_samples: int) -> Tensor:
         """Independent results of a function that draws, ``(D,)`` each: ``(K, D)``, without gradients."""
-        with torch.no_grad(), _NoFailure():
+        with torch.no_grad(), NaNFactors():
             if self.draws_at_once:
                 with contextlib.suppress(Exception), _DrawsOfMany():  # some distributions cannot
                     many = vmap(lambda _: draw(), randomness="different", chunk_size=self.at_a_time)
@@ -67,7 +67,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b.to(a.dtype), rtol=relative, atol=relative, equal_nan=True)
 
 
-class _NoFailure(TorchFunctionMode):
+class NaNFactors(TorchFunctionMode):
     """A Cholesky factor of what is not positive definite is NaN, where it would end the runs of all others."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

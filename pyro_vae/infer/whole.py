@@ -21,7 +21,7 @@ from pyro_vae.infer.checks import check_whole, seen_entries, unsteady
 from pyro_vae.infer.programs import Program, added, latent_sites, sample_sites, site_of, unseen_sites
 from pyro_vae.infer.supports import Latents, _Unobserved, into_support, unmasked_log_prob, without_mask
 from pyro_vae.infer.trees import Data
-from pyro_vae.infer.vectorized import Vectorized
+from pyro_vae.infer.vectorized import NaNFactors, Vectorized
 
 NUM_RUNS, NUM_TRIED = 5, 256
 """How often a program is run to see whether its sites stay, and how many draws may have no finite density."""
@@ -36,7 +36,7 @@ class _Site(NamedTuple):
 
 
 class WholeProgram(Latents):
-    """The latent variables of a whole program, for all of its data, as one vector u in R^D: B = 1.
+    """The latent variables of a whole program, for all of its data, as one vector u in R^D.
 
     The program is any: Bayesian regression, a hierarchical model, a process with hyperparameters. It needs no plate of
     data and is written for one draw of its latent variables; K of them are run at once by :func:`torch.func.vmap`,
@@ -58,7 +58,7 @@ class WholeProgram(Latents):
     Attributes:
         dim: D.
         like: a number of the type, and on the device, of u.
-        data: the tensors among ``args`` and ``kwargs``, with a first dimension of 1 each.
+        data: the tensors among ``args`` and ``kwargs``, B times each; B is 1, or the number of rows in :meth:`select`.
         is_hierarchical: whether some location or scale depends on another latent site, so that ``centred`` matters.
 
     Raises:
@@ -81,12 +81,13 @@ class WholeProgram(Latents):
         self._leaves, self._spec = tree_flatten((args, dict(kwargs or {})))
         self.data: Any = [leaf.unsqueeze(0) for leaf in self._leaves if isinstance(leaf, Tensor)] or torch.zeros(1)
         self._guide_moments: list[Tensor] = []
+        self._drawn: list[Tensor] = []
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             raise ContractError(
                 f"the guide, {type(guide).__name__}, was never run and so never trained: train it first, or leave "
                 "it out"
             )
-        with torch.no_grad(), pyro.validation_enabled(False):
+        with torch.no_grad(), pyro.validation_enabled(False), NaNFactors():
             runs = [self._run() for _ in range(NUM_RUNS)]
             self._pinned = self._bear_on_nothing(runs[0])
             self._observed = check_whole(runs, self._pinned)
@@ -97,6 +98,8 @@ class WholeProgram(Latents):
             self._places: dict[str, Any] = self._placed(runs[0], names)
             self.dim = max(place.where.stop for place in self._places.values())
             self.like = self._read(runs[0]).new_zeros(())
+            if isinstance(self.data, Tensor):
+                self.data = self.data.to(self.like.device)
             priors = runs if self._improper or guide is None else [_traced(model, *self._arguments) for _ in runs]
             self.is_hierarchical = any(_is_moved(priors, name) for name in names)
             values = [site_of(runs[0], name)["value"] for name in sample_sites(runs[0])]
@@ -112,11 +115,11 @@ class WholeProgram(Latents):
         return self._many.at_once
 
     def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, 1, D) -> (K, 1)`` each, in nats."""
+        """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, B, D) -> (K, B)`` each, in nats."""
         return self._each(self._log_joint, u)
 
     def log_guide(self, u: Tensor) -> Tensor:
-        """log q(u): ``(K, 1, D) -> (K, 1)``, in nats; log p(u) without a guide."""
+        """log q(u): ``(K, B, D) -> (K, B)``, in nats; log p(u) without a guide."""
         return self.log_joint_and_guide(u)[2]
 
     def log_joint_and_guide(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +133,7 @@ class WholeProgram(Latents):
         return self._each(self._log_joint_and_guide, u)
 
     def sample_prior(self, num_samples: int) -> Tensor:
-        """Draws of u ~ p(u), shape ``(K, 1, D)``, without gradients.
+        """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients.
 
         Raises:
             ContractError: naming the site, if its prior is improper.
@@ -140,17 +143,19 @@ class WholeProgram(Latents):
         return self._draws(lambda: self._read(_traced(self.model, *self._arguments)), num_samples)
 
     def sample_guide(self, num_samples: int) -> Tensor:
-        """Draws of u ~ q(u), shape ``(K, 1, D)``, without gradients; of p(u) without a guide."""
+        """Draws of u ~ q(u), shape ``(K, B, D)``, without gradients; of p(u) without a guide."""
         if not isinstance(self.guide, AutoGuide):
             return self._draws(lambda: self._read(self._run()), num_samples)
         loc, factor = self._moments()
-        return loc + torch.randn(num_samples, 1, self.dim).to(self.like) @ factor.mT
+        return loc + torch.randn(num_samples, self.size, self.dim).to(self.like) @ factor.mT
 
     def prior_draws(self, num_samples: int) -> Tensor:
         """Draws of u ~ p(u), shape ``(K, D)``; where that is improper, of the guide, ten times as wide."""
         if not self._improper:
-            return self.sample_prior(num_samples).squeeze(1)
-        draws = self.sample_guide(num_samples).squeeze(1)
+            if self._many.draws_at_once or not self._drawn or len(self._drawn[0]) < num_samples:
+                self._drawn[:] = [self.select(slice(1)).sample_prior(num_samples).squeeze(1)]
+            return self._drawn[0][:num_samples]  # the same again where each one takes long
+        draws = self.select(slice(1)).sample_guide(num_samples).squeeze(1)
         return draws.mean(0) + 10 * (draws - draws.mean(0))
 
     def simulate(self) -> tuple[Data, Tensor]:
@@ -188,11 +193,16 @@ class WholeProgram(Latents):
         other.__dict__.update(self.__dict__, data=data)
         return other
 
+    def select(self, among: Any) -> "WholeProgram":
+        """The same data as often as a slice, or places ``(n,)``, says."""
+        rows = len(torch.arange(self.size)[among.cpu() if isinstance(among, Tensor) else among])
+        return self.of(tree_map(lambda leaf: leaf[:1].expand(rows, *leaf.shape[1:]), self.data))
+
     @property
     def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs, with the tensors of ``data`` in their places."""
         tensors = iter(() if isinstance(self.data, Tensor) else self.data)
-        leaves = [next(tensors).squeeze(0) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [next(tensors)[0] if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._spec)
 
     def _run(self) -> poutine.Trace:
@@ -261,14 +271,15 @@ class WholeProgram(Latents):
         return *self._split_one(trace, log_det), log_guide
 
     def _each(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
-        """A function of one u, ``(D,)``, that gives numbers, of many: ``(K, 1, D) -> (K, 1)``."""
+        """A function of one u, ``(D,)``, that gives numbers, of many: ``(K, B, D) -> (K, B)``."""
         with pyro.validation_enabled(False):
-            return tree_map(lambda each: each.unsqueeze(1), self._many.each(function, u.squeeze(1)))
+            return tree_map(lambda each: each.reshape(u.shape[:2]), self._many.each(function, u.flatten(0, 1)))
 
     def _draws(self, draw: Callable[[], Tensor], num_samples: int) -> Tensor:
-        """Independent results of a function that draws, ``(D,)`` each: ``(K, 1, D)``."""
+        """Independent results of a function that draws, ``(D,)`` each: ``(K, B, D)``."""
         with pyro.validation_enabled(False):
-            return self._many.draws(draw, self.like, num_samples).unsqueeze(1)
+            drawn = self._many.draws(draw, self.like, num_samples * self.size)
+        return drawn.reshape(num_samples, self.size, self.dim)
 
     def _moments(self) -> list[Tensor]:
         """Mean ``(D,)`` of an automatic guide's draws of u, and a factor ``(D, D)`` of their covariance.
@@ -276,7 +287,8 @@ class WholeProgram(Latents):
         A guide that is a point gets a tenth of the prior's width.
         """
         if not self._guide_moments:
-            draws = self._draws(lambda: self._read(self._run()), max(1000, 20 * self.dim)).squeeze(1).double()
+            some = self.select(slice(1))
+            draws = some._draws(lambda: some._read(some._run()), max(1000, 20 * self.dim)).squeeze(1).double()
             width = torch.ones_like(draws[0])
             if not self._improper:
                 low, high = self.prior_draws(1000).double().quantile(width.new_tensor([0.16, 0.84]), dim=0)
@@ -314,7 +326,8 @@ class WholeProgram(Latents):
         with torch.enable_grad():
             trace = _traced(poutine.condition(self.model, data=values), *self._arguments)
             trace.compute_log_prob()
-            total = added(site_of(trace, each)["log_prob"].sum() for each in sample_sites(trace))
+            scored = (each for each in sample_sites(trace) if each not in self._pinned)
+            total = added(site_of(trace, each)["log_prob"].sum() for each in scored)
             if not total.requires_grad:
                 return False
             (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
@@ -335,7 +348,8 @@ class WholeProgram(Latents):
             found = {name: self._density(site_of(trace, name)) for name in self._places}
             return found | {name: site_of(trace, name)["log_prob"].sum() for name in self._observed}
 
-        finite = {name: each.isfinite() for name, each in self._each(densities, self.sample_guide(NUM_TRIED)).items()}
+        tried = self.prior_draws(2048)[:NUM_TRIED].unsqueeze(1) if self.guide is None else self.sample_guide(NUM_TRIED)
+        finite = {name: each.isfinite() for name, each in self._each(densities, tried).items()}
         if not torch.stack(list(finite.values())).all(0).any():
             name = min(finite, key=lambda name: finite[name].sum().item())
             whose = "the prior" if self.guide is None else "the guide"
