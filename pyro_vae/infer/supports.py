@@ -91,6 +91,18 @@ class Latents:
             if not (each is None or (isinstance(each, Affine) and each.is_identity))
         }
 
+    standard = False
+
+    @property
+    def latent_names(self) -> list[str]:
+        """The latent sites."""
+        return list(self._places)
+
+    @property
+    def observed_names(self) -> list[str]:
+        """The observed sites."""
+        return list(self._observed)
+
     @property
     def size(self) -> int:
         """B, the number of data."""

@@ -86,6 +86,11 @@ def laplace_approximation(
     return _refine(latents, approximation, num_refinements, num_samples) if num_refinements else approximation
 
 
+def laplace_cost(dim: int) -> int:
+    """Evaluations that :func:`laplace_approximation` takes by default from where the climb has ended."""
+    return 2 * 5 + 2 * dim + 2 + 2 * 9 * 16
+
+
 def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:
     """Median of p(u), and half the width of its central 68 %: mean and standard deviation if it is normal; ``(D,)``."""
     at = torch.tensor([0.16, 0.5, 0.84]).to(latents.like)

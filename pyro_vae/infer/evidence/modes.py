@@ -11,6 +11,7 @@ from pyro_vae.infer.evidence.laplace import (
     Coordinates,
     climb,
     laplace_approximation,
+    laplace_cost,
     log_joint,
     prior_location_and_width,
 )
@@ -67,11 +68,6 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
     if len(rows) == size:
         return Starts(rows, coordinates, None, unseen, cost)
     return _weighed(latents, rows, coordinates, unseen, cost)
-
-
-def laplace_cost(dim: int) -> int:
-    """Evaluations that a Laplace approximation takes from where the climb ended; see laplace_approximation."""
-    return 2 * 5 + 2 * dim + 2 + 2 * 9 * 16
 
 
 def _elsewhere(latents: Latents, modes: Tensor, num: int) -> Tensor:

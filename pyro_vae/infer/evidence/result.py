@@ -1,5 +1,6 @@
 """What every estimator of log p(x) returns."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,6 +94,32 @@ def concatenate(parts: Iterable[Evidence]) -> Evidence:
     parts = list(parts)
     fields = zip(*parts, strict=True)
     return Evidence(*(torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields))
+
+
+def t_factor(freedom: int) -> float:
+    """By how much an error from few draws is widened, so that 1.96 times it is a 95 % interval of Student's t.
+
+    Quantiles of t by the expansion of Abramowitz & Stegun 1964, 26.7.5: within 1 % from 3 degrees of freedom on.
+    """
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return 1 + sum(term / max(freedom, 1) ** (i + 1) for i, term in enumerate(terms)) / z
+
+
+def log_mean_of_groups(log_z: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the mean of estimates ``(G, B)`` of p(x), and its error from their spread, ``(B,)`` each."""
+    whole = log_z.logsumexp(0) - math.log(len(log_z))
+    error = (log_z - whole).exp().std(0) / len(log_z) ** 0.5
+    return whole, error * t_factor(len(log_z) - 1)
+
+
+def rounding(log_px: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding alone may do to log p(x) of programs that compute in ``dtype``, ``(B,)``: no error is smaller."""
+    return 4 * torch.finfo(dtype).eps * log_px.abs().clamp(min=1)
 
 
 def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:

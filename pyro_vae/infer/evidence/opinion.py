@@ -1,0 +1,171 @@
+"""A second opinion: log p(x) once more, from the prior, where modes that a start has missed would show."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.errors import ContractError
+from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups
+from pyro_vae.infer.evidence.rounds import adaptive, coordinates_of
+from pyro_vae.infer.evidence.smc import SMC, sample_particles
+from pyro_vae.infer.supports import Latents
+
+if TYPE_CHECKING:
+    from pyro_vae.infer.evidence.annealed import Annealing
+
+MANY_UNSEEN = 0.5
+"""Share of modes that no climb has met, as far as can be told, above which others are sure to have been missed."""
+BATCH = 64
+"""Observations that are tried together."""
+MANY_WRONG = 0.05
+"""Share of the observations tried on which the second opinion may differ without doubt falling on all the others."""
+
+
+def second_opinion(latents: Latents, rows: int, num_particles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x) by sequential Monte Carlo from the prior, its error, and what it cost, ``(B,)`` each.
+
+    The error is infinite where particles did not arrive. In many dimensions the estimate is low, by more than it says:
+    it can show that another one is too low, and never that one is too high.
+    """
+    kind, settings = "normal" if latents.standard else "prior", SMC(num_particles)
+    evaluate, parts = evaluator(latents, kind, False), []
+    size = max(1, rows // num_particles)
+    for first in range(0, latents.size, size):
+        part = latents.select(slice(first, first + size))
+        path = Path(part, coordinates_of(part, "prior"), kind, settings.num_leapfrogs, evaluate)
+        found = sample_particles(path, settings)
+        log_z, error = log_mean_of_groups(found.log_z)
+        parts.append((log_z, torch.where(found.arrived, error, math.inf), found.evaluations))
+    log_z, error, cost = (torch.cat(each) for each in zip(*parts, strict=True))
+    return log_z, error, cost
+
+
+def decided(latents: Latents, evidence: Evidence, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether a second opinion contradicts, ``(B,)``, and it: more particles are asked as long as that is in doubt."""
+    log_z, error, cost = second_opinion(latents, rows, 128)
+    for num_particles in (512, 2048, 8192):
+        differs = contradicts(evidence.log_px, evidence.mc_se, log_z, error)
+        higher = log_z - evidence.log_px > 0.5 * error
+        doubt = (higher & ~differs & (error > 0.03)) | (differs & (error > 0.3))
+        again = doubt.nonzero().squeeze(1)
+        if len(again) == 0:
+            break
+        more = second_opinion(latents.select(again), rows, num_particles)
+        log_z, error = log_z.index_copy(0, again, more[0]), error.index_copy(0, again, more[1])
+        cost = cost.index_add(0, again, more[2])
+    return contradicts(evidence.log_px, evidence.mc_se, log_z, error), log_z, error, cost
+
+
+def contradicts(log_z: Tensor, error: Tensor, other: Tensor, other_error: Tensor) -> Tensor:
+    """Whether another estimate, low in expectation, is higher than one by more than both errors allow, ``(B,)``.
+
+    By Markov's inequality an unbiased estimate of p(x) is d nats too high with a probability of at most exp(-d).
+    """
+    allowed = 4 * torch.hypot(error, other_error) + 0.02
+    return (other - log_z > allowed) & (other_error < 1)
+
+
+def checked(
+    latents: Latents,
+    evidence: Evidence,
+    unseen: Tensor,
+    settings: "Annealing",
+    rows: int,
+    compiled: bool,
+    bar: tqdm,
+) -> Evidence:
+    """The evidence, with what second opinions say of it; where they are confirmed, it is put right."""
+    budget = float(evidence.evaluations.sum())
+    device = evidence.log_px.device
+    suspect = unseen >= MANY_UNSEEN
+    order = torch.randperm(latents.size, device=device)
+    order = order[(~suspect[order]).long().argsort(stable=True)]  # suspects first
+    tried = torch.zeros_like(suspect)
+    wrong = torch.zeros_like(suspect)
+    first, wanted = 0, int(suspect.sum()) + settings.num_checked if settings.num_checked else 0
+    cost, spent = evidence.evaluations.clone(), 0.0
+    while first < min(wanted, latents.size):
+        among = order[first : min(wanted, latents.size)][:BATCH].sort().values
+        part = latents.select(among)
+        differs, other, error, paid = decided(part, pick(evidence, among), rows)
+        tried[among] = True
+        wrong[among] = differs
+        cost[among] += paid
+        spent += float(paid.sum())
+        if differs.any():
+            places = among[differs]
+            right = _put_right(latents.select(places), settings, rows, compiled, bar, other[differs], error[differs])
+            evidence = _replaced(evidence, places, right)
+            cost[places] += right.evaluations
+        first += len(among)
+        if wrong.any() and first >= wanted and spent < budget:
+            wanted = min(latents.size, 2 * wanted)
+        if spent > budget and first >= settings.num_checked:
+            break
+    known = evidence.reliable & ~(suspect & ~tried)
+    if wrong.any() and wrong.sum() > MANY_WRONG * tried.sum():
+        known = known & tried
+    return evidence._replace(reliable=known, evaluations=cost)
+
+
+def _put_right(
+    latents: Latents,
+    settings: "Annealing",
+    rows: int,
+    compiled: bool,
+    bar: tqdm,
+    other: Tensor,
+    other_error: Tensor,
+) -> Evidence:
+    """Chains from the prior where those from elsewhere were contradicted; reliable where the other opinion confirms."""
+    found = adaptive(latents, settings, rows, compiled, bar, start="prior")
+    agree = ~contradicts(found.log_z, found.mc_se, other, other_error)
+    nan = torch.full_like(found.log_z, math.nan)
+    return Evidence(
+        torch.where(agree, found.log_z, other),
+        torch.where(agree, found.mc_se, other_error),
+        ess=nan,
+        khat=nan,
+        num_invalid=(~found.log_z.isfinite()).long(),
+        acceptance=found.acceptance,
+        reliable=agree & (found.mc_se <= settings.error),
+        evaluations=found.evaluations,
+    )
+
+
+def pick(evidence: Evidence, among: Tensor) -> Evidence:
+    """The evidence of some of the observations."""
+    return Evidence(*(each[among] if isinstance(each, Tensor) else each for each in evidence))
+
+
+def _replaced(evidence: Evidence, places: Tensor, right: Evidence) -> Evidence:
+    """The evidence with other estimates in some places; what it cost is counted elsewhere."""
+    fields = {}
+    for name, value in right._asdict().items():
+        if isinstance(value, Tensor) and name != "evaluations":
+            fields[name] = getattr(evidence, name).index_copy(0, places, value)
+    return evidence._replace(**fields)
+
+
+def check_start(latents: Latents, num_draws: int = 64) -> None:
+    """Refuse programs with an observation whose density is finite at no draw of prior or guide.
+
+    Raises:
+        ContractError: naming the sites whose density is not.
+    """
+    with torch.no_grad():
+        draws = torch.cat([latents.sample_guide(num_draws), latents.sample_prior(num_draws)])
+        log_prior, log_likelihood = latents.log_joint(draws)
+    for what, value in (("prior", log_prior), ("observed", log_likelihood)):
+        lost = ~value.isfinite().any(0)
+        if lost.any():
+            names = latents.latent_names if what == "prior" else latents.observed_names
+            raise ContractError(
+                f"the log-density of {' and '.join(map(repr, names))} is finite at none of {len(draws)} draws of guide "
+                f"and prior for {int(lost.sum())} observations, the first of which is number "
+                f"{int(lost.nonzero()[0])}: there is no posterior to be annealed to"
+            )

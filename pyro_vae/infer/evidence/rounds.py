@@ -1,0 +1,243 @@
+"""Chains that go to the posterior and return, for as many rounds as each observation needs for the error asked for."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
+from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, prior_location_and_width
+from pyro_vae.infer.evidence.modes import Starts, find_starts
+from pyro_vae.infer.evidence.result import t_factor
+from pyro_vae.infer.supports import Latents
+
+if TYPE_CHECKING:
+    from pyro_vae.infer.evidence.annealed import Annealing
+
+WIDENING = 1.05
+"""Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
+BLOCK = 2048
+"""Observations whose starts are kept together, so that those that need another round make full batches."""
+
+
+class Found(NamedTuple):
+    """Estimates of B observations, ``(B,)`` each."""
+
+    log_z: Tensor
+    mc_se: Tensor
+    acceptance: Tensor
+    unseen: Tensor
+    evaluations: Tensor
+
+
+def adaptive(
+    latents: Latents, settings: "Annealing", rows: int, compiled: bool, bar: tqdm, start: str | None = None
+) -> Found:
+    """Estimates of all observations, from rounds of chains; ``rows`` is how many z may be evaluated at once."""
+    sampler = _Sampler(latents, settings, start or settings.start, rows, compiled)
+    few = torch.randperm(latents.size)[:32].to(latents.like.device)
+    num, steps = sampler.pilot(latents.select(few))
+    bar.set_postfix(temperatures=num)
+    parts = []
+    for first in range(0, latents.size, BLOCK):
+        block = latents.select(slice(first, first + BLOCK))
+        parts.append(sampler.block(block, num, steps))
+        bar.update(block.size)
+    return Found(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+class _Sampler:
+    """What is the same for all observations."""
+
+    def __init__(self, latents: Latents, settings: "Annealing", start: str, rows: int, compiled: bool):
+        self.settings, normal = settings, start == "laplace" or (start == "prior" and latents.standard)
+        self.start, self.rows = start, max(1, rows // settings.num_chains)
+        self.kind: Start = "normal" if normal else cast(Start, start)
+        self.evaluate = evaluator(latents, self.kind, compiled)
+
+    def starts(self, latents: Latents) -> Starts:
+        """Where the chains of some observations start."""
+        settings, parts = self.settings, []
+        rows = max(1, self.rows * settings.num_chains // (settings.num_climbs + 1 if self.start == "laplace" else 64))
+        for first in range(0, latents.size, rows):
+            part = latents.select(slice(first, first + rows))
+            if self.start == "laplace":
+                starts = find_starts(part, settings.num_climbs, WIDENING)
+            else:
+                nothing = part.like.new_zeros(part.size, dtype=torch.float64)
+                places = torch.arange(part.size, device=nothing.device)
+                starts = Starts(places, coordinates_of(part, self.start), None, nothing, nothing + 64)
+            parts.append(starts._replace(rows=starts.rows + first))
+        return joined(parts)
+
+    def pilot(self, latents: Latents) -> tuple[int, Tensor]:
+        """How many temperatures give most observations the error asked for, and step sizes that suit most, ``(T - 1,)``."""
+        settings, starts, num = self.settings, self.starts(latents), 4
+        while True:
+            betas, steps = self.ladder(latents, num), []
+            found = self.round(latents, starts, betas, None, steps)
+            wide = found.mc_se.nan_to_num(nan=math.inf).quantile(0.7).item() / settings.error
+            if wide <= 1 or num >= settings.most_temperatures:
+                middle = torch.cat(steps, 1).median(1).values
+                return num, middle
+            num = min(settings.most_temperatures, math.ceil(num * min(wide**2, 3)))
+
+    def ladder(self, latents: Latents, num: int) -> Tensor:
+        return self.settings.temperatures(num).to(latents.like)
+
+    def block(self, latents: Latents, num: int, steps: Tensor) -> Found:
+        """Rounds with more and more temperatures for those observations that do not have the error asked for yet."""
+        settings, starts = self.settings, self.starts(latents)
+        found = self.round(latents, starts, self.ladder(latents, num), steps)
+        found = found._replace(evaluations=found.evaluations + starts.evaluations)
+        while num < settings.most_temperatures:
+            worse = ~(found.mc_se <= settings.error) | (found.acceptance < 0.3)
+            again = worse.nonzero().squeeze(1)
+            if len(again) == 0:
+                break
+            wide = (found.mc_se[again] / settings.error).nan_to_num(nan=2.0, posinf=2.0).median().item()
+            num = min(settings.most_temperatures, math.ceil(num * min(max(wide**2, 2), 4)))
+            more = self.round(latents.select(again), some_of(starts, again), self.ladder(latents, num), None)
+            more = more._replace(evaluations=more.evaluations + found.evaluations[again])
+            found = Found(*(a.index_copy(0, again, b) for a, b in zip(found, more, strict=True)))
+        return found
+
+    def round(
+        self, latents: Latents, starts: Starts, betas: Tensor, steps: Tensor | None, kept: list | None = None
+    ) -> Found:
+        """One estimate of each observation; ``steps`` None: adapted, and appended to ``kept``."""
+        log_z, mc_se, acceptance, cost = ([] for _ in range(4))
+        order = []
+        for places, path in self._paths(latents, starts):
+            mine = path.coordinates.log_det
+            if steps is None:
+                longest = longest_step(self.start, self.settings.num_leapfrogs)
+                sizes = warm_up(path, betas, self.settings.num_warmup_chains, longest, self.settings.target_acceptance)
+                if kept is not None:
+                    kept.append(sizes)
+            else:
+                sizes = steps.unsqueeze(1).expand(-1, len(mine))
+            for each, value in zip(
+                (log_z, mc_se, acceptance), there_and_back(path, betas, sizes, self.settings.num_chains), strict=True
+            ):
+                each.append(value)
+            cost.append(torch.full_like(log_z[-1], float(path.evaluations)))
+            order.append(places)
+        back = torch.cat(order).argsort()
+        values = (torch.cat(each)[back] for each in (log_z, mc_se, acceptance, cost))
+        return _combined(starts, latents.size, *values)
+
+    def _paths(self, latents: Latents, starts: Starts) -> Iterator[tuple[Tensor, Path]]:
+        """The rows by chunks, those of observations with several modes apart, which alone need the mixture."""
+        places = torch.arange(len(starts.rows), device=starts.rows.device)
+        alone = starts.rows.bincount(minlength=latents.size)[starts.rows] == 1
+        for group in (places[alone], places[~alone]):
+            for among in group.split(self.rows) if len(group) else ():
+                mixture = None
+                if starts.mixture is not None and not alone[among[0]]:
+                    mixture = Mixture(*(each[among] for each in starts.mixture))
+                coordinates = Coordinates(*(each[among] for each in starts.coordinates))
+                yield (
+                    among,
+                    Path(
+                        latents.select(starts.rows[among]),
+                        coordinates,
+                        self.kind,
+                        self.settings.num_leapfrogs,
+                        self.evaluate,
+                        mixture,
+                    ),
+                )
+
+
+def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log Z, its error, and the acceptance rate, ``(R,)`` each, by chains that go to the posterior and return.
+
+    Chains back begin where those there ended, resampled by their weights and moved twice more; Bennett's ratio joins
+    both. Chains there say too little of p(x) where they arrive late, chains back too much: together they are in the
+    right place, and half of what they disagree by is the least that is stated as error.
+    """
+    there, state, acceptance = anneal(path, betas, path.evaluate(path.draw(num_chains)), steps)
+    state = state.select(resample(there))
+    for _ in range(2):
+        state, _ = path.transition(state, betas[-1], steps[-1])
+    back, _, _ = anneal(path, betas.flip(0), state, steps.flip(0))
+    log_z, error = bennett(there, back)
+    apart = (there.logsumexp(0) + back.logsumexp(0) - 2 * math.log(num_chains)).abs()
+    return log_z, torch.maximum(error * t_factor(num_chains - 1), apart / 4), acceptance
+
+
+def longest_step(start: str, num_leapfrogs: int) -> float:
+    """A quarter of a standard normal's period in all, after which a trajectory has forgotten where it began.
+
+    Coordinates of other starts than laplace know the posterior's width less well, and may need twice as much.
+    """
+    return (0.5 if start == "laplace" else 1) * math.pi / num_leapfrogs
+
+
+def coordinates_of(latents: Latents, start: str) -> Coordinates:
+    """Coordinates in which the guide's draws, or the prior's, are about a unit ball."""
+    if start == "guide":
+        draws = latents.sample_guide(64)
+        return diagonal(draws.mean(0), draws.std(0).clamp(min=1e-6))
+    if latents.standard:
+        loc = latents.like.new_zeros(latents.size, latents.dim)
+        return diagonal(loc, torch.ones_like(loc))
+    return diagonal(*(each.expand(latents.size, -1) for each in prior_location_and_width(latents)))
+
+
+def joined(parts: list[Starts]) -> Starts:
+    """The starts of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    mixture = None
+    if any(part.mixture is not None for part in parts):
+        most = max(part.mixture.log_weight.shape[1] for part in parts if part.mixture is not None)
+        mixture = Mixture(*map(torch.cat, zip(*(_padded(part, most) for part in parts), strict=True)))
+    coordinates = Coordinates(*map(torch.cat, zip(*(part.coordinates for part in parts), strict=True)))
+    rows, unseen, evaluations = (torch.cat([part[i] for part in parts]) for i in (0, 3, 4))
+    return Starts(rows, coordinates, mixture, unseen, evaluations)
+
+
+def _padded(starts: Starts, most: int) -> Mixture:
+    """The mixture of each row, with ``most`` normals, of which the last weigh nothing."""
+    if starts.mixture is None:
+        loc, factor, log_det = starts.coordinates
+        own = torch.zeros(len(loc), dtype=torch.long, device=loc.device)
+        inverse = torch.eye(loc.shape[1], dtype=loc.dtype, device=loc.device).expand_as(factor)
+        mixture = Mixture(loc.unsqueeze(1), inverse.unsqueeze(1), torch.zeros_like(log_det).unsqueeze(1), own)
+    else:
+        mixture = starts.mixture
+    missing = most - mixture.log_weight.shape[1]
+    loc, inverse, log_weight, own = mixture
+    if missing:
+        loc, inverse = (torch.cat([a, a[:, :1].expand(-1, missing, *a.shape[2:])], 1) for a in (loc, inverse))
+        log_weight = torch.cat([log_weight, torch.full_like(log_weight[:, :1], -math.inf).expand(-1, missing)], 1)
+    return Mixture(loc, inverse, log_weight, own)
+
+
+def some_of(starts: Starts, among: Tensor) -> Starts:
+    """The starts of some of the observations, whose places are in ascending order."""
+    number = torch.full((int(starts.rows.max()) + 1,), -1, device=among.device)
+    number[among] = torch.arange(len(among), device=among.device)
+    kept = number[starts.rows] >= 0
+    mixture = None if starts.mixture is None else Mixture(*(each[kept] for each in starts.mixture))
+    coordinates = Coordinates(*(each[kept] for each in starts.coordinates))
+    return Starts(number[starts.rows[kept]], coordinates, mixture, starts.unseen[among], starts.evaluations[among])
+
+
+def _combined(starts: Starts, size: int, log_z: Tensor, mc_se: Tensor, acceptance: Tensor, cost: Tensor) -> Found:
+    """Estimates of observations from those of their rows, whose p(x) add up."""
+    rows = starts.rows
+
+    def added(values: Tensor) -> Tensor:
+        return values.new_zeros(size).index_add(0, rows, values)
+
+    highest = torch.full_like(starts.unseen, -math.inf).scatter_reduce(0, rows, log_z.nan_to_num(nan=math.inf), "amax")
+    whole = highest + added((log_z - highest[rows]).exp()).log()
+    share = (log_z - whole[rows]).exp()
+    error = added((share * mc_se).square()).sqrt()
+    return Found(whole, error, added(share * acceptance), starts.unseen, added(cost))
