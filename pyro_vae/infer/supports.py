@@ -91,8 +91,6 @@ class Latents:
             if not (each is None or (isinstance(each, Affine) and each.is_identity))
         }
 
-    standard = False
-
     @property
     def latent_names(self) -> list[str]:
         """The latent sites."""
