@@ -79,6 +79,30 @@ def mixture_of_forty(dim: int) -> Task:
     return closed_form(f"mixture_of_forty_{dim}d", programs, x, reference, "closed form")
 
 
+def squares(dim: int) -> Task:
+    """z ~ N(0, I), x ~ N(Q z^2, 0.3), Q of orthonormal columns: 2^D modes, alike but for signs; the guide knows one.
+
+    Q'x is N(z^2, 0.3) and the rest of x is noise, so that p(x) is a product of one-dimensional integrals.
+    """
+    random, noise = draws(110 + dim), 0.3
+    columns, _ = torch.linalg.qr(double(random.normal(size=(2 * dim, dim))))
+    programs = one_site(
+        dist.Normal(torch.zeros(dim).double(), 1.0).to_event(1),
+        lambda z: dist.Normal(z.square() @ columns.mT, noise).to_event(1),
+        lambda x: dist.Normal((x @ columns).clamp(min=0.05).sqrt(), 0.2).to_event(1),
+    )
+    x = double(random.normal(size=(8, dim))).square() @ columns.mT + noise * double(random.normal(size=(8, 2 * dim)))
+    seen = x @ columns
+
+    def one(z: Tensor) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(z) + Normal(z.square(), noise).log_prob(seen.flatten())
+
+    log_each, error = (each.view(seen.shape) for each in log_integral(over_reals(one), panels(-3.2, 3.2, 40)))
+    rest = -0.5 * (x - seen @ columns.mT).square().sum(-1) / noise**2 - dim / 2 * math.log(2 * math.pi * noise**2)
+    result = log_each.sum(-1) + rest, error.sum(-1)
+    return integral(f"squares_{dim}d", programs, x, result, "product of quadratures")
+
+
 # Tails
 
 

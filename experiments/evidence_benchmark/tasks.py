@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from experiments.evidence_benchmark import exact, planar
+from experiments.evidence_benchmark import certified, exact, frozen, planar
 from experiments.evidence_benchmark.task import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
     "absolute_value": exact.absolute_value,
+    "squares_2d": partial(exact.squares, 2),
+    "squares_10d": partial(exact.squares, 10),
     "gamma_poisson": exact.gamma_poisson,
     "horseshoe_collapsed": partial(exact.collapsed, "horseshoe_collapsed", df=1.0, dim=10, scale=0.5),
     "student_t_collapsed": partial(exact.collapsed, "student_t_collapsed", df=2.0, dim=50, scale=1.0),
@@ -20,6 +22,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "eight_schools": exact.eight_schools,
     "brownian_motion": exact.brownian_motion,
     "brownian_motion_unknown_scales": exact.brownian_motion_of_unknown_scales,
+    "logistic_wine": certified.stored("logistic_wine", partial(certified.logistic_regression, "wine")),
+    "cox_process_8x8": certified.stored("cox_process_8x8", partial(certified.cox_process, 8)),
+    "cox_process_10x10": certified.stored("cox_process_10x10", partial(certified.cox_process, 10)),
+    "digits_2d": frozen.digits_2d,
     **{f"planar_{name}": partial(planar.planar, name) for name in planar.PRIORS},
     "planar_two_layers": planar.two_layers,
     **{f"planar_{name}_tripled": partial(planar.planar, name, tripled=True) for name in planar.PRIORS},
