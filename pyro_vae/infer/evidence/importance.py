@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from pyro_vae.infer.checks import check_program
-from pyro_vae.infer.diagnostics import pareto_smooth, pareto_tail_length
-from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, whitened_log_joint
+from pyro_vae.infer.diagnostics import pareto_k_threshold, pareto_smooth, pareto_tail_length
+from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost, whitened_log_joint
+from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.programs import Program, log_weights, scoring
 from pyro_vae.infer.supports import Latents
@@ -36,6 +37,7 @@ def importance_sampling(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    num_checked: int = 16,
 ) -> Evidence:
     """Estimate log p(x) of each observation from K importance samples of a proposal.
 
@@ -58,6 +60,12 @@ def importance_sampling(
         compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
             effects.
         progress: show a progress bar.
+        num_checked: observations, drawn at random, on which chains from the prior are to confirm the estimate, which
+            draws around some of several modes cannot; 0 leaves modes that were missed untold.
+
+    ``reliable`` is false where Pareto's k is above its threshold, or unknown, and where sequential Monte Carlo from the
+    prior, tried on ``num_checked`` of the others, finds more of p(x): on those, and on all that were not tried if these
+    are more than a few. It takes its own random numbers, and needs continuous latent sites.
 
     Returns:
         Evidence of the N observations, in nats per datum. ``acceptance`` is NaN.
@@ -94,7 +102,12 @@ def importance_sampling(
                     yield log_w
 
             results = [reduce_log_weights(chunks(draw), num_samples, smooth) for draw in parts]
-    return concatenate(results)
+        evidence = concatenate(results)
+        cost = torch.full_like(evidence.log_px, float(num_samples))
+        if proposal == "laplace":
+            cost += 40 + laplace_cost(Latents(model, guide, select(data, slice(1))).dim)
+        evidence = evidence._replace(evaluations=cost)
+        return confirmed(model, guide, data, evidence, rows, num_checked)
 
 
 def _from_guide(
@@ -190,7 +203,14 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
         num_invalid=invalid,
         acceptance=torch.full_like(total, math.nan),
         num_samples=num_samples,
+        reliable=known_by_k(total - math.log(num_samples), variance.sqrt(), khat, num_samples),
+        evaluations=torch.full_like(total, float(num_samples)),
     )
+
+
+def known_by_k(log_px: Tensor, mc_se: Tensor, khat: Tensor, num_samples: int) -> Tensor:
+    """Whether Pareto's k lets estimates be believed, or weights that are all the same, ``(B,)``."""
+    return log_px.isfinite() & ((khat <= pareto_k_threshold(num_samples)) | (mc_se < 1e-4))
 
 
 def _replace(total: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A second opinion: log p(x) once more, from the prior, where modes that a start has missed would show."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups
 from pyro_vae.infer.evidence.rounds import adaptive, coordinates_of
 from pyro_vae.infer.evidence.smc import SMC, sample_particles
+from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.trees import Data
 
 if TYPE_CHECKING:
     from pyro_vae.infer.evidence.annealed import Annealing
@@ -79,7 +81,7 @@ def checked(
     bar: tqdm,
 ) -> Evidence:
     """The evidence, with what second opinions say of it; where they are confirmed, it is put right."""
-    budget = float(evidence.evaluations.sum())
+    budget = float(cast(Tensor, evidence.evaluations).sum())
     device = evidence.log_px.device
     suspect = unseen >= MANY_UNSEEN
     order = torch.randperm(latents.size, device=device)
@@ -87,7 +89,7 @@ def checked(
     tried = torch.zeros_like(suspect)
     wrong = torch.zeros_like(suspect)
     first, wanted = 0, int(suspect.sum()) + settings.num_checked if settings.num_checked else 0
-    cost, spent = evidence.evaluations.clone(), 0.0
+    cost, spent = cast(Tensor, evidence.evaluations).clone(), 0.0
     while first < min(wanted, latents.size):
         among = order[first : min(wanted, latents.size)][:BATCH].sort().values
         part = latents.select(among)
@@ -100,13 +102,13 @@ def checked(
             places = among[differs]
             right = _put_right(latents.select(places), settings, rows, compiled, bar, other[differs], error[differs])
             evidence = _replaced(evidence, places, right)
-            cost[places] += right.evaluations
+            cost[places] += cast(Tensor, right.evaluations)
         first += len(among)
         if wrong.any() and first >= wanted and spent < budget:
             wanted = min(latents.size, 2 * wanted)
         if spent > budget and first >= settings.num_checked:
             break
-    known = evidence.reliable & ~(suspect & ~tried)
+    known = cast(Tensor, evidence.reliable) & ~(suspect & ~tried)
     if wrong.any() and wrong.sum() > MANY_WRONG * tried.sum():
         known = known & tried
     return evidence._replace(reliable=known, evaluations=cost)
@@ -135,6 +137,28 @@ def _put_right(
         reliable=agree & (found.mc_se <= settings.error),
         evaluations=found.evaluations,
     )
+
+
+def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int) -> Evidence:
+    """The evidence, not reliable where second opinions contradict it; random numbers are left as they were."""
+    known = cast(Tensor, evidence.reliable)
+    places = known.nonzero().squeeze(1)
+    if num_checked == 0 or len(places) == 0:
+        return evidence
+    devices = [known.device] if known.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), evaluating(model, guide):
+        try:
+            latents = Latents(model, guide, data, gaussian=True)
+        except ContractError:  # a discrete site: there is no path to follow from the prior
+            return evidence
+        among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
+        wrong, _, _, paid = decided(latents.select(among), pick(evidence, among), rows)
+    cost = cast(Tensor, evidence.evaluations).index_add(0, among, paid)
+    if wrong.sum() > MANY_WRONG * len(wrong):
+        known = torch.zeros_like(known).index_fill(0, among[~wrong], True)
+    else:
+        known = known.index_fill(0, among[wrong], False)
+    return evidence._replace(reliable=known, evaluations=cost)
 
 
 def pick(evidence: Evidence, among: Tensor) -> Evidence:

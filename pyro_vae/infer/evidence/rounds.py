@@ -74,7 +74,7 @@ class _Sampler:
         return joined(parts)
 
     def pilot(self, latents: Latents) -> tuple[int, Tensor]:
-        """How many temperatures give most observations the error asked for, and step sizes that suit most, ``(T - 1,)``."""
+        """How many temperatures T give most the error asked for, and step sizes that suit most, ``(T - 1,)``."""
         settings, starts, num = self.settings, self.starts(latents), 4
         while True:
             betas, steps = self.ladder(latents, num), []

@@ -1,4 +1,4 @@
-"""log p(x) by sequential Monte Carlo from the prior: temperatures as the weights ask for, resampling, Hamiltonian moves."""
+"""Sequential Monte Carlo from the prior: temperatures as the weights ask for, resampling, Hamiltonian moves."""
 
 import math
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
 
 
 def _next(gain: Tensor, rest: Tensor, share: float) -> Tensor:
-    """How far the temperature may rise, ``(B,)``, at most by ``rest``, so that ``share`` of the weights stay effective."""
+    """How far the temperature may rise, ``(B,)``, at most by ``rest``, for ``share`` of the weights to stay effective."""
 
     def enough(change: Tensor) -> Tensor:
         log_w = change * gain
