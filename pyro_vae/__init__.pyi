@@ -22,6 +22,7 @@ from .infer.evidence.exact import quadrature as quadrature
 from .infer.evidence.gaps import inference_gaps as inference_gaps
 from .infer.evidence.importance import importance_sampling as importance_sampling
 from .infer.evidence.result import Evidence as Evidence
+from .infer.evidence.smc import smc as smc
 from .infer.objectives import ELBO as ELBO
 from .infer.objectives import IWAE as IWAE
 from .infer.objectives import BetaELBO as BetaELBO

@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 
 import numpy as np
 import pyro
@@ -31,9 +30,11 @@ from pyro_vae import (
 )
 from pyro_vae.infer.evidence import annealed
 from pyro_vae.infer.evidence.annealed import Sandwich
+from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.importance import reduce_log_weights
 from pyro_vae.infer.evidence.laplace import laplace_approximation
-from pyro_vae.infer.evidence.result import difference_estimate
+from pyro_vae.infer.evidence.result import difference_estimate, t_factor
+from pyro_vae.infer.evidence.rounds import coordinates_of
 from pyro_vae.infer.supports import Latents
 from pyro_vae.parts import priors
 
@@ -339,7 +340,7 @@ def test_estimates_leave_no_gradients_and_need_none(start):
         evidence = annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=3, start=start))
         coordinates = laplace_approximation(Latents(vae.model, vae.guide, x))
     sandwich = bidirectional_monte_carlo(vae.model, vae.guide, x, Annealing(num_temperatures=3, start=start))
-    for each in (*evidence[:-1], *coordinates, *sandwich.lower[:-1], *sandwich.upper[:-1]):
+    for each in (*tensors_of(evidence), *coordinates, *tensors_of(sandwich.lower), *tensors_of(sandwich.upper)):
         assert not each.requires_grad
     assert all(p.grad is None for p in vae.parameters())
 
@@ -397,8 +398,14 @@ def test_laplace_proposal_refuses_bad_arguments(arguments, message):
 # ---- annealed importance sampling
 
 
+def tensors_of(evidence):
+    fields = [field for field in evidence if isinstance(field, torch.Tensor)]
+    assert len(fields) == 8  # all but num_samples
+    return fields
+
+
 def check_evidence(evidence, batch, acceptance=True):
-    assert all(field.shape == (batch,) for field in evidence[:-1])
+    assert all(field.shape == (batch,) for field in tensors_of(evidence))
     assert evidence.log_px.dtype == torch.float64
     assert (evidence.num_invalid == 0).all()
     if acceptance:
@@ -406,11 +413,14 @@ def check_evidence(evidence, batch, acceptance=True):
 
 
 @pytest.mark.parametrize("dim", [2, 10, 50])
-def test_annealing_from_laplace_is_exact_for_a_gaussian_posterior(dim):
+def test_annealing_from_laplace_is_all_but_exact_for_a_gaussian_posterior(dim):
     vae = linear_gaussian(2 * dim + 5, dim)
     x = torch.randn(4, 2 * dim + 5, dtype=torch.float64)
     evidence = annealed_importance_sampling(vae.model, far_guide(dim), x)
-    torch.testing.assert_close(evidence.log_px, vae.log_px(x), rtol=0, atol=1e-4)
+    error = evidence.log_px - vae.log_px(x)
+    assert (error.abs() < 4 * evidence.mc_se).all()
+    assert (evidence.mc_se < 0.1).all()  # but for a start that is a twentieth too wide it would be zero
+    assert evidence.reliable.all()
     check_evidence(evidence, 4)
 
 
@@ -466,8 +476,9 @@ def test_weights_of_few_temperatures_are_unbiased(start, schedule):
 def path_of(program, guide, x, settings):
     """What a chain needs, with the coordinates of the start."""
     latents = Latents(program.model, guide, x)
-    evaluate = partial(annealed._evaluate, latents, settings.start)
-    return annealed._Path(latents, annealed._coordinates(latents, settings), settings, evaluate)
+    kind = "normal" if settings.start == "laplace" else settings.start
+    coordinates = laplace_approximation(latents) if kind == "normal" else coordinates_of(latents, kind)
+    return Path(latents, coordinates, kind, settings.num_leapfrogs, evaluator(latents, kind, False))
 
 
 def gaussian_between(vae, x, beta):
@@ -582,17 +593,17 @@ def test_schedules():
 def test_step_sizes_are_frozen_and_go_back_the_way_they_came(monkeypatch):
     vae, x = linear_gaussian(), torch.randn(2, 7, dtype=torch.float64)
     sizes = torch.rand(4, 2, dtype=torch.float64)  # five temperatures, two observations
-    monkeypatch.setattr(annealed, "_warm_up", lambda path, betas: sizes.clone())
+    monkeypatch.setattr(annealed, "step_sizes", lambda path, betas, settings: sizes.clone())
     taken = []
-    transition = annealed._Path.transition
+    transition = Path.transition
 
     def record(path, state, beta, step):
         taken.append((round(beta.item(), 6), step.tolist()))
         return transition(path, state, beta, step)
 
-    monkeypatch.setattr(annealed._Path, "transition", record)
+    monkeypatch.setattr(Path, "transition", record)
     forward = [(beta, step.tolist()) for beta, step in zip((0.2, 0.4, 0.6, 0.8), sizes, strict=True)]
-    annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=5))
+    annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=5, num_checked=0))
     assert taken == forward
     taken.clear()
     bidirectional_monte_carlo(vae.model, vae.guide, x, Annealing(num_temperatures=5))
@@ -612,7 +623,7 @@ def test_step_sizes_end_at_the_longest():
     vae, x = linear_gaussian(), torch.randn(2, 7, dtype=torch.float64)
     for settings in (Annealing(), Annealing(num_leapfrogs=6)):
         path = path_of(vae, vae.guide, x, settings)
-        steps = annealed._warm_up(path, settings.temperatures(5).to(x))
+        steps = annealed.step_sizes(path, settings.temperatures(5).to(x), settings)
         torch.testing.assert_close(steps, torch.full((4, 2), 0.5 * math.pi / settings.num_leapfrogs).double())
 
 
@@ -688,7 +699,8 @@ def test_one_temperature_is_importance_sampling_from_the_start(start):
     proposal = "laplace" if start == "laplace" else "guide"
     plain = importance_sampling(model, guide, x, 10, proposal=proposal)
     assert stats.ks_2samp(evidence.log_px.numpy(), plain.log_px.numpy()).pvalue > 0.01
-    assert stats.ks_2samp(evidence.mc_se.numpy(), plain.mc_se.numpy()).pvalue > 0.01
+    delta = evidence.mc_se / t_factor(9)
+    assert stats.ks_2samp(delta.numpy(), plain.mc_se.numpy()).pvalue > 0.01
 
 
 def test_annealing_in_single_precision():
@@ -776,6 +788,11 @@ def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
         assert error < 0.06
     share = sandwich.data.mean().item()
     assert abs(share - log_px[1].exp().item()) < 4 * 0.5 / 100
+
+
+def test_t_factors():
+    for freedom in (3, 5, 9, 15, 31, 1000):
+        assert t_factor(freedom) == pytest.approx(stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975), rel=0.01)
 
 
 # ---- rough estimates of all, fine ones of some

@@ -14,11 +14,14 @@ from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
 from pyro_vae.infer.evidence.importance import importance_sampling, reduce_log_weights
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
+from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+from pyro_vae.infer.evidence.smc import smc
 
 __all__ = [
     "CREMER_2018",
+    "SMC",
     "WU_2017",
     "Annealing",
     "Coordinates",
@@ -39,4 +42,5 @@ __all__ = [
     "local_mean_field",
     "quadrature",
     "reduce_log_weights",
+    "smc",
 ]

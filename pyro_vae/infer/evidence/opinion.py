@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups
 from pyro_vae.infer.evidence.rounds import adaptive, coordinates_of
-from pyro_vae.infer.evidence.smc import SMC, sample_particles
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data

@@ -111,7 +111,7 @@ def in_chunks(
     with scoring(model, guide):
         check_program(model, guide, next(split(data, 1000)))
         rows = rows_per_chunk(model, guide, data, memory)
-        latents = Latents(model, guide, data)
+        latents = Latents(model, guide, data, gaussian=True)
     size = max(1, rows // 3 // num_chains)  # a gradient keeps what a forward pass would drop
     if draws:
         kept = draws * num_chains * latents.dim * latents.like.element_size()
@@ -120,7 +120,7 @@ def in_chunks(
     with bar, evaluating(model, guide):
         for part in split(data, size):
             check_program(model, guide, part, neighbours=False)
-            yield Latents(model, guide, part), bar
+            yield latents.of(part), bar
             bar.update(data_size(part))
 
 
