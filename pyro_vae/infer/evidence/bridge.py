@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import evaluator
-from pyro_vae.infer.evidence.importance import reduce_log_weights
 from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
-from pyro_vae.infer.evidence.posterior import PosteriorChains, in_chunks, posterior_chains
+from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, contradicted, in_chunks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence, concatenate
-from pyro_vae.infer.programs import Program, added
+from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.tracing import Compiled
 from pyro_vae.infer.trees import Data
@@ -97,7 +96,7 @@ def estimate(latents: Latents, settings: PosteriorChains = DEFAULTS, tools: Tool
             rows.append(torch.logaddexp(at.double(), mirrored.double()) - math.log(2) - _log_normal(each))
         ratios.append(torch.stack(rows))
     log_px, mc_se, ess, settled = _bridge(*ratios)
-    doubted = _contradicted(latents, settings.num_chains, log_px, mc_se)
+    doubted = contradicted(latents, log_px, mc_se, settings.num_chains)
     spent = posterior.evaluations + 3 * moved[..., 0, 0].numel() + PRIOR_DRAWS
     return Evidence(
         log_px=log_px,
@@ -178,15 +177,3 @@ def batch_variance(draws: Tensor) -> Tensor:
     batches = (sums[length:] - sums[:-length]) / length
     squares = (batches - draws.mean((0, 1))).square().mean((0, 1))
     return squares * length * n / (n - length) / (n * num_chains)
-
-
-PRIOR_DRAWS = 1024
-
-
-def _contradicted(latents: Latents, rows: int, log_px: Tensor, mc_se: Tensor) -> Tensor:
-    """Whether draws of the prior find clearly more mass than the estimate knows of, as of a mode not seen, ``(B,)``."""
-    with torch.no_grad():
-        weights = [added([latents.log_joint(latents.sample_prior(rows))[1]]) for _ in range(-(-PRIOR_DRAWS // rows))]
-    found = reduce_log_weights(weights, rows * len(weights))
-    certain = (found.mc_se < 0.3) & (found.ess > 20)
-    return certain & (found.log_px - log_px > 4 * torch.hypot(found.mc_se, mc_se))

@@ -13,15 +13,18 @@ from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
 from pyro_vae.infer.evidence.chains import Path, State
-from pyro_vae.infer.evidence.importance import _free_memory, rows_per_chunk
+from pyro_vae.infer.evidence.importance import _free_memory, reduce_log_weights, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, prior_location_and_width
 from pyro_vae.infer.evidence.modes import laplace_cost
-from pyro_vae.infer.programs import Program, evaluating, scoring
+from pyro_vae.infer.programs import Program, added, evaluating, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, first_tensor, split
 
 RUN_AWAY = 20.0
 """Chains that stay further out than this, in units of the prior's width, may run away."""
+
+
+PRIOR_DRAWS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class PosteriorChains:
     num_draws: int = 500
     num_leapfrogs: int = 4
     target_acceptance: float = 0.8
-    max_rhat: float = 1.02
-    min_ess: float = 200
+    max_rhat: float = 1.01
+    min_ess: float = 400
 
     def __post_init__(self):
         for name, bound in {"num_chains": 4, "num_warmup": 20, "num_draws": 8, "num_leapfrogs": 1}.items():
@@ -260,3 +263,15 @@ def _worst(e: Tensor, log_joint: Tensor) -> tuple[Tensor, Tensor]:
         rhat.append(split_rhat(variables).max())
         ess.append(torch.minimum(bulk_ess(variables), tail_ess(variables)).min())
     return torch.stack(rhat), torch.stack(ess)
+
+
+def contradicted(latents: Latents, log_px: Tensor, mc_se: Tensor, rows: int) -> Tensor:
+    """Whether draws of the prior find clearly more mass than an estimate knows of, as of a mode not seen: ``(B,)``.
+
+    ``rows`` of them are scored at a time, :data:`PRIOR_DRAWS` in all.
+    """
+    with torch.no_grad():
+        weights = [added([latents.log_joint(latents.sample_prior(rows))[1]]) for _ in range(-(-PRIOR_DRAWS // rows))]
+    found = reduce_log_weights(weights, rows * len(weights))
+    certain = (found.mc_se < 0.3) & (found.ess > 20)
+    return certain & (found.log_px - log_px > 4 * torch.hypot(found.mc_se, mc_se))
