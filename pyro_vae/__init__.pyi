@@ -18,11 +18,14 @@ from .infer.evidence.annealed import Annealing as Annealing
 from .infer.evidence.annealed import annealed_importance_sampling as annealed_importance_sampling
 from .infer.evidence.annealed import bidirectional_monte_carlo as bidirectional_monte_carlo
 from .infer.evidence.bridge import bridge_sampling as bridge_sampling
+from .infer.evidence.distortion import rate_distortion as rate_distortion
 from .infer.evidence.exact import quadrature as quadrature
 from .infer.evidence.gaps import inference_gaps as inference_gaps
 from .infer.evidence.importance import importance_sampling as importance_sampling
 from .infer.evidence.result import Evidence as Evidence
+from .infer.evidence.reverse import sandwich as sandwich
 from .infer.evidence.smc import smc as smc
+from .infer.evidence.thermodynamic import thermodynamic_integration as thermodynamic_integration
 from .infer.objectives import ELBO as ELBO
 from .infer.objectives import IWAE as IWAE
 from .infer.objectives import BetaELBO as BetaELBO

@@ -81,6 +81,53 @@ class SeparableBernoulli:
         return torch.where(x == 1, math.log(one), math.log1p(-one)).sum(-1)
 
 
+class Fold:
+    """z ~ N(0, 1), x ~ N(abs(z), 0.2): two modes, of which the guide knows one."""
+
+    @staticmethod
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.abs(), 0.2), obs=x)
+
+    @staticmethod
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.2))
+
+    @staticmethod
+    def log_px(x: Tensor) -> Tensor:
+        def density(z, x):
+            return stats.norm.pdf(z) * stats.norm.pdf(x, abs(z), 0.2)
+
+        values = [integrate.quad(density, -9, 9, args=(v,), points=(-v, 0, v), limit=200)[0] for v in x.tolist()]
+        return torch.tensor(values, dtype=torch.float64).log()
+
+
+class Funnel:
+    """v ~ N(0, 3), z_1 .. z_9 ~ N(0, exp(v / 2)), x ~ N(z_1, 5) (Neal 2003)."""
+
+    @staticmethod
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            v = pyro.sample("v", dist.Normal(x.new_zeros(len(x)), 3.0))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(9), (v / 2).exp().unsqueeze(-1)).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., 0], 5.0), obs=x)
+
+    @staticmethod
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("v", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 9), 1.0).to_event(1))
+
+    @staticmethod
+    def log_px(x: Tensor) -> Tensor:
+        def density(v, x):
+            return stats.norm.pdf(v, 0, 3) * stats.norm.pdf(x, 0, math.sqrt(25 + math.exp(v)))
+
+        return torch.tensor([integrate.quad(density, -30, 30, args=(v,), limit=200)[0] for v in x.tolist()]).log()
+
+
 class GaussianChain:
     """z2 ~ N(0, I), z1 | z2 ~ N(A z2, s1^2 I), x | z1 ~ N(W z1, s^2 I): p(x) is normal."""
 

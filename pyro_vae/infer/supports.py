@@ -196,7 +196,7 @@ class Latents:
 
     def site_at(self, coordinate: int) -> str:
         """The site that a coordinate of u belongs to."""
-        return next(name for name, (where, _) in self._places.items() if where.start <= coordinate < where.stop)
+        return next(name for name, place in self._places.items() if coordinate < place[0].stop)
 
     def of(self, data: Data) -> "Latents":
         """The same for other data."""

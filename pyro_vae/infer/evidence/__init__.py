@@ -9,6 +9,7 @@ from pyro_vae.infer.evidence.annealed import (
     bidirectional_monte_carlo,
 )
 from pyro_vae.infer.evidence.bridge import bridge_sampling
+from pyro_vae.infer.evidence.distortion import RateDistortion, Tempering, rate_distortion
 from pyro_vae.infer.evidence.exact import enumeration, quadrature
 from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
 from pyro_vae.infer.evidence.importance import importance_sampling, reduce_log_weights
@@ -17,7 +18,9 @@ from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean
 from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+from pyro_vae.infer.evidence.reverse import sandwich
 from pyro_vae.infer.evidence.smc import smc
+from pyro_vae.infer.evidence.thermodynamic import Thermodynamic, thermodynamic_integration
 
 __all__ = [
     "CREMER_2018",
@@ -29,7 +32,10 @@ __all__ = [
     "InferenceGaps",
     "LocalPosterior",
     "PosteriorChains",
+    "RateDistortion",
     "Sandwich",
+    "Tempering",
+    "Thermodynamic",
     "annealed_importance_sampling",
     "bidirectional_monte_carlo",
     "bridge_sampling",
@@ -41,6 +47,9 @@ __all__ = [
     "local_flow",
     "local_mean_field",
     "quadrature",
+    "rate_distortion",
     "reduce_log_weights",
+    "sandwich",
     "smc",
+    "thermodynamic_integration",
 ]

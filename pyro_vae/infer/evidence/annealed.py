@@ -195,13 +195,14 @@ def _there_only(latents: Latents, settings: Annealing, rows: int, compiled: bool
 
 
 class Sandwich(NamedTuple):
-    """log p(x) of simulated observations between two estimates.
+    """log p(x) of observations between two estimates.
 
     Attributes:
         lower: annealed importance sampling, low in expectation.
-        upper: the same chains in reverse from the exact posterior, high in expectation. Its chains share their first
-            point, so that ``mc_se`` understates how much another simulation would differ: use that of :meth:`width`.
-        data: the simulated data, as the programs take them.
+        upper: the same chains in reverse from the posterior, high in expectation. On simulated data they share their
+            first point, so that ``mc_se`` understates how much another simulation would differ: use that of
+            :meth:`width`.
+        data: the simulated data, or those given, as the programs take them.
     """
 
     lower: Evidence

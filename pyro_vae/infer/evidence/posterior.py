@@ -14,14 +14,19 @@ from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
 from pyro_vae.infer.evidence.chains import Path, State
 from pyro_vae.infer.evidence.importance import _free_memory, reduce_log_weights, rows_per_chunk
-from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, prior_location_and_width
-from pyro_vae.infer.evidence.modes import laplace_cost
+from pyro_vae.infer.evidence.laplace import (
+    Coordinates,
+    laplace_approximation,
+    laplace_cost,
+    prior_location_and_width,
+)
+from pyro_vae.infer.evidence.opinion import check_start
 from pyro_vae.infer.programs import Program, added, evaluating, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, first_tensor, split
 
-RUN_AWAY = 20.0
-"""Chains that stay further out than this, in units of the prior's width, may run away."""
+RUN_AWAY = 3.0
+"""Chains that stay further out than this, in units of the prior's width, are asked whether they run away."""
 
 
 PRIOR_DRAWS = 1024
@@ -123,7 +128,9 @@ def in_chunks(
     with bar, evaluating(model, guide):
         for part in split(data, size):
             check_program(model, guide, part, neighbours=False)
-            yield latents.of(part), bar
+            some = latents.of(part)
+            check_start(some)
+            yield some, bar
             bar.update(data_size(part))
 
 
@@ -234,18 +241,21 @@ def _adapt(
 
 
 def _check_that_none_runs_away(path: Path, e: Tensor) -> None:
-    """Refuse posteriors without mass in any finite region: chains stay far out, and twice as far is hardly less likely.
+    """Refuse posteriors without mass in any finite region: chains stay far out, and further out is hardly less likely.
 
-    A density of which half is left at twice the distance, or more, has no finite integral.
+    A density that falls no faster than the distance grows has no finite integral.
     """
     centre, width = prior_location_and_width(path.latents)
     distances = [((path.coordinates.to_latents(each) - centre) / width).abs() for each in e[-(len(e) // 4) :]]
-    far = distances[-1] > RUN_AWAY / 2
-    u = path.coordinates.to_latents(e[-1])
-    twice = path.coordinates.from_latents(torch.where(far, centre + 2 * (u - centre), u))
-    change = path.evaluate(twice).target - path.evaluate(e[-1]).target
-    stays = (torch.stack(distances).min(0).values > RUN_AWAY).any(-1)
-    share = (stays & ~(change < -math.log(2))).double().mean(0)
+    far, u = distances[-1] > RUN_AWAY, path.coordinates.to_latents(e[-1])
+    away = (torch.stack(distances).amin(0) > RUN_AWAY).any(-1)
+    if not away.any():
+        return
+    here = path.evaluate(e[-1]).target
+    for factor in (1.5, 2.0, 3.1, 4.7):
+        beyond = path.coordinates.from_latents(torch.where(far, centre + factor * (u - centre), u))
+        away &= ~(path.evaluate(beyond).target - here < -math.log(factor))
+    share = away.double().mean(0)
     if (share >= 0.25).any():
         datum = int(share.argmax())
         site = path.latents.site_at(int(distances[-1][:, datum].median(0).values.argmax()))

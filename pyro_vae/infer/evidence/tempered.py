@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.evidence.chains import Path
-from pyro_vae.infer.trees import data_size
 
 PILOT_RATE = 0.5
 
@@ -49,7 +48,7 @@ class Pilot(NamedTuple):
 def pilot(path: Path, last: float, num_chains: int, longest: float, target: float, most: int = 2000) -> Pilot:
     """Go from the start to the temperature ``last`` by steps as long as the chains allow, adapting their own steps."""
     state = path.evaluate(path.draw(num_chains))
-    step = torch.full((data_size(path.latents.data),), longest).to(state.start)
+    step = torch.full((path.latents.size,), longest).to(state.start)
     beta, length = 0.0, 0.0
     betas, lengths, steps = [beta], [length], [step]
     while beta < last and len(betas) < most:

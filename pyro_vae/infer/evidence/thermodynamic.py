@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import Path, Start, evaluator
-from pyro_vae.infer.evidence.laplace import diagonal, laplace_approximation, prior_location_and_width
-from pyro_vae.infer.evidence.modes import laplace_cost
+from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, contradicted, in_chunks, posterior_chains
-from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
+from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
 from pyro_vae.infer.evidence.tempered import pilot
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.trees import Data, data_size
+from pyro_vae.infer.trees import Data
 
 MAX_DRIFT = 4.5
 """Standard errors, of few chains, by which the halves of all draws may differ, as they do where chains lag behind."""
@@ -104,7 +104,8 @@ def thermodynamic_integration(
 
     Returns:
         Evidence of the N observations, in nats per datum. ``mc_se`` is that of the average over chains, which are
-        independent, and a third of what every other temperature would change, in quadrature; ``ess`` that of U at
+        independent, such that 1.96 times it is a 95 % interval, and a third of what every other temperature would
+        change, in quadrature; ``ess`` that of U at
         beta = 1. ``reliable`` where the chains of ``settings.check`` agree, the first and second half of the draws do,
         the error is below 0.5, and draws of the prior say nothing else. ``khat`` is NaN.
 
@@ -136,7 +137,7 @@ def estimate(latents: Latents, settings: Thermodynamic = DEFAULTS, tools: Tools 
     """:func:`thermodynamic_integration` of one chunk of data."""
     tools = tools or Tools.of(latents, settings, compiled=False)
     path, spent = _path(latents, settings, tools.path)
-    longest = (0.5 if settings.start == "laplace" else 1) * math.pi / settings.num_leapfrogs
+    longest = longest_step(settings.start, settings.num_leapfrogs)
     found = pilot(path, 1.0, settings.num_chains, longest, settings.target_acceptance)
     num = settings.num_temperatures or max(8, 2 * math.ceil(1.5 * found.lengths[-1].item()))
     betas, steps = found.place(num, torch.ones(1, dtype=torch.float64, device=latents.like.device))
@@ -146,9 +147,8 @@ def estimate(latents: Latents, settings: Thermodynamic = DEFAULTS, tools: Tools 
     of_chains = integral(betas, means)  # (2, C, B), of the halves of each chain
     of_halves = of_chains[0] - of_chains[1]
     drift = (of_halves.mean(0).abs() - 1e-3).clamp(min=0) / (of_halves.std(0) / settings.num_chains**0.5)
-    sampling = of_chains.mean(0).std(0) / settings.num_chains**0.5
-    mc_se = torch.hypot(sampling, (fine - coarse) / 3)
-    mc_se = mc_se + torch.finfo(latents.like.dtype).eps * fine.abs()  # else 0 where the start is the posterior
+    sampling = of_chains.mean(0).std(0) / settings.num_chains**0.5 * t_factor(settings.num_chains - 1)
+    mc_se = torch.maximum(torch.hypot(sampling, (fine - coarse) / 3), rounding(fine, latents.like.dtype))
     check = posterior_chains(latents, settings.check, tools.check)
     doubted = contradicted(latents, fine, mc_se, settings.num_chains)
     return Evidence(
@@ -166,15 +166,9 @@ def estimate(latents: Latents, settings: Thermodynamic = DEFAULTS, tools: Tools 
 
 def _path(latents: Latents, settings: Thermodynamic, evaluate: Callable) -> tuple[Path, int]:
     """The path, in coordinates in which its start is about a unit ball, and what finding them cost."""
-    spent = 0
-    if settings.start == "laplace":
-        where, spent = laplace_approximation(latents), 40 + laplace_cost(latents.dim)
-    elif settings.start == "guide":
-        draws = latents.sample_guide(64)
-        where = diagonal(draws.mean(0), draws.std(0).clamp(min=1e-6))
-    else:
-        size = data_size(latents.data)
-        where = diagonal(*(each.expand(size, -1) for each in prior_location_and_width(latents)))
+    laplace = settings.start == "laplace"
+    where = laplace_approximation(latents) if laplace else coordinates_of(latents, settings.start)
+    spent = 40 + laplace_cost(latents.dim) if laplace else 64
     return Path(latents, where, settings.path_start, settings.num_leapfrogs, evaluate), spent
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.evidence.chains import Path, evaluator
-from pyro_vae.infer.evidence.laplace import diagonal, prior_location_and_width
 from pyro_vae.infer.evidence.posterior import in_chunks
-from pyro_vae.infer.evidence.result import mean_and_errors
+from pyro_vae.infer.evidence.result import mean_and_errors, t_factor
+from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
 from pyro_vae.infer.evidence.tempered import Pilot, pilot
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.trees import Data, data_size
+from pyro_vae.infer.trees import Data
 
-MIN_ESS = 3.0
+MIN_ESS = 5.0
 """Chains that the weights must be worth; of fewer the error is not known."""
 
 
@@ -37,9 +37,9 @@ class Tempering:
         ValueError: if a setting is out of range.
     """
 
-    num_chains: int = 16
+    num_chains: int = 32
     num_temperatures: int | None = None
-    error: float = 0.3
+    error: float = 0.2
     num_leapfrogs: int = 5
     target_acceptance: float = 0.8
     most: int = 5000
@@ -153,26 +153,24 @@ def estimate(
 ) -> tuple[RateDistortion, int]:
     """:func:`rate_distortion` of one chunk of data, and how many temperatures it took."""
     evaluate = evaluate or evaluator(latents, "prior", compiled=False)
-    size, at = data_size(latents.data), betas.to(latents.like.device)
-    where = diagonal(*(each.expand(size, -1) for each in prior_location_and_width(latents)))
-    path = Path(latents, where, "prior", settings.num_leapfrogs, evaluate)
-    found = pilot(
-        path, at[-1].item(), settings.num_chains, math.pi / settings.num_leapfrogs, settings.target_acceptance
-    )
+    at = betas.to(latents.like.device)
+    path = Path(latents, coordinates_of(latents, "prior"), "prior", settings.num_leapfrogs, evaluate)
+    longest = longest_step("prior", settings.num_leapfrogs)
+    found = pilot(path, at[-1].item(), settings.num_chains, longest, settings.target_acceptance)
     placed, steps = found.place(settings.num_temperatures or _number(found, settings), at)
     state = path.evaluate(path.draw(settings.num_chains))
     log_w = torch.zeros_like(state.start, dtype=torch.float64)
     points, acceptances, wanted = [], [], set(at.tolist())
     for before, beta, step in zip(placed, placed[1:], steps[1:], strict=False):
-        log_w += (beta - before) * (state.target - state.start).double()
+        log_w += (beta - before) * (state.target - state.start).double()  # log p(x | z)
         state, acceptance = path.transition(state, beta.to(state.start), step)
         acceptances.append(acceptance)
         if beta.item() in wanted:
             points.append(_point(beta, log_w, (state.target - state.start).double()))
     acceptance = torch.stack(acceptances).mean(0).double()
-    fields = (torch.stack(field) for field in zip(*points, strict=True))
+    rows = {name: torch.stack(field) for name, field in zip(Point._fields, zip(*points, strict=True), strict=True)}
     spent = torch.full_like(acceptance, path.evaluations)
-    return RateDistortion(at, *fields, acceptance, spent), len(placed) - 1
+    return RateDistortion(at, **rows, acceptance=acceptance, evaluations=spent), len(placed) - 1
 
 
 def _number(found: Pilot, settings: Tempering) -> int:
@@ -181,8 +179,21 @@ def _number(found: Pilot, settings: Tempering) -> int:
     return min(settings.most, max(10, math.ceil(found.lengths[-1].item() ** 2 / allowed)))
 
 
-def _point(beta: Tensor, log_w: Tensor, log_likelihood: Tensor) -> tuple[Tensor, ...]:
-    """The entries of RateDistortion from ``rate`` to ``reliable``, from log-weights and log p(x | z): ``(C, B)``."""
+class Point(NamedTuple):
+    """The entries of :class:`RateDistortion` that there are for each beta, ``(B,)`` each."""
+
+    rate: Tensor
+    distortion: Tensor
+    log_z: Tensor
+    rate_se: Tensor
+    distortion_se: Tensor
+    log_z_se: Tensor
+    ess: Tensor
+    reliable: Tensor
+
+
+def _point(beta: Tensor, log_w: Tensor, log_likelihood: Tensor) -> Point:
+    """One point of the curve from log-weights and log p(x | z), ``(C, B)``."""
     size = len(log_w)
     log_z = log_w.logsumexp(0) - math.log(size)
     weight = (log_w - log_z).exp()  # of mean 1
@@ -190,7 +201,11 @@ def _point(beta: Tensor, log_w: Tensor, log_likelihood: Tensor) -> tuple[Tensor,
     # by the delta method: what each chain adds
     of_mean = weight * (log_likelihood - mean)
     of_log_z = weight - 1
-    errors = ((each.var(0) / size).sqrt() for each in (beta * of_mean - of_log_z, of_mean, of_log_z))
+
+    def error(each: Tensor) -> Tensor:
+        return (each.var(0) / size).sqrt() * t_factor(size - 1)
+
+    errors = error(beta * of_mean - of_log_z), error(of_mean), error(of_log_z)
     ess = weight.sum(0).square() / weight.square().sum(0)
     sound = (ess >= MIN_ESS) & mean.isfinite() & log_z.isfinite()
-    return beta * mean - log_z, -mean, log_z, *errors, ess, sound
+    return Point(beta * mean - log_z, -mean, log_z, *errors, ess, sound)
