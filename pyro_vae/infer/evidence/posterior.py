@@ -57,7 +57,7 @@ class PosteriorChains:
     num_draws: int = 500
     num_leapfrogs: int = 4
     target_acceptance: float = 0.8
-    max_rhat: float = 1.01
+    max_rhat: float = 1.02
     min_ess: float = 400
 
     def __post_init__(self):
