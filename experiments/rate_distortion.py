@@ -27,6 +27,8 @@ from pyro_vae.infer.evidence.result import mean_and_errors
 from pyro_vae.runs import figures
 from pyro_vae.runs.scoring import number
 
+ERRORS = "over images", "chains"
+
 
 @dataclass(frozen=True)
 class Settings:
