@@ -204,8 +204,8 @@ def report(rows: Sequence[Row], settings: Settings, seconds: float) -> str:
     """What estimators do on average, and then each task."""
     sections = [
         "Errors are those of log p(x) of one datum against its reference, in nats. Covered: the share of 95 %\n"
-        "intervals that hold it. Silently wrong: off by more than four stated errors and called reliable. Evaluations and\n"
-        "seconds are for each datum.",
+        "intervals that hold it. Silently wrong: off by more than four stated errors and called reliable. Evaluations\n"
+        "and seconds are for each datum.",
         overview(rows),
     ]
     for budget in sorted(settings.budgets):

@@ -10,7 +10,16 @@ import torch
 from experiments.evidence_benchmark.task import Task
 from pyro_vae import Annealing, Evidence, annealed_importance_sampling, importance_sampling, quadrature
 from pyro_vae.infer.diagnostics import pareto_k_threshold
-from pyro_vae.infer.evidence import CREMER_2018, WU_2017, PosteriorChains, bridge_sampling
+from pyro_vae.infer.evidence import (
+    CREMER_2018,
+    SMC,
+    WU_2017,
+    PosteriorChains,
+    Thermodynamic,
+    bridge_sampling,
+    smc,
+    thermodynamic_integration,
+)
 from pyro_vae.infer.evidence.laplace import laplace_cost
 from pyro_vae.infer.supports import Latents
 
@@ -55,14 +64,34 @@ def annealed(task: Task, budget: int) -> Evidence:
     return annealed_importance_sampling(task.model, task.guide, task.data, settings, **EAGER)
 
 
+def particles(task: Task, budget: int) -> Evidence:
+    """Sequential Monte Carlo from the prior with Hamiltonian moves, as if it took half a dozen temperatures."""
+    defaults = SMC()
+    each = 2 * 6 * defaults.num_leapfrogs * defaults.num_moves * defaults.num_groups
+    settings = replace(defaults, num_particles=defaults.num_groups * max(2, budget // each))
+    return smc(task.model, task.guide, task.data, settings, **EAGER)
+
+
 def bridge(task: Task, budget: int) -> Evidence:
-    """Bridge sampling from long posterior chains, of which three eighths are warm-up."""
-    defaults = PosteriorChains()
-    transitions = budget // (2 * defaults.num_chains * defaults.num_leapfrogs)
-    settings = replace(
-        defaults, num_warmup=max(20, transitions * 3 // 8), num_draws=max(8, transitions - transitions * 3 // 8)
-    )
-    return bridge_sampling(task.model, task.guide, task.data, settings, **EAGER)
+    """Bridge sampling from long posterior chains."""
+    return bridge_sampling(task.model, task.guide, task.data, _lengthened(PosteriorChains(), budget), **EAGER)
+
+
+def thermodynamic(task: Task, budget: int) -> Evidence:
+    """Thermodynamic integration, as if it took eight temperatures; a quarter is for the chains that check it."""
+    defaults = Thermodynamic()
+    transitions = budget * 3 // 4 // (8 * 2 * defaults.num_chains * defaults.num_leapfrogs)
+    num_warmup, num_draws = max(1, transitions // 5), max(4, transitions * 4 // 5)
+    check = _lengthened(defaults.check, budget // 4)
+    settings = replace(defaults, num_warmup=num_warmup, num_draws=num_draws, check=check)
+    return thermodynamic_integration(task.model, task.guide, task.data, settings, **EAGER)
+
+
+def _lengthened(settings: PosteriorChains, budget: int) -> PosteriorChains:
+    """Chains as long as the budget has it, with the share of warm-up that they had."""
+    transitions = budget // (2 * settings.num_chains * settings.num_leapfrogs)
+    num_warmup = transitions * settings.num_warmup // (settings.num_warmup + settings.num_draws)
+    return replace(settings, num_warmup=max(20, num_warmup), num_draws=max(8, transitions - num_warmup))
 
 
 def on_a_grid(task: Task, budget: int) -> Evidence:
@@ -76,7 +105,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "ais_wu": wu,
     "ais_cremer": cremer,
     "annealed": annealed,
+    "smc": particles,
     "bridge": bridge,
+    "thermodynamic": thermodynamic,
     "quadrature": on_a_grid,
 }
 """By the names that tables print."""

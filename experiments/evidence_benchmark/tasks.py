@@ -22,6 +22,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "eight_schools": exact.eight_schools,
     "brownian_motion": exact.brownian_motion,
     "brownian_motion_unknown_scales": exact.brownian_motion_of_unknown_scales,
+    "stochastic_volatility": certified.stored("stochastic_volatility", certified.stochastic_volatility),
+    "logistic_breast_cancer": certified.stored(
+        "logistic_breast_cancer", partial(certified.logistic_regression, "breast_cancer")
+    ),
     "logistic_wine": certified.stored("logistic_wine", partial(certified.logistic_regression, "wine")),
     "cox_process_8x8": certified.stored("cox_process_8x8", partial(certified.cox_process, 8)),
     "cox_process_10x10": certified.stored("cox_process_10x10", partial(certified.cox_process, 10)),
