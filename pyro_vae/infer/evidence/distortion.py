@@ -174,9 +174,12 @@ def estimate(
 
 
 def _number(found: Pilot, settings: Tempering) -> int:
-    """Of temperatures: with chains that mix, Var(log w) is the squared length over it (Neal 2001, section 4)."""
+    """Of temperatures: with chains that mix, Var(log w) is the squared length over it (Neal 2001, section 4).
+
+    Twice as many, since one transition forgets but a part of where it began.
+    """
     allowed = math.log1p(settings.num_chains * settings.error**2)
-    return min(settings.most, max(10, math.ceil(found.lengths[-1].item() ** 2 / allowed)))
+    return min(settings.most, max(10, math.ceil(2 * found.lengths[-1].item() ** 2 / allowed)))
 
 
 class Point(NamedTuple):
