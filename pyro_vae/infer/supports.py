@@ -43,7 +43,8 @@ class Latents:
     Attributes:
         dim: D.
         like: a number of the type, and on the device, of u.
-        standard: whether p(u) is N(0, I), up to interpolation; False unless ``gaussian``.
+        normal: which entries of u have p(u) = N(0, 1), given all others, up to interpolation: booleans ``(D,)``, all
+            False unless ``gaussian``.
 
     Raises:
         ContractError: as :func:`pyro_vae.traces`, and if a latent site is discrete.
@@ -69,8 +70,8 @@ class Latents:
             self.dim = end
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
         self._maps: dict[str, Map] = {}
-        self.standard = False
         self.like = self._read(trace).new_zeros(())
+        self.normal = torch.zeros(self.dim, dtype=torch.bool, device=self.like.device)
         if gaussian:
             self._gaussianize()
 
@@ -84,7 +85,9 @@ class Latents:
                 name: gaussian_map(site_of(one, name)["fn"], site_of(some, name)["fn"], shape, self.like)
                 for name, (_, shape) in self._places.items()
             }
-        self.standard = all(each is not None and each.misfit < 0.01 for each in maps.values())
+        for name, (where, _) in self._places.items():
+            each = maps[name]
+            self.normal[where] = each is not None and each.misfit < 0.01
         self._maps = {
             name: each
             for name, each in maps.items()
@@ -193,6 +196,11 @@ class Latents:
                     f"site '{name}' depends on what the model observes through the data that it is called with, so "
                     "that no data can be drawn: use the value that pyro.sample returns where it observes them"
                 )
+
+    @property
+    def standard(self) -> bool:
+        """Whether p(u) is N(0, I), up to interpolation; False unless the coordinates are Gaussian."""
+        return bool(self.normal.all())
 
     def site_at(self, coordinate: int) -> str:
         """The site that a coordinate of u belongs to."""
