@@ -9,6 +9,7 @@ from oracles import BinaryLatents, binary, linear_gaussian, small_vae
 from scipy import integrate, optimize, stats
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, ContractError, Evidence, Gaussian, MeanField, quadrature
+from pyro_vae.infer.evidence import cubature
 from pyro_vae.infer.evidence.exact import enumeration
 from pyro_vae.parts import priors
 
@@ -43,7 +44,9 @@ def log_integral(integrand, low, high, points):
 
 
 def check_fields(evidence, batch):
-    assert all(field.shape == (batch,) for field in evidence[:-1])
+    assert all(field.shape == (batch,) for field in evidence if isinstance(field, torch.Tensor))
+    assert evidence.reliable.all()
+    assert (evidence.evaluations > 0).all()
     assert (evidence.num_invalid == 0).all()
     for field in (evidence.ess, evidence.khat, evidence.acceptance):
         assert field.isnan().all()
@@ -252,7 +255,7 @@ def test_quadrature_over_two_sites():
         )
         for v in values
     ]
-    evidence = quadrature(model, guide, double(*values)[:, None], num_points=2**16)
+    evidence = quadrature(model, guide, double(*values)[:, None])
     np.testing.assert_allclose(evidence.log_px, truth, rtol=0, atol=1e-9)
 
 
@@ -263,20 +266,20 @@ def test_the_error_of_a_quadrature_that_is_too_coarse_is_seen():
     )
     evidence = quadrature(model, guide, double(0.5)[:, None], num_points=1024)
     assert evidence.mc_se > 0.01
+    assert not evidence.reliable
 
 
-def test_a_mode_too_narrow_for_the_grid_is_seen_to_be_unresolved_and_not_lost():
-    # x = z^2 + noise: two equal modes; the coarse grid comes closer to one of them, by thousands of nats
+def test_modes_too_narrow_for_the_grid_are_found_by_the_cells():
+    # x = z^2 + noise: two equal modes; a coarse grid comes closer to one of them, by thousands of nats
     square = programs(lambda z: dist.Normal(z.square(), 1e-4).to_event(1), z=dist.Normal(double(0.0), 1.0).to_event(1))
     x = torch.linspace(0.5, 2, 10, dtype=torch.float64)
-    evidence = quadrature(*square, x[:, None])
-    assert (evidence.mc_se > 1e-3).all()
     truth = -x / 2 - 0.5 * math.log(2 * math.pi) - x.sqrt().log()  # N(z; 0, 1) / |2 z| at both roots
-    evidence = quadrature(*square, x[:2, None], num_points=2**18)
-    torch.testing.assert_close(evidence.log_px, truth[:2], rtol=0, atol=1e-6)
+    evidence = quadrature(*square, x[:, None])
+    torch.testing.assert_close(evidence.log_px, truth, rtol=0, atol=1e-6)
+    assert evidence.reliable.all()
 
 
-def test_quadrature_says_where_the_mass_was_not_found():
+def test_quadrature_names_the_site_over_which_the_integral_diverges():
     # an integrand that grows without end
     model, guide = programs(
         lambda z: dist.Exponential(torch.exp(-3 * z)).to_event(1), z=dist.Cauchy(double(0.0), 1.0).to_event(1)
@@ -284,7 +287,9 @@ def test_quadrature_says_where_the_mass_was_not_found():
     growing, _ = programs(
         lambda z: dist.Normal(0.0, 1.0).expand(z.shape).to_event(1), z=Improper(double(0.0)).to_event(1)
     )
-    assert quadrature(growing, guide, double(0.0)[:, None], num_points=1024).mc_se.isinf()
+    with pytest.raises(ContractError, match=r"integral over site 'z' diverges.*\Z") as error:
+        quadrature(growing, guide, double(0.0)[:, None], num_points=1024)
+    assert "\n" not in str(error.value)
     assert quadrature(model, guide, double(1.0)[:, None], num_points=1024).mc_se < 1e-3
 
 
@@ -313,6 +318,7 @@ def test_quadrature_counts_invalid_points():
     evidence = quadrature(model, guide, double(0.0)[:, None])
     assert evidence.num_invalid > 10
     assert evidence.log_px.isnan()
+    assert not evidence.reliable
 
 
 @pytest.mark.parametrize("dim", [3, 50])
@@ -348,6 +354,192 @@ def test_quadrature_in_single_precision():
     assert isinstance(single, Evidence)
     assert single.log_px.dtype == torch.float64
     torch.testing.assert_close(single.log_px, quadrature(exact.model, exact.guide, x).log_px, rtol=0, atol=1e-5)
+
+
+# ---- quadrature knows when it is wrong: heavy tails, far and narrow posteriors, several modes, edges, funnels
+
+
+def check_truth(programs_, x, truth, atol=1e-6):
+    """Right and reliable, within its own error."""
+    evidence = quadrature(*programs_, x)
+    np.testing.assert_allclose(evidence.log_px, truth, rtol=0, atol=atol)
+    assert evidence.reliable.all()
+    assert ((evidence.log_px - torch.as_tensor(np.asarray(truth))).abs() < 4 * evidence.mc_se + 1e-9).all()
+    return evidence
+
+
+def around(centre, width):
+    return [centre + k * width for k in (-20, -8, -4, -2, -1, 0, 1, 2, 4, 8, 20)]
+
+
+@pytest.mark.parametrize("df", [1.0, 2.0])
+def test_a_narrow_posterior_far_out_in_a_heavy_tail(df):
+    model = programs(lambda z: dist.Normal(z, 0.1).to_event(1), z=dist.StudentT(double(df), 0.0, 1.0).to_event(1))
+    values = (0.0, 21.0, -300.0, 5000.0)
+    truth = [
+        log_integral(lambda z: stats.t(df).pdf(z) * stats.norm.pdf(v, z, 0.1), v - 2, v + 2, around(v, 0.1)[1:-1])  # noqa: B023
+        for v in values
+    ]
+    check_truth(model, double(*values)[:, None], truth)
+
+
+def test_two_modes_a_million_widths_apart_in_heavy_tails():
+    model = programs(
+        lambda z: dist.Normal(z.square(), 0.5).to_event(1), z=dist.StudentT(double(2.0), 0.0, 1.0).to_event(1)
+    )
+    values = (0.5, 100.0, 1e4)
+    truth = []
+    for v in values:
+        root = math.sqrt(v)
+        width = 0.25 / root
+        density = lambda z: stats.t(2).pdf(z) * stats.norm.pdf(v, z * z, 0.5)  # noqa: B023, E731
+        low = max(0.0, root - 25 * width)
+        points = [p for p in around(root, width) if p > low]
+        truth.append(math.log(2) + log_integral(density, low, root + 25 * width, points))
+    check_truth(model, double(*values)[:, None], truth)
+
+
+def test_four_narrow_modes_in_two_dimensions():
+    model = programs(
+        lambda z: dist.Normal(z.square(), 0.02).to_event(1), z=dist.Normal(double(0.0, 0.0), 1.0).to_event(1)
+    )
+    truth = 0.0
+    for v in (1.0, 2.0):
+        root = math.sqrt(v)
+        width = 0.01 / root
+        density = lambda z: stats.norm.pdf(z) * stats.norm.pdf(v, z * z, 0.02)  # noqa: B023, E731
+        truth += math.log(2) + log_integral(density, root - 25 * width, root + 25 * width, around(root, width))
+    check_truth(model, double(1.0, 2.0)[None], [truth])
+
+
+def test_a_mode_of_one_percent_that_is_thirty_times_as_narrow():
+    slope = -30.0
+    model = programs(
+        lambda z: dist.Normal(torch.where(z > 0, z, slope * (z + 2)), 0.05).to_event(1),
+        z=dist.Normal(double(0.0), 1.0).to_event(1),
+    )
+    narrow = log_integral(
+        lambda z: stats.norm.pdf(z) * stats.norm.pdf(1.5, slope * (z + 2), 0.05), -3, 0, around(-2.05, 0.05 / 30)
+    )
+    wide = log_integral(lambda z: stats.norm.pdf(z) * stats.norm.pdf(1.5, z, 0.05), 0, 4, around(1.5, 0.05))
+    assert math.exp(narrow - wide) == pytest.approx(0.0126, abs=0.0005)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        check_truth(model, double(1.5)[:, None], [np.logaddexp(narrow, wide)])
+
+
+def test_a_posterior_at_and_beyond_the_edge_of_a_uniform_prior():
+    model = programs(lambda z: dist.Normal(z, 0.01).to_event(1), z=dist.Uniform(double(-1.0), double(1.0)).to_event(1))
+    values = np.array([0.0, 0.999, 1.0, 1.05])
+    truth = np.log(0.5 * (stats.norm.cdf((1 - values) / 0.01) - stats.norm.cdf((-1 - values) / 0.01)))
+    check_truth(model, double(*values)[:, None], truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1.0, 3.0])
+def test_a_funnel(width):
+    # b given a integrates out: x ~ N(0, exp(a) + 0.1^2)
+    model = programs(
+        lambda a, b: dist.Normal(b, 0.1).to_event(1),
+        a=dist.Normal(double(0.0), width).to_event(1),
+        b=lambda a: dist.Normal(0.0, torch.exp(a / 2)).to_event(1),
+    )
+    values = (0.0, 1.0, 10.0)
+    truth = [
+        log_integral(
+            lambda a: stats.norm.pdf(a, 0, width) * stats.norm.pdf(v, 0, math.sqrt(math.exp(a) + 0.01)),  # noqa: B023
+            -15 * width,
+            12 * width,
+            np.linspace(-14, 11, 60) * width,
+        )
+        for v in values
+    ]
+    check_truth(model, double(*values)[:, None], truth, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_unknown_mean_and_scale_with_heavy_priors_far_from_the_data():
+    model = programs(
+        lambda a, s: dist.Normal(a.expand(*a.shape[:-1], 5), s).to_event(1),
+        a=dist.StudentT(double(2.0), 0.0, 1.0).to_event(1),
+        s=dist.HalfCauchy(double(1.0)).to_event(1),
+    )
+    x = double(50.0, 50.1, 49.9, 50.2, 49.7)
+    t = np.linspace(-14, 8, 2001)  # log s, and a in units of its conditional width
+    width = np.exp(t) / math.sqrt(5)
+    a = x.mean().item() + width[:, None] * np.linspace(-40, 40, 2001)
+    log_f = stats.t(2).logpdf(a) + (stats.halfcauchy.logpdf(np.exp(t)) + t + np.log(width))[:, None]
+    log_f += sum(stats.norm.logpdf(v, a, np.exp(t)[:, None]) for v in x.tolist())
+    truth = np.logaddexp.reduce(log_f.ravel()) + math.log(80 / 2000 * 22 / 2000)
+    check_truth(model, x[None], [truth], atol=1e-5)
+
+
+def test_a_curved_ridge_that_is_too_narrow_is_not_called_reliable():
+    model, guide = programs(
+        lambda a, b: dist.Normal(b - a.square(), 1e-3).to_event(1),
+        a=dist.Normal(double(0.0), 1.0).to_event(1),
+        b=dist.Normal(double(0.0), 2.0).to_event(1),
+    )
+    x = double(1.0)[:, None]
+    truth = log_integral(
+        lambda a: stats.norm.pdf(a) * stats.norm.pdf(1.0, -a * a, math.hypot(2, 1e-3)),
+        -12,
+        12,
+        np.linspace(-11, 11, 45),
+    )
+    evidence = quadrature(model, guide, x, num_points=4096)
+    assert not evidence.reliable
+    assert (evidence.log_px - truth).abs() < 4 * evidence.mc_se
+
+
+def test_a_datum_without_any_finite_density_is_refused_in_one_line():
+    class Broken(dist.Normal):
+        def expand(self, batch_shape, _instance=None):
+            return Broken(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+        def log_prob(self, value):
+            return torch.where(value > 1, -math.inf, super().log_prob(value))
+
+    model, guide = programs(lambda z: Broken(z, 1.0).to_event(1), z=dist.Normal(double(0.0), 1.0).to_event(1))
+    with pytest.raises(ContractError, match="finite density: see the log-probability of model site 'x'") as error:
+        quadrature(model, guide, double(0.0, 2.0)[:, None])
+    assert "\n" not in str(error.value)
+
+
+# ---- cells
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("width", [1.0, 1e-2])
+def test_cells_find_several_peaks_of_any_width(dim, width):
+    places = double(-2.1, 0.4, 1.234)
+
+    def log_f(t):
+        each = stats.norm.logpdf(t.unsqueeze(-2).numpy(), places[:, None].numpy(), width).sum(-1)
+        return torch.as_tensor(np.logaddexp.reduce(each, axis=-1))
+
+    mesh = cubature.integrate(
+        log_f,
+        lambda low, high: torch.zeros_like(low[..., 0]),
+        double(-35.0, -5.0, -1.0, 1.0, 5.0, 35.0),
+        2,
+        dim,
+        2**17,
+        1e-6,
+    )
+    assert mesh.centre.shape[1:] == (2, dim)
+    torch.testing.assert_close(mesh.log_total, double(3.0, 3.0).log(), rtol=0, atol=2e-6)
+    assert (mesh.error < 1e-3).all()
+    volume = (2 * mesh.half).prod(-1).sum(0)
+    torch.testing.assert_close(volume, double(70.0, 70.0) ** dim)  # cells fill the box
+
+
+def test_the_rule_of_cells_is_exact_for_polynomials_of_degree_22():
+    def log_f(t):
+        return (t[..., 0] ** 22 + 1).log()
+
+    mesh = cubature.integrate(log_f, lambda low, high: torch.zeros_like(low[..., 0]), double(-1.0, 1.0), 1, 1, 1, 1e-6)
+    assert mesh.log_total.exp().item() == pytest.approx(2 / 23 + 2, rel=1e-13)
 
 
 # ---- enumeration

@@ -50,7 +50,7 @@ class Mesh(NamedTuple):
         log_error: that of its error by the rules.
         seen: the largest value of the log-integrand at a node.
         peak: that which is to be expected between the nodes.
-        log_expected: the logarithm of the mass of such a peak.
+        log_expected: the logarithm of the mass of such a peak, if it is more than what the rules find.
         bound: what is known to be larger than one factor of the integrand everywhere in the cell; 0 if nothing is.
     """
 
@@ -71,11 +71,11 @@ class Mesh(NamedTuple):
 
     @property
     def error(self) -> Tensor:
-        """Its error, ``(B,)``, in nats."""
-        return (self.log_error.logsumexp(0) - self.log_total).exp().nan_to_num(math.inf, math.inf)
+        """Its error, ``(B,)``, in nats, at least 1e-6: how much may be left in cells that nothing says to split."""
+        return (self.log_error.logsumexp(0) - self.log_total).exp().nan_to_num(math.inf, math.inf).clamp(min=1e-6)
 
     def believable(self) -> "Mesh":
-        """The same with peaks no higher than elsewhere, but for the bounds, and with such peaks among the errors.
+        """The same with peaks no higher than elsewhere, but for the bounds.
 
         Far out, where distances are large, parabolas promise peaks that cannot be: the other factor of the integrand,
         the likelihood, is taken to be no larger there than it is seen to be anywhere, or expected where the bound is
@@ -85,10 +85,7 @@ class Mesh(NamedTuple):
         over = (self.peak - torch.maximum(self.seen, self.bound + other.amax(0))).clamp(min=0).nan_to_num(0.0)
         expected = self.log_expected - over
         unresolved = expected > self.log_mass + math.log(20)
-        return self._replace(
-            peak=self.peak - over,
-            log_error=torch.where(unresolved, torch.maximum(expected, self.log_error), self.log_error),
-        )
+        return self._replace(peak=self.peak - over, log_expected=torch.where(unresolved, expected, -math.inf))
 
 
 def integrate(
@@ -104,9 +101,9 @@ def integrate(
 
     As in QUADPACK (Piessens et al. 1983), the cell of the largest error is split in two, here many at a time and along
     the axis of the larger error, whose size is judged as there. A peak that is narrower than the distance of the nodes
-    is seen from afar: a parabola through three log-integrands along each axis says how high it is and how wide; where
-    that makes more mass than the rule finds, it counts as error, and the cell is split. So peaks of any width are
-    found, and the higher ones first, if their logarithm is smooth.
+    is seen from afar: a parabola through three log-integrands along each axis says how high it may be and how wide.
+    Every other time, cells are split where that makes more mass than the rules find; half of the evaluations are for
+    it, if need be. So peaks of any width are found, if their logarithm is smooth.
 
     Args:
         log_f: log-integrands of points of the B boxes, ``(K, B, D) -> (K, B)``; what is NaN or infinite counts as zero.
@@ -118,16 +115,23 @@ def integrate(
         num_points: evaluations of each box, at most, about.
         error: in nats, at which to stop.
     """
+    if dim == 1:  # where points are cheap
+        breaks = torch.cat([*(torch.linspace(a, b, 9).to(breaks)[:-1] for a, b in breaks.unfold(0, 2, 1)), breaks[-1:]])
     sides = torch.stack([breaks[:-1], breaks[1:]], -1)
     grid = torch.stack([torch.cartesian_prod(*[sides[:, end]] * dim).reshape(-1, dim) for end in (0, 1)])
     low, high = grid.unsqueeze(2).expand(-1, -1, num_boxes, -1)
     mesh = _cells(log_f, bound, (low + high) / 2, (high - low) / 2)
+    exploring = True
     while True:
         now = mesh.believable()
-        left = (num_points // NODES_PER_AXIS**dim - len(mesh.axis)) // 2
-        if left < 1 or (now.error <= error).all():
+        used = len(mesh.axis) * NODES_PER_AXIS**dim
+        left = (num_points - used) // NODES_PER_AXIS**dim // 2
+        explored = (now.log_expected.amax(0) < now.log_total + math.log(1e-4)) | (used > num_points / 2)
+        if left < 1 or (explored & (now.error <= error)).all():
             return now
-        place = now.log_error.topk(min(left, max(1, len(mesh.axis) // 4)), dim=0).indices
+        urgency = torch.maximum(now.log_error, now.log_expected) if exploring else now.log_error
+        exploring = not exploring
+        place = urgency.topk(min(left, max(1, len(mesh.axis) // 4)), dim=0).indices
         centre, half, axis = (_at(part, place) for part in (mesh.centre, mesh.half, mesh.axis))
         along = torch.nn.functional.one_hot(axis, dim).to(half)
         shift, half = along * half / 2, half * (1 - along / 2)

@@ -2,10 +2,8 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent
@@ -13,6 +11,7 @@ from torch.distributions import Independent
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.cubature import Mesh, integrate
+from pyro_vae.infer.evidence.frames import Frame, choose, fit_to_cells, log_cosh, prior_frame, unit_grid, zoom
 from pyro_vae.infer.evidence.importance import reduce_log_weights
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import (
@@ -43,10 +42,10 @@ def quadrature(
     - The trapezoidal rule on a grid fitted to the integrand, found by zooming in from what the cells found on the
       region within 40 nats of the largest value. For smooth integrands that decay, its error falls exponentially with
       the number of points per dimension (Trefethen & Weideman 2014, "The exponentially convergent trapezoidal rule",
-      theorem 5.1). Its grid is turned along a ridge, as that of cells is, which are tried again on it where they
-      were too many.
+      theorem 5.1). Its grid is turned along a ridge.
 
-    The one of smaller error is taken.
+    Where these two do not agree, cells are tried again, more of them: along the turned axes, then from others.
+    The result of smallest error is taken, of those than which none is surely larger.
 
     Args:
         model, guide: see :func:`pyro_vae.traces`; of the guide only the sites matter, and draws, as a check.
@@ -59,10 +58,10 @@ def quadrature(
         Evidence in nats per datum. ``mc_se`` is the quadrature's own error: of the trapezoidal rule the difference
         between the results of all points and of every other point (in each dimension), far above the error of the
         former once it is small; of the cells what Gauss's and Kronrod's rules tell. ``reliable`` says that it is below
-        0.01, that the two ways agree within their errors, and that importance sampling from prior and guide, 256 draws
-        each, finds no mass besides; where the two do not agree, ``mc_se`` is at least their difference.
-        ``num_invalid`` counts the points of the grid whose log-integrand is NaN or +inf; a NaN makes ``log_px`` NaN.
-        All else is NaN.
+        0.01, that two ways agree within their errors and none finds more, and that importance sampling from prior and
+        guide, 256 draws each, finds no mass besides. Where no way agrees, ``mc_se`` is at least the distance to the
+        next. ``num_invalid`` counts the points of the grid whose log-integrand is NaN or +inf; a NaN makes ``log_px``
+        NaN. All else is NaN.
 
     Raises:
         ContractError: if there are more than two latent dimensions or discrete ones, if the integral diverges or the
@@ -81,62 +80,58 @@ def quadrature(
                 f"quadrature is for 1 or 2 latent dimensions, the model has D = {latents.dim}: use "
                 "annealed_importance_sampling"
             )
-        start = _prior_frame(latents.prior_draws(1001).double())
-        few = max(1, batch_size // len(_unit_grid(num_points // 4, latents.dim, latents.like.device)))
+        start = prior_frame(latents.prior_draws(1001).double())
+        few = max(1, batch_size // len(unit_grid(num_points // 4, latents.dim, latents.like.device)))
         results = [_integrals(_Integrand(latents.of(part), batch_size), start, num_points) for part in split(data, few)]
-    count = len(_unit_grid(num_points, latents.dim, latents.like.device))
+    count = len(unit_grid(num_points, latents.dim, latents.like.device))
     return _exact_evidence(count, *(torch.cat(field) for field in zip(*results, strict=True)))
 
 
-def _integrals(integrand: "_Integrand", start: "_Frame", num_points: int) -> tuple[Tensor, ...]:
+def _integrals(integrand: "_Integrand", start: Frame, num_points: int) -> tuple[Tensor, ...]:
     """log p(x), its error, the number of invalid points, whether it is reliable, and evaluations: ``(B,)`` each."""
     latents = integrand.latents
     dim, device = latents.dim, latents.like.device
-    start = _Frame(*(part.expand(data_size(latents.data), *part.shape[1:]) for part in start))
+    start = Frame(*(part.expand(data_size(latents.data), *part.shape[1:]) for part in start))
     mesh = _cells(integrand, start, 2 * num_points)
     _check_ends(latents, mesh)
     ways = [(mesh.log_total, mesh.error)]
-    coarse, fine = (_unit_grid(points, dim, device) for points in (num_points // 4, num_points))
-    frame, found = _locate(integrand, _fit_to_cells(start, mesh), coarse)
+    coarse, fine = (unit_grid(points, dim, device) for points in (num_points // 4, num_points))
+    frame, found = _locate(integrand, fit_to_cells(start, mesh), coarse)
     log_px, error, invalid = _integrate(integrand, frame, found, fine)
     ways.append((log_px, error))
-    if ((mesh.error > 1e-3) | (error > 1e-3) | ((log_px - mesh.log_total).abs() > 1e-3)).any():
-        mesh = _cells(integrand, frame, 8 * num_points)
+    for attempt in range(4):
+        log_px, error, agreed = _choose_way(*(torch.stack(each) for each in zip(*ways, strict=True)))
+        if attempt == 3 or (agreed & (error < 1e-3)).all():
+            break
+        # more cells where these two do not agree: along the grid's axes, then others, then along axes fitted to those
+        axes = (frame, start, fit_to_cells(start, mesh))[attempt]
+        mesh = _cells(integrand, axes, 8 * num_points, stretch=0.8 if attempt == 1 else 1.0)
         ways.append((mesh.log_total, mesh.error))
-    log_px, error, agreed = _choose_way(*(torch.stack(each) for each in zip(*ways, strict=True)), invalid)
-    reliable = agreed & (error < 0.01) & ~_contradicted(latents, log_px)
+    log_px = torch.where(invalid > 0, math.nan, log_px)
+    reliable = agreed & (error < 0.01) & (invalid == 0) & ~_contradicted(latents, log_px)
     evaluations = torch.full_like(log_px, integrand.evaluations + 2 * _PROBES)
     return log_px, error, invalid, reliable, evaluations
 
 
-def _choose_way(log_px: Tensor, error: Tensor, invalid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of several results ``(W, B)``, the second of which saw invalid points; whether others agree with it."""
-    error = torch.where(log_px.isfinite(), error.nan_to_num(math.inf), math.inf)
-    best = error.argmin(0, keepdim=True)
+def _choose_way(log_px: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of several results ``(W, B)``, its error, and whether another one agrees with it, ``(B,)`` each.
+
+    Mass can be missed, so that a smaller result says nothing against a larger one. Where none is sure, the largest is
+    taken.
+    """
+    error = torch.where(log_px.isfinite(), error.nan_to_num(math.inf, math.inf), math.inf)
+    sure = error < 0.1
+    excess = log_px - log_px.unsqueeze(1)  # (W, W, B), of the last way over the one before
+    allowed = 5 * (error + error.unsqueeze(1)) + 1e-6
+    exceeded = (sure & (excess > allowed)).any(1)
+    best = torch.where(exceeded, math.inf, error).argmin(0, keepdim=True)
+    fallback = log_px.nan_to_num(-math.inf).argmax(0, keepdim=True)
+    best = torch.where(sure.gather(0, best), best, fallback)
     chosen, least = log_px.gather(0, best)[0], error.gather(0, best)[0]
-    apart = (log_px - chosen).abs().nan_to_num(math.inf)
-    others = torch.arange(len(log_px), device=error.device)[:, None] != best
-    sure = others & (error < 0.1)
-    far = sure & (apart > 5 * (error + least) + 1e-6)
-    agreed = ~far.any(0) & sure.any(0)
-    # mass is what is missed, as a rule: the larger one then, with an error that says so
-    larger = torch.where(far & (log_px > chosen), log_px, -math.inf).amax(0)
-    log_px, error = torch.maximum(chosen, larger), torch.where(far, apart, least).amax(0)
-    broken = invalid > 0
-    return torch.where(broken, math.nan, log_px), error, agreed & ~broken
-
-
-class _Frame(NamedTuple):
-    """Coordinates t of each observation: u = centre + axes sinh(t), for t in the box from low to high."""
-
-    centre: Tensor  # (B, D)
-    axes: Tensor  # (B, D, D)
-    low: Tensor  # (B, D)
-    high: Tensor  # (B, D)
-
-    def t(self, unit: Tensor) -> Tensor:
-        """Points of the unit cube ``(K, D)``, stretched to the boxes: ``(K, B, D)``."""
-        return torch.lerp(self.low, self.high, unit.unsqueeze(1))
+    others = torch.arange(len(error), device=error.device)[:, None] != best
+    apart = torch.where(others, (log_px - chosen).abs().nan_to_num(math.inf), math.inf)
+    agreed = (sure & (apart < 5 * (error + least) + 1e-6)).any(0) & (least < 0.1)
+    return chosen, torch.where(agreed, least, torch.maximum(least, apart.amin(0))), agreed
 
 
 class _Integrand:
@@ -147,48 +142,27 @@ class _Integrand:
         self.evaluations = 0
         self._rows = max(1, batch_size // data_size(latents.data))
 
-    def __call__(self, frame: _Frame, t: Tensor) -> Tensor:
+    def __call__(self, frame: Frame, t: Tensor) -> Tensor:
         """At the points t ``(K, B, D)`` of a frame: ``(K, B)``."""
         log_det = torch.linalg.slogdet(frame.axes).logabsdet
         values = []
         for part in t.split(self._rows):
             u = frame.centre + torch.einsum("bij,kbj->kbi", frame.axes, part.sinh())
             log_prior, log_likelihood = self.latents.log_joint(u.to(self.latents.like))
-            values.append(log_prior.double() + log_likelihood.double() + _log_cosh(part) + log_det)
+            values.append(log_prior.double() + log_likelihood.double() + log_cosh(part) + log_det)
         self.evaluations += len(t)
         return torch.cat(values)
 
 
-_BREAKS = (0.0, 1.7, 5.0, 14.5, 35.0)  # of t: sinh of the last two is 1e6 and 1e15
+_BREAKS = (1.0, 2.5, 5.0, 14.5, 35.0)  # of t: sinh of the last two is 1e6 and 1e15
 _PROBES = 256
-_REACH, _BULK = 40.0, 8.0  # nats below the largest integrand: where the grid ends, and where it is to be fine
 
 
-_BULK_WIDTH = 2.5  # half the width of the bulk in units of the axes: sinh is near linear there, exponential beyond
-
-
-_LOWEST = -1e100
-
-
-def _prior_frame(u: Tensor) -> _Frame:
-    """Ten standard deviations to both sides of the median of draws ``(K, D)``, by quantiles, which far draws spare."""
-    lower, centre, upper = u.quantile(u.new_tensor([0.16, 0.5, 0.84]), dim=0)
-    reach = u.new_full((1, u.shape[1]), math.asinh(10))
-    return _Frame(centre[None], torch.diag_embed((upper - lower).clamp(min=1e-12) / 2)[None], -reach, reach)
-
-
-def _unit_grid(num_points: int, dim: int, device: torch.device) -> Tensor:
-    """An odd number of equally spaced points per dimension, so that every other one still ends at both ends."""
-    n = num_points if dim == 1 else math.isqrt(num_points)
-    line = torch.linspace(0, 1, n - 1 + n % 2, dtype=torch.float64, device=device)
-    return torch.cartesian_prod(*[line] * dim).reshape(-1, dim)
-
-
-def _cells(integrand: _Integrand, frame: _Frame, num_points: int) -> Mesh:
-    """All of the plane in the coordinates t of a frame, by cells."""
+def _cells(integrand: _Integrand, frame: Frame, num_points: int, stretch: float = 1.0) -> Mesh:
+    """All of the plane in the coordinates t of a frame, by cells, the first of which may be stretched."""
     # no tail of a standard normal prior is as long
     breaks = frame.low.new_tensor(_BREAKS[:-1] if integrand.latents.standard else _BREAKS)
-    breaks = torch.cat([-breaks.flip(0), breaks[1:]])
+    breaks = stretch * torch.cat([-breaks.flip(0), breaks])  # a node at zero, where ridges often are
 
     def bound(low: Tensor, high: Tensor) -> Tensor:
         """Of the logarithm of exp(-u^2 / 2), for standard normal u."""
@@ -197,17 +171,18 @@ def _cells(integrand: _Integrand, frame: _Frame, num_points: int) -> Mesh:
         least = torch.maximum(low, -high).clamp(min=0)  # the smallest |u| in the cell
         return -0.5 * (least.square() * integrand.latents.normal).sum(-1)
 
-    return integrate(partial(integrand, frame), bound, breaks, *frame.low.shape, num_points, error=1e-6)
+    boxes, dim = frame.low.shape
+    return integrate(partial(integrand, frame), bound, breaks, boxes, dim, num_points, error=1e-6)
 
 
 def _check_ends(latents: Latents, mesh: Mesh) -> None:
     """Refuse integrands that are finite nowhere, or that do not fall."""
-    highest = mesh.peak.amax(0)
+    highest = mesh.seen.amax(0)
     if highest.isneginf().any():
         culprit = find_non_finite(latents.model, latents.guide, latents.data) or "log p(x, z)"
         raise ContractError(f"no value of the latent variables gives a datum a finite density: see the {culprit}")
     ends = mesh.centre.abs() + mesh.half
-    at_end = (ends > ends.max() - 1e-6) & (mesh.peak > highest - 2).unsqueeze(-1)
+    at_end = (ends > ends.max() - 1e-6) & (mesh.seen > highest - 2).unsqueeze(-1)
     for d in range(latents.dim):
         if at_end[..., d].any():
             raise ContractError(
@@ -219,9 +194,9 @@ def _check_ends(latents: Latents, mesh: Mesh) -> None:
 def _contradicted(latents: Latents, log_px: Tensor) -> Tensor:
     """Whether draws from the prior or the guide find more mass than there is said to be, ``(B,)``."""
     found = torch.zeros_like(log_px, dtype=torch.bool)
-    for draw in (latents.sample_prior, latents.sample_guide):
-        log_prior, log_likelihood, log_guide = latents.log_joint_and_guide(draw(_PROBES))
-        log_w = log_likelihood if draw == latents.sample_prior else log_prior + log_likelihood - log_guide
+    of_prior = latents.log_joint(latents.sample_prior(_PROBES))[1]
+    log_prior, log_likelihood, log_guide = latents.log_joint_and_guide(latents.sample_guide(_PROBES))
+    for log_w in (of_prior, log_prior + log_likelihood - log_guide):
         evidence = reduce_log_weights([log_w.double()], _PROBES)
         excess = evidence.log_px - log_px
         # by Markov's inequality an unbiased estimate is e^7 times the truth once in 1,000 times
@@ -229,109 +204,19 @@ def _contradicted(latents: Latents, log_px: Tensor) -> Tensor:
     return found
 
 
-def _locate(integrand: _Integrand, frame: _Frame, unit: Tensor) -> tuple[_Frame, Tensor]:
+def _locate(integrand: _Integrand, frame: Frame, unit: Tensor) -> tuple[Frame, Tensor]:
     """The frame that fits each observation's integrand, and whether it was found, ``(B,)``."""
     found = torch.zeros(len(frame.low), dtype=torch.bool, device=unit.device)
     for _ in range(20):
-        zoomed, settled = _zoom(frame, unit, integrand(frame, frame.t(unit)))
-        frame = _choose(found, frame, zoomed)
+        zoomed, settled = zoom(frame, unit, integrand(frame, frame.t(unit)))
+        frame = choose(found, frame, zoomed)
         found |= settled
         if found.all():
             break
     return frame, found
 
 
-def _fit_to_cells(frame: _Frame, mesh: Mesh) -> _Frame:
-    """A frame that holds all cells that may matter."""
-    ends = torch.stack([mesh.centre - mesh.half, mesh.centre + mesh.half]).sinh()  # (2, C, B, D)
-    which = torch.cartesian_prod(*[torch.arange(2, device=ends.device)] * ends.shape[-1]).reshape(-1, ends.shape[-1])
-    corners = torch.cat([torch.stack([ends[i, ..., d] for d, i in enumerate(corner)], -1) for corner in which])
-    density = mesh.peak - _log_cosh(mesh.centre)
-    bulk = (density > density.amax(0) - _BULK) * (ends[1] - ends[0]).prod(-1)
-    reach = mesh.peak > mesh.peak.amax(0) - _REACH
-    return _refit(frame, corners, *(each.repeat(len(which), 1).unsqueeze(-1) for each in (bulk, reach)))[0]
-
-
-def _zoom(frame: _Frame, unit: Tensor, values: Tensor) -> tuple[_Frame, Tensor]:
-    """Fit the frame to the log-integrand ``(K, B)`` seen on its grid; whether it fitted already, ``(B,)``."""
-    t = frame.t(unit)
-    reach, cut_off = _near_peak(values, unit, _REACH)
-    bulk, _ = _near_peak(values - _log_cosh(t), unit, _BULK)  # by density: a heavy tail has bulk on any scale of t
-    zoomed, scale = _refit(frame, t.sinh(), bulk, reach)
-    wider = cut_off.double().unsqueeze(-1)  # e times as far
-    zoomed = zoomed._replace(low=zoomed.low - wider, high=zoomed.high + wider)
-    peak = unit[torch.where(values.isfinite(), values, _LOWEST).argmax(0)]
-    shifted = frame._replace(low=frame.low - (peak == 0).double(), high=frame.high + (peak == 1).double())
-    outside = ((peak == 0) | (peak == 1)).any(1)  # the integrand still rises: go there before zooming in
-    return _choose(outside, shifted, zoomed), ~outside & ~cut_off & ((scale > 0.5) & (scale < 2)).all(-1)
-
-
-def _refit(frame: _Frame, y: Tensor, bulk: Tensor, reach: Tensor) -> tuple[_Frame, Tensor]:
-    """The frame whose bulk and reach are those of points y = sinh(t) of another, and its scales relative to that.
-
-    Args:
-        y: ``(K, B, D)``.
-        bulk: how much a point counts for the width, ``(K, B, 1)``.
-        reach: whether it is to be inside.
-    """
-    mean = (y * bulk).sum(0) / bulk.sum(0)
-    centred = (y - mean) * bulk.sqrt()
-    covariance = torch.einsum("kbi,kbj->bij", centred, centred) / bulk.sum(0).unsqueeze(-1)
-    turn = torch.linalg.eigh(covariance).eigenvectors
-    if y.shape[-1] == 2:  # heavy tails of a product lie along its axes: turn those only for a clear correlation
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
-        clear = covariance[:, 0, 1].square() > 0.25 * variance.prod(-1)
-        turn = torch.where(clear[:, None, None], turn, torch.eye(2, dtype=turn.dtype, device=turn.device))
-    y = torch.einsum("bji,kbj->kbi", turn, y)
-    low, high = _range(y, bulk > 0)
-    shift, scale = (low + high) / 2, (high - low) / (2 * _BULK_WIDTH)
-    low, high = _range(torch.asinh((y - shift) / scale), reach)
-    turned = frame.axes @ turn
-    centre = frame.centre + (turned @ shift.unsqueeze(-1)).squeeze(-1)
-    return _Frame(centre, turned * scale.unsqueeze(-2), low, high), scale
-
-
-def _choose(mask: Tensor, first: _Frame, second: _Frame) -> _Frame:
-    """The first frame for the observations of a mask ``(B,)``, the second for the others."""
-    return _Frame(*(torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(first, second, strict=True)))
-
-
-def _near_peak(values: Tensor, unit: Tensor, nats: float) -> tuple[Tensor, Tensor]:
-    """The points within some nats of the largest of ``values`` ``(K, B)``, and their neighbours, ``(K, B, 1)``.
-
-    Also whether the edge of the grid is among the former, ``(B,)``. A peak may lie between the points: where f is
-    quadratic, the parabola through a point and its neighbours along an axis, where it is the highest of the three, says
-    by how much: this is added before points are compared, so that, of several peaks narrower than the grid's spacing,
-    none is lost only because it is further from a point.
-    """
-    dim = unit.shape[1]
-    n = round(len(unit) ** (1 / dim))
-    f = torch.where(values.isfinite(), values, _LOWEST).T.unflatten(1, (n,) * dim)  # (B, n) or (B, n, n)
-    optimistic = f.clone()
-    for axis in range(1, dim + 1):
-        rise = f.diff(dim=axis)
-        rise = torch.where(rise.abs() < -_LOWEST / 2, rise, 0).movedim(axis, -1)  # an infinite f says nothing
-        left, right = rise[..., :-1], -rise[..., 1:]
-        peaked = torch.where((left >= 0) & (right >= 0), 1.5 * (left - right).square() / (8 * (left + right)), 0)
-        peaked = peaked.nan_to_num(0.0)  # flat
-        optimistic += F.pad(peaked, (1, 1)).movedim(-1, axis)
-    near = optimistic >= f.flatten(1).amax(1).view(-1, *[1] * dim) - nats
-    dilated = (F.max_pool1d if dim == 1 else F.max_pool2d)(near.double(), 3, 1, 1) > 0
-    at_edge = ((unit == 0) | (unit == 1)).any(1)
-    return dilated.flatten(1).T.unsqueeze(-1), near.flatten(1)[:, at_edge].any(1)
-
-
-def _log_cosh(t: Tensor) -> Tensor:
-    """The sum of log cosh over the last dimension."""
-    return (t.abs() + torch.log1p(torch.exp(-2 * t.abs())) - math.log(2)).sum(-1)
-
-
-def _range(y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest over the first dimension, where the mask is true."""
-    return torch.where(mask, y, math.inf).amin(0), torch.where(mask, y, -math.inf).amax(0)
-
-
-def _integrate(integrand: _Integrand, frame: _Frame, found: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _integrate(integrand: _Integrand, frame: Frame, found: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p(x) by the trapezoidal rule, its error, and the number of invalid points, ``(B,)`` each."""
     dim = unit.shape[1]
     n = round(len(unit) ** (1 / dim))
@@ -342,7 +227,7 @@ def _integrate(integrand: _Integrand, frame: _Frame, found: Tensor, unit: Tensor
     invalid = (values.isnan() | values.isposinf()).sum(0)
     log_cell = ((frame.high - frame.low) / (n - 1)).log().sum(-1)
     error = (total - thinned - dim * math.log(2)).abs()
-    return total + log_cell, torch.where(found, error, math.inf), invalid
+    return total + log_cell, torch.where(found, error, math.inf), invalid * found
 
 
 def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, batch_size: int = 2**15) -> Evidence:
