@@ -45,6 +45,7 @@ class Latents:
         like: a number of the type, and on the device, of u.
         normal: which entries of u have p(u) = N(0, 1), given all others, up to interpolation: booleans ``(D,)``, all
             False unless ``gaussian``.
+        standard: whether they all have.
 
     Raises:
         ContractError: as :func:`pyro_vae.traces`, and if a latent site is discrete.
@@ -71,6 +72,7 @@ class Latents:
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
         self._maps: dict[str, Map] = {}
         self.like = self._read(trace).new_zeros(())
+        self.standard = False
         self.normal = torch.zeros(self.dim, dtype=torch.bool, device=self.like.device)
         if gaussian:
             self._gaussianize()
@@ -88,6 +90,7 @@ class Latents:
         for name, (where, _) in self._places.items():
             each = maps[name]
             self.normal[where] = each is not None and each.misfit < 0.01
+        self.standard = bool(self.normal.all())
         self._maps = {
             name: each
             for name, each in maps.items()
@@ -196,11 +199,6 @@ class Latents:
                     f"site '{name}' depends on what the model observes through the data that it is called with, so "
                     "that no data can be drawn: use the value that pyro.sample returns where it observes them"
                 )
-
-    @property
-    def standard(self) -> bool:
-        """Whether p(u) is N(0, I), up to interpolation; False unless the coordinates are Gaussian."""
-        return bool(self.normal.all())
 
     def site_at(self, coordinate: int) -> str:
         """The site that a coordinate of u belongs to."""
