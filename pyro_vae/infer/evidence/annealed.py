@@ -168,11 +168,12 @@ def anneal_latents(
 def evidence_of(found: Found, settings: Annealing) -> Evidence:
     """Evidence from estimates of adaptive chains."""
     nan = torch.full_like(found.log_z, math.nan)
-    reached = (found.mc_se <= settings.error) & found.log_z.isfinite()
+    mc_se = torch.hypot(found.mc_se, found.unseen)  # that share of p(x) may be missing
+    reached = (mc_se <= settings.error) & found.log_z.isfinite()
     invalid = (~found.log_z.isfinite()).long()
     return Evidence(
         found.log_z,
-        found.mc_se,
+        mc_se,
         ess=nan,
         khat=nan,
         num_invalid=invalid,

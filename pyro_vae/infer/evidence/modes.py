@@ -19,8 +19,14 @@ from pyro_vae.infer.supports import Latents
 
 NEGLIGIBLE = 9.0
 """Nats of local evidence by which a mode may be below the highest one and still be a part of the start."""
-ELSEWHERE = 24
-"""Points at which a mode is looked for, the best of each group being climbed from: prior draws, modes of other data."""
+ELSEWHERE, FROM_PRIOR = 160, 128
+"""Points at which a mode is looked for: prior draws, and modes of other data."""
+MOST = 24
+"""Modes of one observation that are made a part of the start."""
+BETWEEN = 7
+"""Points between two peaks at which a descent is looked for."""
+ENOUGH = 0.05
+"""The share of modes that no climb has met, as far as can be told, below which no more climbs are made."""
 
 
 class Starts(NamedTuple):
@@ -48,42 +54,60 @@ def widened(coordinates: Coordinates, factor: float) -> Coordinates:
 
 
 def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
-    """Climb from the guide's mean and from ``num_climbs`` other points, and fit a normal to each mode that is met."""
+    """Climb from the guide's mean and from ``num_climbs`` other points, and fit a normal to each mode that is met.
+
+    Where modes are met that were not met twice, there may be others: three times as many climbs follow, twice.
+    """
     size, dim = latents.size, latents.dim
     _, width = prior_location_and_width(latents)
     first = climb(latents, latents.sample_guide(32).mean(0, keepdim=True), width, 20)
-    peaks, found = first, torch.ones_like(first[..., 0], dtype=torch.bool)
     cost = torch.full((size,), 40 + laplace_cost(dim), dtype=torch.float64, device=first.device)
-    unseen = torch.zeros_like(cost)
+    rows, peaks, unseen = torch.arange(size, device=first.device), first.squeeze(0), torch.zeros_like(cost)
     if num_climbs:
-        others = climb(latents, _elsewhere(latents, first[0], num_climbs), width, 40)
-        peaks = torch.cat([first, others])
-        found, unseen = _distinct(latents, peaks)
-        cost += ELSEWHERE + 80 * num_climbs
-    place, rows = found.nonzero(as_tuple=True)
-    place, rows = place[order := rows.argsort(stable=True)], rows[order]
-    coordinates = laplace_approximation(latents.select(rows), start=peaks[place, rows])
-    cost = cost + (rows.bincount(minlength=size) - 1) * laplace_cost(dim)
-    coordinates = widened(coordinates, widening)
+        rows, peaks = rows[:0], peaks[:0]
+        asked, reached = torch.arange(size, device=first.device), first
+        for more in (num_climbs, 3 * num_climbs, 9 * num_climbs):
+            some = latents.select(asked)
+            others = climb(some, _elsewhere(some, reached[0], width, more), width, 40)
+            reached = torch.cat([reached, others])
+            found, missing = _distinct(some, reached)
+            unseen[asked] = missing
+            cost[asked] += ELSEWHERE + 80 * more + BETWEEN * len(reached)
+            open_ = missing >= ENOUGH if more < 9 * num_climbs else torch.zeros_like(missing, dtype=torch.bool)
+            place, row = (found & ~open_).nonzero(as_tuple=True)
+            rows, peaks = torch.cat([rows, asked[row]]), torch.cat([peaks, reached[place, row]])
+            asked, reached = asked[open_], reached[:, open_]
+            if len(asked) == 0:
+                break
+        order = rows.argsort(stable=True)
+        rows, peaks = rows[order], peaks[order]
+    coordinates = widened(laplace_approximation(latents.select(rows), start=peaks), widening)
+    cost += (rows.bincount(minlength=size) - 1) * laplace_cost(dim)
     if len(rows) == size:
         return Starts(rows, coordinates, None, unseen, cost)
     return _weighed(latents, rows, coordinates, unseen, cost)
 
 
-def _elsewhere(latents: Latents, modes: Tensor, num: int) -> Tensor:
-    """The best of each of ``num`` groups of points that have nothing to do with the guide, ``(num, B, D)``."""
-    draws = latents.sample_prior(ELSEWHERE * 2 // 3)
+def _elsewhere(latents: Latents, modes: Tensor, width: Tensor, num: int) -> Tensor:
+    """The highest points of many that have nothing to do with the guide, apart from each other, ``(num, B, D)``.
+
+    Apart is a third of the prior's width, in the root of the mean square over dimensions.
+    """
+    draws = latents.sample_prior(FROM_PRIOR)
     if latents.size > 1:
-        shifts = torch.randint(1, latents.size, (ELSEWHERE - len(draws),)).tolist()
+        shifts = torch.randint(1, latents.size, (ELSEWHERE - FROM_PRIOR,)).tolist()
         draws = torch.cat([draws, torch.stack([modes.roll(shift, 0) for shift in shifts])])
-    draws = draws[torch.randperm(len(draws), device=draws.device)]
-    draws = draws[: len(draws) // num * num]
-    heights = log_joint(latents, draws).nan_to_num(nan=-math.inf).unflatten(0, (num, -1))
-    best = heights.argmax(1, keepdim=True).unsqueeze(-1).expand(-1, -1, -1, latents.dim)
-    return draws.unflatten(0, (num, -1)).gather(1, best).squeeze(1)
+    heights = log_joint(latents, draws).nan_to_num(nan=-math.inf)
+    chosen = []
+    for _ in range(num):
+        best = heights.argmax(0).view(1, -1, 1).expand(-1, -1, latents.dim)
+        chosen.append(draws.gather(0, best).squeeze(0))
+        near = ((draws - chosen[-1]) / width).square().mean(-1) < 1 / 9
+        heights = heights.masked_fill(near, -math.inf)
+    return torch.stack(chosen)
 
 
-def _distinct(latents: Latents, peaks: Tensor, num_between: int = 7) -> tuple[Tensor, Tensor]:
+def _distinct(latents: Latents, peaks: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the peaks ``(n, B, D)`` no higher one can be reached from without a descent, ``(n, B)``.
 
     Also Good's estimate (1953) of the share of modes that no climb met, ``(B,)``: that of those met only once.
@@ -96,21 +120,28 @@ def _distinct(latents: Latents, peaks: Tensor, num_between: int = 7) -> tuple[Te
     kept[0] = True
     met = torch.zeros_like(heights)  # how many climbs ended at each of those kept
     met[0] = 1
-    t = torch.linspace(0, 1, num_between + 2).to(peaks)[1:-1]
+    t = torch.linspace(0, 1, BETWEEN + 2).to(peaks)[1:-1]
     for i in range(1, len(peaks)):
-        near = torch.zeros_like(kept[0])
-        for j in range(i):
-            between = torch.lerp(peaks[i], peaks[j], t.view(-1, 1, 1))
-            lowest = log_joint(latents, between).nan_to_num(nan=-math.inf).amin(0)
-            joined = kept[j] & ~near & (lowest > torch.minimum(heights[i], heights[j]) - 1)
-            met[j] += joined
-            near |= joined
-        kept[i] = ~near & (heights[i] > heights[0] - NEGLIGIBLE - 0.5 * latents.dim)
+        between = torch.lerp(peaks[i], peaks[:i], t.view(-1, 1, 1, 1)).flatten(0, 1)
+        lowest = log_joint(latents, between).nan_to_num(nan=-math.inf).unflatten(0, (BETWEEN, i)).amin(0)
+        joined = kept[:i] & (lowest > torch.minimum(heights[i], heights[:i]) - 1)
+        first = joined & (joined.cumsum(0) == 1)
+        met[:i] += first
+        kept[i] = ~joined.any(0) & (heights[i] > heights[0] - NEGLIGIBLE - 0.5 * latents.dim)
         met[i] += kept[i]
     once = ((met == 1) & kept).sum(0)
     unseen = torch.where(kept.sum(0) > 1, once / met.sum(0).clamp(min=1), torch.zeros_like(heights[0]))
     back = torch.zeros_like(kept).scatter(0, order, kept)
     return back, unseen.double()
+
+
+def _rank(rows: Tensor, values: Tensor) -> Tensor:
+    """How many of the same row have higher values, for each of them; ``rows`` ascends."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    counts = rows.bincount()
+    firsts = (counts.cumsum(0) - counts)[rows[order]]
+    return torch.empty_like(rows).scatter(0, order, torch.arange(len(rows), device=rows.device) - firsts)
 
 
 def _weighed(latents: Latents, rows: Tensor, coordinates: Coordinates, unseen: Tensor, cost: Tensor) -> Starts:
@@ -120,7 +151,7 @@ def _weighed(latents: Latents, rows: Tensor, coordinates: Coordinates, unseen: T
     local = (local + coordinates.log_det + 0.5 * dim * math.log(2 * math.pi)).nan_to_num(nan=-math.inf)
     best = torch.full((size,), -math.inf, dtype=local.dtype, device=local.device)
     best = best.scatter_reduce(0, rows, local, "amax")
-    kept = local >= best[rows] - NEGLIGIBLE
+    kept = (local >= best[rows] - NEGLIGIBLE) & (_rank(rows, local) < MOST)
     rows, local, coordinates = rows[kept], local[kept], Coordinates(*(each[kept] for each in coordinates))
     if len(rows) == size:
         return Starts(rows, coordinates, None, unseen, cost)

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.modes import ENOUGH
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups
-from pyro_vae.infer.evidence.rounds import adaptive, coordinates_of
+from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -19,8 +20,8 @@ from pyro_vae.infer.trees import Data
 if TYPE_CHECKING:
     from pyro_vae.infer.evidence.annealed import Annealing
 
-MANY_UNSEEN = 0.5
-"""Share of modes that no climb has met, as far as can be told, above which others are sure to have been missed."""
+LEAST_BUDGET = 1e6
+"""Evaluations that may be spent on second opinions in any case, if one of them contradicts."""
 BATCH = 64
 """Observations that are tried together."""
 MANY_WRONG = 0.05
@@ -81,62 +82,45 @@ def checked(
     bar: tqdm,
 ) -> Evidence:
     """The evidence, with what second opinions say of it; where they are confirmed, it is put right."""
-    budget = float(cast(Tensor, evidence.evaluations).sum())
+    budget = max(float(cast(Tensor, evidence.evaluations).sum()), LEAST_BUDGET)
     device = evidence.log_px.device
-    suspect = unseen >= MANY_UNSEEN
+    suspect = unseen >= ENOUGH
     order = torch.randperm(latents.size, device=device)
     order = order[(~suspect[order]).long().argsort(stable=True)]  # suspects first
     tried = torch.zeros_like(suspect)
-    wrong = torch.zeros_like(suspect)
+    wrong, agreed = torch.zeros_like(suspect), torch.zeros_like(suspect)
     first, wanted = 0, int(suspect.sum()) + settings.num_checked if settings.num_checked else 0
     cost, spent = cast(Tensor, evidence.evaluations).clone(), 0.0
     while first < min(wanted, latents.size):
         among = order[first : min(wanted, latents.size)][:BATCH].sort().values
-        part = latents.select(among)
-        differs, other, error, paid = decided(part, pick(evidence, among), rows)
-        tried[among] = True
-        wrong[among] = differs
+        part, mine = latents.select(among), pick(evidence, among)
+        differs, other, error, paid = decided(part, mine, rows)
+        tried[among], wrong[among] = True, differs
+        # where modes are many, nothing is believed but what an estimate confirms that is precise itself
+        agreed[among] = _agrees(mine.log_px, mine.mc_se, other, error)
         cost[among] += paid
         spent += float(paid.sum())
-        if differs.any():
-            places = among[differs]
-            right = _put_right(latents.select(places), settings, rows, compiled, bar, other[differs], error[differs])
-            evidence = _replaced(evidence, places, right)
-            cost[places] += cast(Tensor, right.evaluations)
+        again = differs | ((unseen[among] >= HOPELESS) & ~agreed[among])
+        if again.any():
+            places, other, error = among[again], other[again], error[again]
+            found = adaptive(latents.select(places), settings, rows, compiled, bar, start="prior")
+            evidence = _replaced(evidence, places, found, other, error, settings.error)
+            agreed[places] = _agrees(found.log_z, found.mc_se, other, error)
+            cost[places] += found.evaluations
         first += len(among)
         if wrong.any() and first >= wanted and spent < budget:
             wanted = min(latents.size, 2 * wanted)
         if spent > budget and first >= settings.num_checked:
             break
-    known = cast(Tensor, evidence.reliable) & ~(suspect & ~tried)
+    known = cast(Tensor, evidence.reliable) & ~(suspect & ~agreed)
     if wrong.any() and wrong.sum() > MANY_WRONG * tried.sum():
         known = known & tried
     return evidence._replace(reliable=known, evaluations=cost)
 
 
-def _put_right(
-    latents: Latents,
-    settings: "Annealing",
-    rows: int,
-    compiled: bool,
-    bar: tqdm,
-    other: Tensor,
-    other_error: Tensor,
-) -> Evidence:
-    """Chains from the prior where those from elsewhere were contradicted; reliable where the other opinion confirms."""
-    found = adaptive(latents, settings, rows, compiled, bar, start="prior")
-    agree = ~contradicts(found.log_z, found.mc_se, other, other_error)
-    nan = torch.full_like(found.log_z, math.nan)
-    return Evidence(
-        torch.where(agree, found.log_z, other),
-        torch.where(agree, found.mc_se, other_error),
-        ess=nan,
-        khat=nan,
-        num_invalid=(~found.log_z.isfinite()).long(),
-        acceptance=found.acceptance,
-        reliable=agree & (found.mc_se <= settings.error),
-        evaluations=found.evaluations,
-    )
+def _agrees(log_z: Tensor, mc_se: Tensor, other: Tensor, error: Tensor) -> Tensor:
+    """Whether an estimate that is precise itself says the same, ``(B,)``."""
+    return ((other - log_z).abs() < 4 * torch.hypot(error, mc_se) + 0.02) & (error < 0.2)
 
 
 def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int) -> Evidence:
@@ -166,13 +150,18 @@ def pick(evidence: Evidence, among: Tensor) -> Evidence:
     return Evidence(*(each[among] if isinstance(each, Tensor) else each for each in evidence))
 
 
-def _replaced(evidence: Evidence, places: Tensor, right: Evidence) -> Evidence:
-    """The evidence with other estimates in some places; what it cost is counted elsewhere."""
-    fields = {}
-    for name, value in right._asdict().items():
-        if isinstance(value, Tensor) and name != "evaluations":
-            fields[name] = getattr(evidence, name).index_copy(0, places, value)
-    return evidence._replace(**fields)
+def _replaced(evidence: Evidence, places: Tensor, found: Found, other: Tensor, error: Tensor, asked: float) -> Evidence:
+    """The evidence with that of chains from the prior in some places, or, if they are contradicted too, the other."""
+    agree = ~contradicts(found.log_z, found.mc_se, other, error)
+    values = {
+        "log_px": torch.where(agree, found.log_z, other),
+        "mc_se": torch.where(agree, found.mc_se, error),
+        "acceptance": found.acceptance,
+        "reliable": agree & (found.mc_se <= asked),
+    }
+    return evidence._replace(
+        **{name: getattr(evidence, name).index_copy(0, places, value) for name, value in values.items()}
+    )
 
 
 def check_start(latents: Latents, num_draws: int = 64) -> None:

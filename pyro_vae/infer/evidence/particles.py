@@ -58,6 +58,7 @@ class Particles(NamedTuple):
     arrived: Tensor  # (B,)
     acceptance: Tensor  # (B,)
     evaluations: Tensor  # (B,)
+    ladder: Tensor  # (T, B), the temperatures after each step
 
 
 def sample_particles(path: Path, settings: SMC) -> Particles:
@@ -77,7 +78,7 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
     evaluations = torch.full_like(beta, 2.0 * num)
     ended: list[State] = []
     active, places = torch.arange(size, device=like.device), []
-    whole = state
+    ladder = [beta.clone()]
     for _ in range(MOST_TEMPERATURES):
         gain = (state.target - state.start).double()
         gain = torch.where(gain.isnan(), -math.inf, gain)
@@ -85,6 +86,7 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
         log_w = (change * gain).unflatten(0, (groups, -1))
         log_z[:, active] += log_w.logsumexp(1) - math.log(num // groups)
         beta[active] += change
+        ladder.append(beta.clone())
         offset = torch.arange(groups, device=like.device).view(-1, 1, 1) * (num // groups)
         chosen = torch.stack([resample(each) for each in log_w]) + offset
         state = state.select(chosen.flatten(0, 1))
@@ -110,7 +112,21 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
         places.append(active)
     order = torch.cat(places).argsort()
     whole = State(*(torch.cat(each, 1)[:, order] for each in zip(*ended, strict=True)))
-    return Particles(log_z, whole, beta >= 1, rates / moved, evaluations)
+    return Particles(log_z, whole, beta >= 1, rates / moved, evaluations, torch.stack(ladder))
+
+
+def typical_ladder(ladder: Tensor, num_points: int = 65) -> Tensor:
+    """Temperatures between which the weights change about as much, for most observations: ``(T, B) -> (num_points,)``.
+
+    They are averaged in the logarithm, at equal shares of each observation's way.
+    """
+    steps = (ladder < 1).sum(0).clamp(min=1)  # until an observation arrived
+    at = torch.linspace(0, 1, num_points, dtype=ladder.dtype, device=ladder.device).unsqueeze(1) * steps
+    low = at.long().clamp(max=len(ladder) - 1)
+    high = (low + 1).clamp(max=len(ladder) - 1)
+    value = torch.lerp(ladder.gather(0, low), ladder.gather(0, high), at - low).clamp(max=1)
+    curve = (value + 1e-9).log().mean(1).exp()
+    return ((curve - curve[0]) / (curve[-1] - curve[0])).cummax(0).values
 
 
 def _next(gain: Tensor, rest: Tensor, share: float) -> Tensor:

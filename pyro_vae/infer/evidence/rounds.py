@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
 from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, prior_location_and_width
-from pyro_vae.infer.evidence.modes import Starts, find_starts
+from pyro_vae.infer.evidence.modes import ELSEWHERE, Starts, find_starts
+from pyro_vae.infer.evidence.particles import SMC, sample_particles, typical_ladder
 from pyro_vae.infer.evidence.result import t_factor
 from pyro_vae.infer.supports import Latents
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
+FEW = 8
+"""Dimensions up to which modes are looked for in every observation, since climbs reach them and they are common."""
+HOPELESS = 0.2
+"""The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
 BLOCK = 2048
 """Observations whose starts are kept together, so that those that need another round make full batches."""
 
@@ -38,8 +43,8 @@ def adaptive(
 ) -> Found:
     """Estimates of all observations, from rounds of chains; ``rows`` is how many z may be evaluated at once."""
     sampler = _Sampler(latents, settings, start or settings.start, rows, compiled)
-    few = torch.randperm(latents.size)[:32].to(latents.like.device)
-    num, steps = sampler.pilot(latents.select(few))
+    few = latents.select(torch.randperm(latents.size)[:64].to(latents.like.device))
+    num, steps = sampler.pilot(few)
     bar.set_postfix(temperatures=num)
     parts = []
     for first in range(0, latents.size, BLOCK):
@@ -56,16 +61,18 @@ class _Sampler:
         self.settings, normal = settings, start == "laplace" or (start == "prior" and latents.standard)
         self.start, self.rows = start, max(1, rows // settings.num_chains)
         self.kind: Start = "normal" if normal else cast(Start, start)
-        self.evaluate = evaluator(latents, self.kind, compiled)
+        self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
+        self.curve: Tensor | None = None
 
     def starts(self, latents: Latents) -> Starts:
         """Where the chains of some observations start."""
         settings, parts = self.settings, []
-        rows = max(1, self.rows * settings.num_chains // (settings.num_climbs + 1 if self.start == "laplace" else 64))
+        at_once = ELSEWHERE if self.start == "laplace" and self.num_climbs else 32
+        rows = max(1, 3 * self.rows * settings.num_chains // at_once)  # of which no gradients are taken
         for first in range(0, latents.size, rows):
             part = latents.select(slice(first, first + rows))
             if self.start == "laplace":
-                starts = find_starts(part, settings.num_climbs, WIDENING)
+                starts = find_starts(part, self.num_climbs, WIDENING)
             else:
                 nothing = part.like.new_zeros(part.size, dtype=torch.float64)
                 places = torch.arange(part.size, device=nothing.device)
@@ -74,8 +81,18 @@ class _Sampler:
         return joined(parts)
 
     def pilot(self, latents: Latents) -> tuple[int, Tensor]:
-        """How many temperatures T give most the error asked for, and step sizes that suit most, ``(T - 1,)``."""
+        """How many temperatures T give most the error asked for, and step sizes that suit most, ``(T - 1,)``.
+
+        Where there are many dimensions, and none of the observations has several modes, the others are spared climbs.
+        """
         settings, starts, num = self.settings, self.starts(latents), 4
+        if self.start != "laplace" and settings.schedule == "linear":
+            path = Path(latents, starts.coordinates, self.kind, settings.num_leapfrogs, self.evaluate)
+            self.curve = typical_ladder(sample_particles(path.select(slice(8)), SMC(64, 4)).ladder)
+        if latents.dim > FEW and len(starts.rows) == latents.size:
+            self.num_climbs = 0
+        latents = latents.select(slice(32))
+        starts = some_of(starts, torch.arange(latents.size, device=starts.rows.device))
         while True:
             betas, steps = self.ladder(latents, num), []
             found = self.round(latents, starts, betas, None, steps)
@@ -86,7 +103,13 @@ class _Sampler:
             num = min(settings.most_temperatures, math.ceil(num * min(wide**2, 3)))
 
     def ladder(self, latents: Latents, num: int) -> Tensor:
-        return self.settings.temperatures(num).to(latents.like)
+        """Temperatures from 0 to 1, ``(num + 1,)``: from afar, between which weights change as much."""
+        betas = self.settings.temperatures(num).to(latents.like.device)
+        if self.curve is not None:
+            at = betas * (len(self.curve) - 1)
+            low = at.long().clamp(max=len(self.curve) - 2)
+            betas = torch.lerp(self.curve[low], self.curve[low + 1], at - low)
+        return betas.to(latents.like)
 
     def block(self, latents: Latents, num: int, steps: Tensor) -> Found:
         """Rounds with more and more temperatures for those observations that do not have the error asked for yet."""
@@ -95,6 +118,7 @@ class _Sampler:
         found = found._replace(evaluations=found.evaluations + starts.evaluations)
         while num < settings.most_temperatures:
             worse = ~(found.mc_se <= settings.error) | (found.acceptance < 0.3)
+            worse &= found.unseen < HOPELESS  # others of its modes were missed: no more chains from these help
             again = worse.nonzero().squeeze(1)
             if len(again) == 0:
                 break
