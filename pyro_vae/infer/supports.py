@@ -80,7 +80,7 @@ class Latents:
     def _gaussianize(self) -> None:
         """Map the sites that allow it to standard normal coordinates."""
         few = select(self.data, slice(None, None, max(1, data_size(self.data) // 16)))
-        with torch.no_grad(), pyro.validation_enabled(False), _own_draws(self.like.is_cuda):
+        with torch.no_grad(), pyro.validation_enabled(False), own_draws(self.like.is_cuda):
             one, _ = traces(self.model, self.guide, select(self.data, slice(1)), 1)
             some, _ = traces(self.model, self.guide, few, 3)
             maps = {
@@ -243,7 +243,7 @@ class Latents:
 
 
 @contextlib.contextmanager
-def _own_draws(on_gpu: bool) -> Iterator[None]:
+def own_draws(on_gpu: bool) -> Iterator[None]:
     """The same random numbers each time, while those of others go on as if none had been drawn."""
     with torch.random.fork_rng(range(torch.cuda.device_count()) if on_gpu else ()):
         torch.default_generator.manual_seed(0)

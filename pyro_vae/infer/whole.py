@@ -7,19 +7,27 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import Independent, Transform
-from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform
+from torch.distributions import Transform
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_whole, seen_entries, unsteady
+from pyro_vae.infer.gaussianize import Affine, Map
 from pyro_vae.infer.programs import Program, added, latent_sites, sample_sites, site_of, unseen_sites
-from pyro_vae.infer.supports import Latents, _Unobserved, into_support, unmasked_log_prob, without_mask
+from pyro_vae.infer.scales import base_of, is_moved, is_normal, is_the_same, own_scale
+from pyro_vae.infer.supports import (
+    Latents,
+    _Unobserved,
+    gaussian_map,
+    into_support,
+    own_draws,
+    unmasked_log_prob,
+    within_type,
+)
 from pyro_vae.infer.trees import Data
 from pyro_vae.infer.vectorized import NaNFactors, Vectorized
 
@@ -54,11 +62,14 @@ class WholeProgram(Latents):
             MultivariateNormal; of a scale: HalfNormal, HalfCauchy) are moved by them, z = loc + scale e, and e is their
             part of u. Where loc and scale are latent too, and the data say little of z, this takes the funnel out
             of the posterior (Papaspiliopoulos, Roberts & Skold 2007).
+        gaussian: take coordinates in which p(u) is N(0, 1) where a site is made of independent numbers whose
+            distribution depends on no other latent site, whatever ``centred`` is, see :class:`Latents`.
 
     Attributes:
         dim: D.
         like: a number of the type, and on the device, of u.
         data: the tensors among ``args`` and ``kwargs``, B times each; B is 1, or the number of rows in :meth:`select`.
+        standard: whether p(u) is N(0, I), up to interpolation.
         is_hierarchical: whether some location or scale depends on another latent site, so that ``centred`` matters.
 
     Raises:
@@ -76,11 +87,13 @@ class WholeProgram(Latents):
         kwargs: Mapping[str, Any] | None = None,
         guide: Program | None = None,
         centred: bool = True,
+        gaussian: bool = True,
     ):
         self.model, self.guide, self.centred = model, guide, centred
         self._leaves, self._spec = tree_flatten((args, dict(kwargs or {})))
         self.data: Any = [leaf.unsqueeze(0) for leaf in self._leaves if isinstance(leaf, Tensor)] or torch.zeros(1)
         self._guide_moments: list[Tensor] = []
+        self._maps: dict[str, Map] = {}
         self._drawn: list[Tensor] = []
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             raise ContractError(
@@ -101,12 +114,13 @@ class WholeProgram(Latents):
             if isinstance(self.data, Tensor):
                 self.data = self.data.to(self.like.device)
             priors = runs if self._improper or guide is None else [_traced(model, *self._arguments) for _ in runs]
+            self.standard = self._gaussianize(priors) if gaussian else False
             self.is_hierarchical = any(_is_moved(priors, name) for name in names)
             values = [site_of(runs[0], name)["value"] for name in sample_sites(runs[0])]
             self._many = Vectorized(sum(each.numel() for each in [*values, *tree_flatten(self.data)[0]]))
             by_program = guide is not None and not isinstance(guide, AutoGuide)
             function = self._log_joint_and_guide if by_program else self._log_joint
-            self._many.check(function, torch.stack([self._read(run) for run in runs[:2]]))
+            self._many.check(function, self._mapped(torch.stack([self._read(run) for run in runs[:2]])))
             self._check_densities()
 
     @property
@@ -183,7 +197,7 @@ class WholeProgram(Latents):
                 if drawn[place] is not leaves[place]:
                     raise ContractError(f"site '{name}' observes a tensor of the data that another site observes too")
                 drawn[place] = site_of(trace, name)["value"].to(leaves[place].dtype).reshape(leaves[place].shape)
-            other, u = self.of([leaf.unsqueeze(0) for leaf in drawn]), self._read(trace)
+            other, u = self.of([leaf.unsqueeze(0) for leaf in drawn]), self._mapped(self._read(trace))
             self._check_simulated(other._scored(u)[0], trace)
         return other.data, u.unsqueeze(0)
 
@@ -221,9 +235,25 @@ class WholeProgram(Latents):
             )
         return run
 
-    def _transform(self, fn: Any) -> Transform:
-        """From part of u to the values of a site."""
-        return (None if self.centred else own_scale(fn)) or into_support(fn.support)
+    def _gaussianize(self, runs: list[poutine.Trace]) -> bool:
+        """Map the sites that allow it to standard normal coordinates. Whether that is all of them."""
+        standard = True
+        for name, place in self._places.items():
+            fns = [site_of(run, name)["fn"] for run in runs]
+            found = None
+            if name not in self._improper and is_the_same(fns, [site_of(run, name)["value"] for run in runs]):
+                with own_draws(self.like.is_cuda):
+                    one, other = (fn.expand_by([1, 1]) for fn in fns[:2])
+                    found = gaussian_map(one, other, place.shape, self.like)
+            if found is not None and not (isinstance(found, Affine) and found.is_identity):
+                self._maps[name] = found
+            standard &= not self.centred and is_normal(fns[0]) if found is None else found.misfit < 0.01
+        return standard
+
+    def _transform(self, name: str, fn: Any) -> Transform:
+        """From part of u to the values of a site, but for what maps it to a Gaussian."""
+        moved = None if self.centred or name in self._maps else own_scale(fn)
+        return into_support(fn.support) if moved is None else moved
 
     def _placed(self, run: poutine.Trace, names: list[str]) -> dict[str, Any]:
         places: dict[str, Any] = {}
@@ -231,16 +261,24 @@ class WholeProgram(Latents):
         for name in names:
             site = site_of(run, name)
             # of the whole value: bounds may depend on another site
-            shape = self._transform(site["fn"]).inverse_shape(site["value"].shape)
+            shape = self._transform(name, site["fn"]).inverse_shape(site["value"].shape)
             places[name] = _Site(slice(end, end + shape.numel()), shape, site["value"].dtype)
             end += shape.numel()
         return places
 
     def _read(self, trace: poutine.Trace) -> Tensor:
-        """u of one run, ``(D,)``."""
-        sites = (site_of(trace, name) for name in self._places)
-        values: list[Any] = [self._transform(site["fn"]).inv(site["value"]) for site in sites]
+        """u of one run, ``(D,)``, but for what maps it to a Gaussian, which is quicker for many."""
+        sites = ((name, site_of(trace, name)) for name in self._places)
+        values: list[Any] = [self._transform(name, site["fn"]).inv(site["value"]) for name, site in sites]
         return torch.cat([value.reshape(-1) for value in values])
+
+    def _mapped(self, u: Tensor) -> Tensor:
+        """u of :meth:`_read`, ``(*, D)``, in Gaussian coordinates where there are some."""
+        u = u.clone()
+        for name, each in self._maps.items():
+            where, shape, _ = self._places[name]
+            u[..., where] = each.inverse(u[..., where].reshape(*u.shape[:-1], *shape)).reshape(u[..., where].shape)
+        return u
 
     def _scored(self, u: Tensor) -> tuple[poutine.Trace, Tensor]:
         """The model at one u, ``(D,)``, its log-densities, and log |dz / du|."""
@@ -278,7 +316,7 @@ class WholeProgram(Latents):
     def _draws(self, draw: Callable[[], Tensor], num_samples: int) -> Tensor:
         """Independent results of a function that draws, ``(D,)`` each: ``(K, B, D)``."""
         with pyro.validation_enabled(False):
-            drawn = self._many.draws(draw, self.like, num_samples * self.size)
+            drawn = self._mapped(self._many.draws(draw, self.like, num_samples * self.size))
         return drawn.reshape(num_samples, self.size, self.dim)
 
     def _moments(self) -> list[Tensor]:
@@ -317,7 +355,7 @@ class WholeProgram(Latents):
     def _is_improper(self, run: poutine.Trace, name: str) -> bool:
         """Whether a latent site, or a masked part of it on which others depend, has no density of its own."""
         site = site_of(run, name)
-        if isinstance(_base(site["fn"]), dist.ImproperUniform):
+        if isinstance(base_of(site["fn"]), dist.ImproperUniform):
             return True
         if (seen := seen_entries(site)).all():
             return False
@@ -360,44 +398,13 @@ class WholeProgram(Latents):
             )
 
 
-def own_scale(fn: Any) -> Transform | None:
-    """The map from a standardized variable to that of a distribution with a location and a scale; None if it has none.
-
-    A positive variable of a scale has a logarithm with a location.
-    """
-    fn = _base(fn)
-    if isinstance(fn, dist.MultivariateNormal):
-        return LowerCholeskyAffine(fn.loc, fn.scale_tril)
-    if isinstance(fn, dist.HalfNormal | dist.HalfCauchy):
-        return ComposeTransform([ExpTransform(), AffineTransform(0.0, fn.scale)])
-    if isinstance(fn, dist.LogNormal):
-        return ComposeTransform([AffineTransform(fn.loc, fn.scale), ExpTransform()])
-    if isinstance(fn, dist.Normal | dist.StudentT | dist.Cauchy | dist.Laplace):
-        return AffineTransform(fn.loc, fn.scale)
-    return None
-
-
-def _base(fn: Any) -> Any:
-    """A distribution without its mask and without the dimensions that are taken for one event."""
-    fn = without_mask(fn)
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
+def _is_moved(runs: list[poutine.Trace], name: str) -> bool:
+    return is_moved([site_of(run, name)["fn"] for run in runs], site_of(runs[0], name)["value"])
 
 
 def _traced(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """One run of a program, without the sites that plates make."""
     return prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
-
-
-def _is_moved(runs: list[poutine.Trace], name: str) -> bool:
-    """Whether the location or the scale of a site depends on what else the runs drew."""
-    found = [own_scale(site_of(run, name)["fn"]) for run in runs]
-    if None in found:
-        return False
-    first, *others = cast(list[Any], found)
-    zero = torch.zeros_like(site_of(runs[0], name)["value"])
-    return any(not torch.equal(first(at), other(at)) for other in others for at in (zero, zero + 1))
 
 
 class _Put(Messenger):
@@ -415,17 +422,21 @@ class _Put(Messenger):
             msg["value"] = self.program._pinned[name]
         elif name in self.program._places:
             where, shape, dtype = self.program._places[name]
-            free = self.u[where].reshape(shape).to(dtype)
-            transform = self.program._transform(msg["fn"])
-            msg["value"] = transform(free)
-            self.log_det = self.log_det + transform.log_abs_det_jacobian(free, msg["value"]).sum()
+            free, log_slope = self.u[where].reshape(shape), None
+            if name in self.program._maps:
+                free, log_slope = self.program._maps[name](free)
+                self.log_det = self.log_det + log_slope.sum()
+            transform = self.program._transform(name, msg["fn"])
+            value = cast(Tensor, transform(free := free.to(dtype)))
+            self.log_det = self.log_det + transform.log_abs_det_jacobian(free, value).sum()
+            msg["value"] = value if log_slope is None else within_type(value, msg["fn"].support)
 
 
 class _Drawable(Messenger):
     """Names the site of which no prior draw exists."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and isinstance(_base(msg["fn"]), dist.ImproperUniform):
+        if msg["value"] is None and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
             raise ContractError(
                 f"site '{msg['name']}' is an ImproperUniform, so that nothing can be drawn from its prior: give it a "
                 "proper one, or pass a guide that says where the posterior is"
