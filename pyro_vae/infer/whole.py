@@ -128,6 +128,11 @@ class WholeProgram(Latents):
         """Whether many u are scored at once."""
         return self._many.at_once
 
+    @property
+    def rows(self) -> int:
+        """How many u may be scored at once, with gradients, in about 128 MiB."""
+        return max(1, self._many.at_a_time // 4)
+
     def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(x | u), whose sum is log p(x, u): ``(K, B, D) -> (K, B)`` each, in nats."""
         return self._each(self._log_joint, u)

@@ -1,22 +1,20 @@
 """log Z of programs without a data plate, and Bayes factors of two of them."""
 
 import math
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from pyro_vae.errors import check_choice
-from pyro_vae.infer.evidence import annealed
-from pyro_vae.infer.evidence.annealed import Annealing
-from pyro_vae.infer.evidence.importance import reduce_log_weights
+from pyro_vae.infer.evidence import bridge
+from pyro_vae.infer.evidence.annealed import Annealing, anneal_latents
 from pyro_vae.infer.evidence.laplace import laplace_approximation
+from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, evaluating
-from pyro_vae.infer.tracing import Compiled
 from pyro_vae.infer.whole import WholeProgram
 
-Estimator = Literal["annealed"]
+Estimator = Literal["annealed", "bridge"]
 
 
 def model_evidence(
@@ -40,8 +38,9 @@ def model_evidence(
             below can be given as a ``functools.partial``.
         guide: where the posterior is looked for: a program over the same sites, or one of Pyro's AutoGuides, trained.
             None: where the prior draws.
-        estimator: annealed: annealed importance sampling.
-        settings: of the estimator; None: its defaults, for the annealed one 64 chains and an error of 0.05.
+        estimator: annealed: :func:`pyro_vae.annealed_importance_sampling`; bridge: :func:`.bridge_sampling`.
+        settings: of the estimator, ``Annealing`` or ``PosteriorChains``; None: its defaults, with an error of 0.05 where
+            one is asked for.
         centred: False: latent variables are moved by their own locations and scales, see
             :class:`pyro_vae.infer.whole.WholeProgram`; None: so, where a Gaussian fits the posterior better then.
         compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
@@ -60,7 +59,10 @@ def model_evidence(
         latents = WholeProgram(model, args, kwargs, guide, centred is not False)
         if centred is None and latents.is_hierarchical:
             latents = max((latents, WholeProgram(model, args, kwargs, guide, False)), key=_fit)
-        return _anneal(latents, settings or Annealing(64, error=0.05), compiled and latents.batched)
+        compiled = compiled and latents.batched
+        if estimator == "bridge":
+            return bridge.estimate(latents, settings or PosteriorChains(), bridge.Tools.of(latents, compiled))
+        return anneal_latents(latents, settings or Annealing(error=0.05), latents.rows, compiled, progress)
 
 
 def _fit(latents: WholeProgram, num_samples: int = 256) -> float:
@@ -71,16 +73,6 @@ def _fit(latents: WholeProgram, num_samples: int = 256) -> float:
         log_joint = sum(latents.log_joint(at.to_latents(e))) + at.log_det
         bound = log_joint + 0.5 * (e.square().sum(-1) + latents.dim * math.log(2 * math.pi))
         return bound.double().nan_to_num(-math.inf).mean().item()
-
-
-def _anneal(latents: WholeProgram, settings: Annealing, compiled: bool) -> Evidence:
-    evaluate: Any = partial(annealed._evaluate, latents, settings.start)
-    evaluate = Compiled(evaluate) if compiled else evaluate
-    path = annealed._Path(latents, annealed._coordinates(latents, settings), settings, evaluate)
-    betas = settings.temperatures(settings.num_temperatures or annealed._pilot(path)).to(latents.like)
-    steps = annealed._warm_up(path, betas)
-    log_w, acceptance, _ = annealed._anneal(path, betas, path.draw(settings.num_chains), steps)
-    return reduce_log_weights([log_w.detach()], settings.num_chains)._replace(acceptance=acceptance)
 
 
 class BayesFactor(NamedTuple):
