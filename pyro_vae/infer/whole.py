@@ -74,7 +74,7 @@ class WholeProgram(Latents):
 
     Raises:
         ContractError: naming the site, if the program has no latent site, or none that is observed and no
-            factor; if a latent site is discrete, or has no proper prior and there is no guide; if a plate is subsampled
+            factor; if a latent site is discrete, or has no proper prior; if a plate is subsampled
             or a site scaled; if latent sites change from run to run, or differ from the guide's; if a site observes
             values outside its support, or more log-probabilities than values; if no draw tried has a finite
             density.
@@ -105,15 +105,15 @@ class WholeProgram(Latents):
             self._pinned = self._bear_on_nothing(runs[0])
             self._observed = check_whole(runs, self._pinned)
             names = [name for name in latent_sites(runs[0]) if name not in self._pinned]
-            self._improper = [name for name in names if self._is_improper(runs[0], name)]
-            if self._improper and guide is None:
-                raise ContractError(self._no_draws())
+            for name in names:
+                if self._is_improper(runs[0], name):
+                    raise ContractError(improper(name, "constant where it is masked"))
             self._places: dict[str, Any] = self._placed(runs[0], names)
             self.dim = max(place.where.stop for place in self._places.values())
             self.like = self._read(runs[0]).new_zeros(())
             if isinstance(self.data, Tensor):
                 self.data = self.data.to(self.like.device)
-            priors = runs if self._improper or guide is None else [_traced(model, *self._arguments) for _ in runs]
+            priors = runs if guide is None else [_traced(model, *self._arguments) for _ in runs]
             self.standard = self._gaussianize(priors) if gaussian else False
             self.is_hierarchical = any(_is_moved(priors, name) for name in names)
             values = [site_of(runs[0], name)["value"] for name in sample_sites(runs[0])]
@@ -152,13 +152,7 @@ class WholeProgram(Latents):
         return self._each(self._log_joint_and_guide, u)
 
     def sample_prior(self, num_samples: int) -> Tensor:
-        """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients.
-
-        Raises:
-            ContractError: naming the site, if its prior is improper.
-        """
-        if self._improper:
-            raise ContractError(self._no_draws())
+        """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients."""
         return self._draws(lambda: self._read(_traced(self.model, *self._arguments)), num_samples)
 
     def sample_guide(self, num_samples: int) -> Tensor:
@@ -169,22 +163,17 @@ class WholeProgram(Latents):
         return loc + torch.randn(num_samples, self.size, self.dim).to(self.like) @ factor.mT
 
     def prior_draws(self, num_samples: int) -> Tensor:
-        """Draws of u ~ p(u), shape ``(K, D)``; where that is improper, of the guide, ten times as wide."""
-        if not self._improper:
-            if self._many.draws_at_once or not self._drawn or len(self._drawn[0]) < num_samples:
-                self._drawn[:] = [self.select(slice(1)).sample_prior(num_samples).squeeze(1)]
-            return self._drawn[0][:num_samples]  # the same again where each one takes long
-        draws = self.select(slice(1)).sample_guide(num_samples).squeeze(1)
-        return draws.mean(0) + 10 * (draws - draws.mean(0))
+        """Draws of u ~ p(u), shape ``(K, D)``; the same again where each one takes long."""
+        if self._many.draws_at_once or not self._drawn or len(self._drawn[0]) < num_samples:
+            self._drawn[:] = [self.select(slice(1)).sample_prior(num_samples).squeeze(1)]
+        return self._drawn[0][:num_samples]
 
     def simulate(self) -> tuple[Data, Tensor]:
         """A draw of (x, u) from the model: the data, and u, ``(1, D)``, an exact draw from their posterior.
 
         Raises:
-            ContractError: as :meth:`Latents.simulate`, and if a prior is improper or the model has a ``pyro.factor``.
+            ContractError: as :meth:`Latents.simulate`, and if the model has a ``pyro.factor``.
         """
-        if self._improper:
-            raise ContractError(self._no_draws())
         copy = self.of(
             tree_map(torch.clone, self.data)
         )  # each in a place of its own, so that equal ones are told apart
@@ -227,8 +216,7 @@ class WholeProgram(Latents):
     def _run(self) -> poutine.Trace:
         """The model, at a draw from the guide, or from the prior if there is none."""
         if self.guide is None:
-            with _Drawable():
-                return _traced(self.model, *self._arguments)
+            return _traced(self.model, *self._arguments)
         given = _traced(self.guide, *self._arguments)
         run = _traced(poutine.replay(self.model, trace=given), *self._arguments)
         needed = set(latent_sites(run)) - set(unseen_sites(run))
@@ -246,7 +234,7 @@ class WholeProgram(Latents):
         for name, place in self._places.items():
             fns = [site_of(run, name)["fn"] for run in runs]
             found = None
-            if name not in self._improper and is_the_same(fns, [site_of(run, name)["value"] for run in runs]):
+            if is_the_same(fns, [site_of(run, name)["value"] for run in runs]):
                 with own_draws(self.like.is_cuda):
                     one, other = (fn.expand_by([1, 1]) for fn in fns[:2])
                     found = gaussian_map(one, other, place.shape, self.like)
@@ -298,12 +286,8 @@ class WholeProgram(Latents):
         return self._split_one(*self._scored(u))
 
     def _split_one(self, trace: poutine.Trace, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        log_prior = log_det + added(self._density(site_of(trace, name)) for name in self._places)
+        log_prior = log_det + added(unmasked_log_prob(site_of(trace, name)).sum() for name in self._places)
         return log_prior, added(site_of(trace, name)["log_prob"].sum() for name in self._observed)
-
-    def _density(self, site: Any) -> Tensor:
-        """The log-density of a latent site; what is masked counts, but where it has no other."""
-        return (site["log_prob"] if site["name"] in self._improper else unmasked_log_prob(site)).sum()
 
     def _log_joint_and_guide(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         trace, log_det = self._scored(u)
@@ -332,12 +316,9 @@ class WholeProgram(Latents):
         if not self._guide_moments:
             some = self.select(slice(1))
             draws = some._draws(lambda: some._read(some._run()), max(1000, 20 * self.dim)).squeeze(1).double()
-            width = torch.ones_like(draws[0])
-            if not self._improper:
-                low, high = self.prior_draws(1000).double().quantile(width.new_tensor([0.16, 0.84]), dim=0)
-                width = (high - low) / 2
-            point = draws.std(0) < 1e-3 * width
-            draws = draws + 0.1 * torch.where(point, width, 0) * torch.randn_like(draws)
+            low, high = self.prior_draws(1000).double().quantile(draws.new_tensor([0.16, 0.84]), dim=0)
+            point = draws.std(0) < 1e-3 * (high - low) / 2
+            draws = draws + 0.05 * torch.where(point, high - low, 0) * torch.randn_like(draws)
             covariance = draws.T.cov().reshape(self.dim, self.dim)
             self._guide_moments += [draws.mean(0).to(self.like), torch.linalg.cholesky(covariance).to(self.like)]
         return self._guide_moments
@@ -358,11 +339,8 @@ class WholeProgram(Latents):
         return {name: values[name] for name in unseen}
 
     def _is_improper(self, run: poutine.Trace, name: str) -> bool:
-        """Whether a latent site, or a masked part of it on which others depend, has no density of its own."""
-        site = site_of(run, name)
-        if isinstance(base_of(site["fn"]), dist.ImproperUniform):
-            return True
-        if (seen := seen_entries(site)).all():
+        """Whether others depend on a masked part of a latent site, which so has a flat prior."""
+        if (seen := seen_entries(site_of(run, name))).all():
             return False
         values = {each: site_of(run, each)["value"] for each in latent_sites(run)}
         values[name] = leaf = values[name].detach().requires_grad_()
@@ -376,19 +354,12 @@ class WholeProgram(Latents):
             (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
         return gradient is not None and bool((gradient.ne(0) & ~seen).any())
 
-    def _no_draws(self) -> str:
-        return (
-            f"site '{self._improper[0]}' is improper, with a density that is constant where it is masked or an "
-            "ImproperUniform, so that nothing can be drawn from its prior, and log Z is known up to a constant alone: "
-            "give it a proper prior, or pass a guide that says where the posterior is"
-        )
-
     def _check_densities(self) -> None:
         """Refuse a site that has no finite density wherever it is tried."""
 
         def densities(u: Tensor) -> dict[str, Tensor]:
             trace, _ = self._scored(u)
-            found = {name: self._density(site_of(trace, name)) for name in self._places}
+            found = {name: unmasked_log_prob(site_of(trace, name)).sum() for name in self._places}
             return found | {name: site_of(trace, name)["log_prob"].sum() for name in self._observed}
 
         tried = self.prior_draws(2048)[:NUM_TRIED].unsqueeze(1) if self.guide is None else self.sample_guide(NUM_TRIED)
@@ -409,7 +380,8 @@ def _is_moved(runs: list[poutine.Trace], name: str) -> bool:
 
 def _traced(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """One run of a program, without the sites that plates make."""
-    return prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
+    with _Drawable():
+        return prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
 
 
 class _Put(Messenger):
@@ -438,11 +410,15 @@ class _Put(Messenger):
 
 
 class _Drawable(Messenger):
-    """Names the site of which no prior draw exists."""
+    """Names a site of whose prior no draw exists."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
-            raise ContractError(
-                f"site '{msg['name']}' is an ImproperUniform, so that nothing can be drawn from its prior: give it a "
-                "proper one, or pass a guide that says where the posterior is"
-            )
+        if not msg["is_observed"] and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
+            raise ContractError(improper(msg["name"], "an ImproperUniform"))
+
+
+def improper(name: str, what: str) -> str:
+    return (
+        f"site '{name}' is improper, its prior {what}: nothing can be drawn from it, and log Z is known up to a "
+        "constant alone, so that no other model can be compared with it: give it a proper prior"
+    )

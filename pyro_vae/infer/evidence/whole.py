@@ -1,14 +1,15 @@
 """log Z of programs without a data plate, and Bayes factors of two of them."""
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from pyro_vae.errors import check_choice
 from pyro_vae.infer.evidence import bridge
 from pyro_vae.infer.evidence.annealed import Annealing, anneal_latents
-from pyro_vae.infer.evidence.laplace import laplace_approximation
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, evaluating
@@ -39,10 +40,10 @@ def model_evidence(
         guide: where the posterior is looked for: a program over the same sites, or one of Pyro's AutoGuides, trained.
             None: where the prior draws.
         estimator: annealed: :func:`pyro_vae.annealed_importance_sampling`; bridge: :func:`.bridge_sampling`.
-        settings: of the estimator, ``Annealing`` or ``PosteriorChains``; None: its defaults, with an error of 0.05 where
-            one is asked for.
+        settings: of the estimator, ``Annealing`` or ``PosteriorChains``. None: its defaults, for annealing an error of
+            0.05, up to 512 chains, and the start that suits best.
         centred: False: latent variables are moved by their own locations and scales, see
-            :class:`pyro_vae.infer.whole.WholeProgram`; None: so, where a Gaussian fits the posterior better then.
+            :class:`pyro_vae.infer.whole.WholeProgram`; None: so, where a short path does better then.
         compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
             effects.
         progress: show a progress bar.
@@ -56,23 +57,40 @@ def model_evidence(
     """
     check_choice("estimator", estimator, get_args(Estimator))
     with evaluating(model, *([] if guide is None else [guide])):
-        latents = WholeProgram(model, args, kwargs, guide, centred is not False)
-        if centred is None and latents.is_hierarchical:
-            latents = max((latents, WholeProgram(model, args, kwargs, guide, False)), key=_fit)
-        compiled = compiled and latents.batched
-        if estimator == "bridge":
-            return bridge.estimate(latents, settings or PosteriorChains(), bridge.Tools.of(latents, compiled))
-        return anneal_latents(latents, settings or Annealing(error=0.05), latents.rows, compiled, progress)
+        candidates = [WholeProgram(model, args, kwargs, guide, centred is not False)]
+        if centred is None and candidates[0].is_hierarchical:
+            candidates.append(WholeProgram(model, args, kwargs, guide, False))
+        many = _num_chains(candidates[0])
+        if estimator == "annealed":
+            starts = [settings.start] if settings else ["laplace", "prior", *(["guide"] if guide is not None else [])]
+            settings = settings or Annealing(many, error=0.05)
+            pairs = [(latents, replace(settings, start=start)) for latents in candidates for start in starts]
+            (latents, settings), spent = _better(pairs)
+            fast = compiled and latents.batched
+            evidence = anneal_latents(latents, settings, latents.rows, fast, progress)
+        else:
+            (latents, _), spent = _better([(latents, Annealing(many)) for latents in candidates])
+            fast = compiled and latents.batched
+            evidence = bridge.estimate(latents, settings or PosteriorChains(), bridge.Tools.of(latents, fast))
+    return evidence._replace(evaluations=cast(Tensor, evidence.evaluations) + spent)
 
 
-def _fit(latents: WholeProgram, num_samples: int = 256) -> float:
-    """The evidence lower bound of the Gaussian that fits the posterior: log Z minus their divergence in KL."""
-    with torch.no_grad():
-        at = laplace_approximation(latents)
-        e = torch.randn(num_samples, 1, latents.dim).to(latents.like)
-        log_joint = sum(latents.log_joint(at.to_latents(e))) + at.log_det
-        bound = log_joint + 0.5 * (e.square().sum(-1) + latents.dim * math.log(2 * math.pi))
-        return bound.double().nan_to_num(-math.inf).mean().item()
+def _num_chains(latents: WholeProgram) -> int:
+    """Chains of an estimate by default: many cost little where the data are few, since all run at once."""
+    return 2 ** min(9, max(4, int(math.log2(4 * latents.rows))))
+
+
+def _better(choices: list[tuple[WholeProgram, Annealing]]) -> tuple[tuple[WholeProgram, Annealing], float]:
+    """The coordinates and the start in which a short path from and back to the start has the least error; its cost."""
+    if len(choices) == 1:
+        return choices[0], 0.0
+    errors, spent = [], 0.0
+    for latents, settings in choices:
+        short = replace(settings, num_temperatures=None, most_temperatures=4, error=1e-6, num_checked=0)
+        found = anneal_latents(latents, short, latents.rows, compiled=False)
+        errors.append(found.mc_se.nan_to_num(nan=math.inf).item())
+        spent += cast(Tensor, found.evaluations).item()
+    return choices[min(range(len(errors)), key=errors.__getitem__)], spent
 
 
 class BayesFactor(NamedTuple):
