@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import check_choice
-from pyro_vae.infer.evidence import bridge
+from pyro_vae.infer.evidence import bridge, thermodynamic
 from pyro_vae.infer.evidence.annealed import Annealing, anneal_latents
+from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.infer.evidence.smc import estimate as by_particles
+from pyro_vae.infer.evidence.thermodynamic import Thermodynamic
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.whole import WholeProgram
 
-Estimator = Literal["annealed", "bridge"]
+Estimator = Literal["annealed", "smc", "bridge", "thermodynamic"]
 
 
 def model_evidence(
@@ -25,7 +28,7 @@ def model_evidence(
     estimator: Estimator = "annealed",
     settings: Any = None,
     centred: bool | None = None,
-    compiled: bool = True,
+    compiled: bool = False,
     progress: bool = False,
     **kwargs: Any,
 ) -> Evidence:
@@ -39,13 +42,14 @@ def model_evidence(
             below can be given as a ``functools.partial``.
         guide: where the posterior is looked for: a program over the same sites, or one of Pyro's AutoGuides, trained.
             None: where the prior draws.
-        estimator: annealed: :func:`pyro_vae.annealed_importance_sampling`; bridge: :func:`.bridge_sampling`.
-        settings: of the estimator, ``Annealing`` or ``PosteriorChains``. None: its defaults, for annealing an error of
-            0.05, up to 512 chains, and the start that suits best.
+        estimator: annealed: :func:`pyro_vae.annealed_importance_sampling`; smc, bridge, thermodynamic: :func:`.smc`,
+            :func:`.bridge_sampling`, :func:`.thermodynamic_integration`.
+        settings: of the estimator: ``Annealing``, ``SMC``, ``PosteriorChains`` or ``Thermodynamic``. None: its
+            defaults, for annealing an error of 0.05, up to 512 chains, and the start that suits best.
         centred: False: latent variables are moved by their own locations and scales, see
             :class:`pyro_vae.infer.whole.WholeProgram`; None: so, where a short path does better then.
-        compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
-            effects.
+        compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; it takes seconds, which
+            programs of few sites do not win back.
         progress: show a progress bar.
 
     Returns:
@@ -64,15 +68,25 @@ def model_evidence(
         if estimator == "annealed":
             starts = [settings.start] if settings else ["laplace", "prior", *(["guide"] if guide is not None else [])]
             settings = settings or Annealing(many, error=0.05)
-            pairs = [(latents, replace(settings, start=start)) for latents in candidates for start in starts]
-            (latents, settings), spent = _better(pairs)
-            fast = compiled and latents.batched
-            evidence = anneal_latents(latents, settings, latents.rows, fast, progress)
         else:
-            (latents, _), spent = _better([(latents, Annealing(many)) for latents in candidates])
-            fast = compiled and latents.batched
-            evidence = bridge.estimate(latents, settings or PosteriorChains(), bridge.Tools.of(latents, fast))
+            settings = settings or {"smc": SMC(4 * many), "bridge": PosteriorChains()}.get(estimator, Thermodynamic())
+            starts = [getattr(settings, "start", "laplace")]
+        paths = [replace(Annealing(many), start=start) for start in starts]
+        (latents, path), spent = _better([(latents, path) for latents in candidates for path in paths])
+        if estimator == "annealed":
+            settings = replace(settings, start=path.start)
+        evidence = _estimate(latents, estimator, settings, compiled and latents.batched, progress)
     return evidence._replace(evaluations=cast(Tensor, evidence.evaluations) + spent)
+
+
+def _estimate(latents: WholeProgram, estimator: Estimator, settings: Any, compiled: bool, progress: bool) -> Evidence:
+    if estimator == "annealed":
+        return anneal_latents(latents, settings, latents.rows, compiled, progress)
+    if estimator == "smc":
+        return by_particles(latents, settings)
+    if estimator == "bridge":
+        return bridge.estimate(latents, settings, bridge.Tools.of(latents, compiled))
+    return thermodynamic.estimate(latents, settings, thermodynamic.Tools.of(latents, settings, compiled))
 
 
 def _num_chains(latents: WholeProgram) -> int:
