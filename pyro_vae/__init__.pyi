@@ -26,6 +26,8 @@ from .infer.evidence.result import Evidence as Evidence
 from .infer.evidence.reverse import sandwich as sandwich
 from .infer.evidence.smc import smc as smc
 from .infer.evidence.thermodynamic import thermodynamic_integration as thermodynamic_integration
+from .infer.evidence.whole import bayes_factor as bayes_factor
+from .infer.evidence.whole import model_evidence as model_evidence
 from .infer.objectives import ELBO as ELBO
 from .infer.objectives import IWAE as IWAE
 from .infer.objectives import BetaELBO as BetaELBO

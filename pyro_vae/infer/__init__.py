@@ -8,12 +8,14 @@ from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import log_weights, posterior_samples, traces
 from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.whole import WholeProgram
 
 __all__ = [
     "CompiledSVI",
     "Latents",
     "Objective",
     "PyroSVI",
+    "WholeProgram",
     "active_units",
     "check_program",
     "diagnostics",

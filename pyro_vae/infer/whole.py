@@ -69,7 +69,7 @@ class WholeProgram(Latents):
         dim: D.
         like: a number of the type, and on the device, of u.
         data: the tensors among ``args`` and ``kwargs``, B times each; B is 1, or the number of rows in :meth:`select`.
-        standard: whether p(u) is N(0, I), up to interpolation.
+        normal: see :class:`Latents`.
         is_hierarchical: whether some location or scale depends on another latent site, so that ``centred`` matters.
 
     Raises:
@@ -114,7 +114,9 @@ class WholeProgram(Latents):
             if isinstance(self.data, Tensor):
                 self.data = self.data.to(self.like.device)
             priors = runs if guide is None else [_traced(model, *self._arguments) for _ in runs]
-            self.standard = self._gaussianize(priors) if gaussian else False
+            self.normal = torch.zeros(self.dim, dtype=torch.bool, device=self.like.device)
+            if gaussian:
+                self._gaussianize_sites(priors)
             self.is_hierarchical = any(_is_moved(priors, name) for name in names)
             values = [site_of(runs[0], name)["value"] for name in sample_sites(runs[0])]
             self._many = Vectorized(sum(each.numel() for each in [*values, *tree_flatten(self.data)[0]]))
@@ -228,9 +230,8 @@ class WholeProgram(Latents):
             )
         return run
 
-    def _gaussianize(self, runs: list[poutine.Trace]) -> bool:
-        """Map the sites that allow it to standard normal coordinates. Whether that is all of them."""
-        standard = True
+    def _gaussianize_sites(self, runs: list[poutine.Trace]) -> None:
+        """Map the sites that allow it to standard normal coordinates."""
         for name, place in self._places.items():
             fns = [site_of(run, name)["fn"] for run in runs]
             found = None
@@ -240,8 +241,8 @@ class WholeProgram(Latents):
                     found = gaussian_map(one, other, place.shape, self.like)
             if found is not None and not (isinstance(found, Affine) and found.is_identity):
                 self._maps[name] = found
-            standard &= not self.centred and is_normal(fns[0]) if found is None else found.misfit < 0.01
-        return standard
+            moved = not self.centred and is_normal(fns[0])
+            self.normal[place.where] = moved if found is None else found.misfit < 0.01
 
     def _transform(self, name: str, fn: Any) -> Transform:
         """From part of u to the values of a site, but for what maps it to a Gaussian."""

@@ -21,12 +21,14 @@ from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 from pyro_vae.infer.evidence.reverse import sandwich
 from pyro_vae.infer.evidence.smc import smc
 from pyro_vae.infer.evidence.thermodynamic import Thermodynamic, thermodynamic_integration
+from pyro_vae.infer.evidence.whole import BayesFactor, bayes_factor, model_evidence
 
 __all__ = [
     "CREMER_2018",
     "SMC",
     "WU_2017",
     "Annealing",
+    "BayesFactor",
     "Coordinates",
     "Evidence",
     "InferenceGaps",
@@ -37,6 +39,7 @@ __all__ = [
     "Tempering",
     "Thermodynamic",
     "annealed_importance_sampling",
+    "bayes_factor",
     "bidirectional_monte_carlo",
     "bridge_sampling",
     "difference_estimate",
@@ -46,6 +49,7 @@ __all__ = [
     "laplace_approximation",
     "local_flow",
     "local_mean_field",
+    "model_evidence",
     "quadrature",
     "rate_distortion",
     "reduce_log_weights",
