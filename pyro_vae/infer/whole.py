@@ -69,7 +69,7 @@ class WholeProgram(Latents):
         dim: D.
         like: a number of the type, and on the device, of u.
         data: the tensors among ``args`` and ``kwargs``, B times each; B is 1, or the number of rows in :meth:`select`.
-        normal: see :class:`Latents`.
+        normal, standard: see :class:`Latents`.
         is_hierarchical: whether some location or scale depends on another latent site, so that ``centred`` matters.
 
     Raises:
@@ -117,6 +117,7 @@ class WholeProgram(Latents):
             self.normal = torch.zeros(self.dim, dtype=torch.bool, device=self.like.device)
             if gaussian:
                 self._gaussianize_sites(priors)
+            self.standard = bool(self.normal.all())
             self.is_hierarchical = any(_is_moved(priors, name) for name in names)
             values = [site_of(runs[0], name)["value"] for name in sample_sites(runs[0])]
             self._many = Vectorized(sum(each.numel() for each in [*values, *tree_flatten(self.data)[0]]))
