@@ -205,12 +205,13 @@ def resample(log_w: Tensor) -> Tensor:
     return found.clamp(max=len(log_w) - 1)
 
 
-def bennett(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+def bennett(forward: Tensor, backward: Tensor, effective: Tensor) -> tuple[Tensor, Tensor]:
     """Bennett's acceptance ratio (Bennett 1976, equations 12a and 12b) of chains that go to and fro.
 
     Args:
         forward: log-weights of chains from the start, of mean Z, shape ``(C, B)``.
         backward: log-weights of chains from the target back, of mean 1 / Z, as many.
+        effective: how many of the latter are independent, shape ``(B,)``.
 
     Returns:
         log Z, and its standard error from the variances over chains of the two means that are made equal, ``(B,)``.
@@ -225,8 +226,9 @@ def bennett(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     log_z = torch.where((forward.isnan() | backward.isnan()).any(0), math.nan, (low + high) / 2)
     variance = torch.zeros_like(log_z)
-    for each in (torch.sigmoid(forward - log_z), torch.sigmoid(log_z - inverse)):
-        variance = variance + each.var(0) / each.mean(0).square() / len(each)
+    for log_w, count in ((forward - log_z, len(forward)), (log_z - inverse, effective)):
+        each = torch.sigmoid(log_w)
+        variance = variance + each.var(0) / each.mean(0).square() / count
     return log_z, variance.sqrt()
 
 

@@ -23,6 +23,8 @@ ELSEWHERE, FROM_PRIOR = 160, 128
 """Points at which a mode is looked for: prior draws, and modes of other data."""
 MOST = 24
 """Modes of one observation that are made a part of the start."""
+FEW, MANY = 8, 512
+"""Dimensions up to which modes are looked for in every observation, and prior draws that look for what is uncovered."""
 BETWEEN = 7
 """Points between two peaks at which a descent is looked for."""
 ENOUGH = 0.05
@@ -81,11 +83,54 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
                 break
         order = rows.argsort(stable=True)
         rows, peaks = rows[order], peaks[order]
-    coordinates = widened(laplace_approximation(latents.select(rows), start=peaks), widening)
+    coordinates = laplace_approximation(latents.select(rows), start=peaks)
     cost += (rows.bincount(minlength=size) - 1) * laplace_cost(dim)
-    if len(rows) == size:
-        return Starts(rows, coordinates, None, unseen, cost)
-    return _weighed(latents, rows, coordinates, unseen, cost)
+    local = log_joint(latents.select(rows), coordinates.loc.unsqueeze(0)).squeeze(0).double()
+    local = (local + coordinates.log_det + 0.5 * dim * math.log(2 * math.pi)).nan_to_num(nan=-math.inf)
+    starts = Starts(rows, widened(coordinates, widening), None, unseen, cost)
+    if len(rows) > size:
+        starts, local = _weighed(starts, local)
+    if num_climbs and dim <= FEW:
+        starts, local = _with_remainders(latents, starts, local, width)
+        uncovered, _, _ = _outside(latents, starts)
+        more = starts.evaluations + 2 * MANY
+        starts = starts._replace(unseen=torch.maximum(unseen, uncovered), evaluations=more)
+    return starts
+
+
+def _outside(latents: Latents, starts: Starts) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of p(x) that lies outside all normals, by importance sampling from the prior, ``(B,)``.
+
+    Outside is where the square of e is four standard deviations above its mean. Also draws from the prior, and the
+    log-weights of those that are outside, minus infinity for the others.
+    """
+    draws = latents.sample_prior(MANY)
+    log_w = latents.log_joint(draws)[1].double().nan_to_num(nan=-math.inf) - math.log(MANY)
+    e = starts.coordinates.from_latents(draws[:, starts.rows])
+    inside = (e.square().sum(-1) < latents.dim + 4 * math.sqrt(2 * latents.dim)).double()
+    covered = torch.zeros_like(log_w).index_add(1, starts.rows, inside) > 0
+    outside = log_w.masked_fill(covered, -math.inf)
+    return (outside.logsumexp(0) - log_w.logsumexp(0)).exp().nan_to_num(), draws, outside
+
+
+def _with_remainders(latents: Latents, starts: Starts, local: Tensor, width: Tensor) -> tuple[Starts, Tensor]:
+    """One normal more where much is outside: with the mean and the covariance of what is, as in a curved posterior."""
+    share, draws, log_w = _outside(latents, starts)
+    places = (share > ENOUGH / 2).nonzero().squeeze(1)
+    if len(places) == 0:
+        return starts, local
+    mass = log_w[:, places].logsumexp(0)
+    weight = (log_w[:, places] - mass).exp().to(draws.dtype)
+    loc = torch.einsum("kb,kbd->bd", weight, draws[:, places])
+    centred = draws[:, places] - loc
+    covariance = torch.einsum("kb,kbi,kbj->bij", weight, centred, centred)
+    factor = torch.linalg.cholesky(covariance + torch.diag((0.1 * width).square()))
+    more = Coordinates(loc, factor, factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+    rows = torch.cat([starts.rows, places])
+    order = rows.argsort(stable=True)
+    pairs = zip(starts.coordinates, more, strict=True)
+    whole = Coordinates(*(torch.cat(pair)[order] for pair in pairs))
+    return _weighed(starts._replace(rows=rows[order], coordinates=whole), torch.cat([local, mass])[order])
 
 
 def _elsewhere(latents: Latents, modes: Tensor, width: Tensor, num: int) -> Tensor:
@@ -144,17 +189,16 @@ def _rank(rows: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(rows).scatter(0, order, torch.arange(len(rows), device=rows.device) - firsts)
 
 
-def _weighed(latents: Latents, rows: Tensor, coordinates: Coordinates, unseen: Tensor, cost: Tensor) -> Starts:
-    """Weigh the normals of each observation by their local evidence, leave out what is negligible, and join them."""
-    size, dim = latents.size, latents.dim
-    local = log_joint(latents.select(rows), coordinates.loc.unsqueeze(0)).squeeze(0).double()
-    local = (local + coordinates.log_det + 0.5 * dim * math.log(2 * math.pi)).nan_to_num(nan=-math.inf)
+def _weighed(starts: Starts, local: Tensor) -> tuple[Starts, Tensor]:
+    """The normals weighed by their local evidence ``(R,)``, joined, without those that are negligible."""
+    rows, coordinates, _, unseen, cost = starts
+    size = len(unseen)
     best = torch.full((size,), -math.inf, dtype=local.dtype, device=local.device)
     best = best.scatter_reduce(0, rows, local, "amax")
     kept = (local >= best[rows] - NEGLIGIBLE) & (_rank(rows, local) < MOST)
     rows, local, coordinates = rows[kept], local[kept], Coordinates(*(each[kept] for each in coordinates))
     if len(rows) == size:
-        return Starts(rows, coordinates, None, unseen, cost)
+        return Starts(rows, coordinates, None, unseen, cost), local
     counts = rows.bincount(minlength=size)
     firsts = counts.cumsum(0) - counts
     own = torch.arange(len(rows), device=rows.device) - firsts[rows]
@@ -168,4 +212,4 @@ def _weighed(latents: Latents, rows: Tensor, coordinates: Coordinates, unseen: T
         weight.masked_fill(absent, -math.inf),
         own,
     )
-    return Starts(rows, coordinates, mixture, unseen, cost)
+    return Starts(rows, coordinates, mixture, unseen, cost), local

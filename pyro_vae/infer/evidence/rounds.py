@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
 from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, prior_location_and_width
-from pyro_vae.infer.evidence.modes import ELSEWHERE, Starts, find_starts
+from pyro_vae.infer.evidence.modes import ELSEWHERE, FEW, Starts, find_starts
 from pyro_vae.infer.evidence.particles import SMC, sample_particles, typical_ladder
 from pyro_vae.infer.evidence.result import t_factor
 from pyro_vae.infer.supports import Latents
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
-FEW = 8
-"""Dimensions up to which modes are looked for in every observation, since climbs reach them and they are common."""
 HOPELESS = 0.2
 """The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
 BLOCK = 2048
@@ -189,7 +187,8 @@ def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) ->
     for _ in range(2):
         state, _ = path.transition(state, betas[-1], steps[-1])
     back, _, _ = anneal(path, betas.flip(0), state, steps.flip(0))
-    log_z, error = bennett(there, back)
+    effective = (2 * there.logsumexp(0) - (2 * there).logsumexp(0)).exp()  # of those that resampling has left
+    log_z, error = bennett(there, back, effective)
     apart = (there.logsumexp(0) + back.logsumexp(0) - 2 * math.log(num_chains)).abs()
     return log_z, torch.maximum(error * t_factor(num_chains - 1), apart / 4), acceptance
 
