@@ -6,7 +6,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, Unit, constraints
+from pyro.distributions import ImproperUniform, MaskedDistribution, Unit, constraints
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -21,7 +21,7 @@ from pyro_vae.infer.programs import (
     traces,
     unseen_sites,
 )
-from pyro_vae.infer.supports import innermost
+from pyro_vae.infer.supports import innermost, innermost_fn
 from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
 
 MOST_ALONE = 8
@@ -43,7 +43,7 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
         ContractError: as :func:`pyro_vae.traces`, and if data hold NaN, or an observation lies outside the support
             of its likelihood (grey pixels under a Bernoulli, which no normalized density or mass would score), or an
             observed site holds something else than the data, or model and guide disagree about the support of a
-            latent site, or p(x | z) or q(z | x) of a datum depends on other data.
+            latent site, or its prior is improper, or p(x | z) or q(z | x) of a datum depends on other data.
     """
     data_size(data)
     for path, leaf in named_tensors(data):
@@ -68,6 +68,11 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
 def _check_latent_supports(both: Traces) -> None:
     for name in sample_sites(both.guide):
         guided, modelled = site_of(both.guide, name)["fn"], site_of(both.model, name)["fn"]
+        if isinstance(innermost_fn(modelled), ImproperUniform):
+            raise ContractError(
+                f"site '{name}' has an improper prior, from which nothing can be drawn, so that log p(x) is known but "
+                "up to a constant: give it one that can be normalized"
+            )
         for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
             if not other.support.check(drawn.sample()).all():
                 raise ContractError(

@@ -10,10 +10,12 @@ from oracles import Fold, Funnel, SeparableBernoulli, linear_gaussian
 from torch import Tensor
 
 from pyro_vae import ContractError, Evidence, bridge_sampling
+from pyro_vae.infer.evidence import bridge
 from pyro_vae.infer.evidence.bridge import batch_variance
 from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.posterior import PosteriorChains, posterior_chains
 from pyro_vae.infer.supports import Latents
+from pyro_vae.infer.whole import WholeProgram
 
 QUICK = PosteriorChains(num_chains=8, num_warmup=50, num_draws=100, num_leapfrogs=3, max_rhat=1.1, min_ess=80)
 
@@ -96,6 +98,34 @@ def test_an_integral_that_diverges_is_refused():
 
     with pytest.raises(ContractError, match=r"diverges for datum 1 .* site 'b'"):
         bridge_sampling(model, guide, torch.tensor([1.0, 0.0], dtype=torch.float64), QUICK)
+
+
+def test_an_improper_prior_is_refused_and_taken_where_there_is_no_plate():
+    def model(x, informed=True):
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()).expand(x.shape[:-1]))
+        pyro.sample("x", dist.Normal((1.0 if informed else 0.0) * z.unsqueeze(-1), 0.5).to_event(1), obs=x)
+
+    def guide(x, informed=True):
+        pyro.sample("z", dist.Normal(x.new_zeros(x.shape[:-1]), 1.0))
+
+    def plated(program):
+        def inside(x):
+            with pyro.plate("data", len(x), dim=-1):
+                program(x)
+
+        return inside
+
+    x = torch.tensor([[1.0, 0.4, 2.0]], dtype=torch.float64)
+    with pytest.raises(ContractError, match="site 'z' has an improper prior"):
+        bridge_sampling(plated(model), plated(guide), x, QUICK)
+    found = bridge.estimate(WholeProgram(model, (x[0],), guide=guide), QUICK)
+    covariance = 0.25 * torch.eye(3, dtype=torch.float64)  # one contrast of three numbers is not seen
+    flat = dist.Normal(0, 0.5 / 3**0.5).log_prob(torch.tensor(0.0, dtype=torch.float64))
+    truth = dist.MultivariateNormal(x.mean().expand(3), covariance).log_prob(x[0]) - flat
+    assert found.log_px.item() == pytest.approx(truth.item(), abs=0.02)
+    assert reliable(found).all()
+    with pytest.raises(ContractError, match=r"diverges .* site 'z'"):
+        bridge.estimate(WholeProgram(model, (x[0], False), guide=guide), QUICK)
 
 
 def test_the_variance_of_a_mean_is_that_of_an_autoregression():
