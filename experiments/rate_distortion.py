@@ -5,8 +5,8 @@ Usage: python -m experiments.rate_distortion RUN_DIR [RUN_DIR ...] [options]
 A model's log p(x) is one point of a curve: at each rate, the least distortion E[-log p(x | z)] that any encoder reaches
 with its prior and its decoder (Huang, Makhzani, Cao & Grosse 2020). Chains annealed from the prior to
 p(z) p(x | z)^beta give the whole curve, and are an upper bound of the rate. Of several runs on the same images, rates
-at equal distortion are compared, paired by image. A decoder that is merely better lowers the curve where the rate is
-high; a better prior, everywhere that z is used at all. The encoders do not enter.
+at equal distortion are compared, paired by image: models of equal log p(x) may differ in what they do with few nats,
+or with many. The encoders do not enter.
 """
 
 import shlex
