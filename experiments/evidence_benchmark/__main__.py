@@ -50,7 +50,7 @@ class Settings:
 
     tasks: Sequence[str] | None = None
     estimators: Sequence[str] | None = None
-    budgets: Sequence[int] = (1000, 10_000)
+    budgets: Sequence[int] = (1000, 4000, 16_000)
     num_estimates: int = 10
     max_runs: int = 3
     seed: int = 0
@@ -211,7 +211,10 @@ def report(rows: Sequence[Row], settings: Settings, seconds: float) -> str:
     for budget in sorted(settings.budgets):
         here = [row for row in rows if row.budget == budget]
         title = f"## A budget of {budget:,} evaluations"
-        legend = "Root mean square error; ! some estimates are silently wrong, ? some are called unreliable."
+        legend = (
+            "Root mean square error; ! some estimates are silently wrong, ? some are called unreliable, - the\n"
+            "estimator refuses the task, or cannot do with the budget."
+        )
         sections.append(f"{title}\n\n{legend}\n\n{by_task(here)}")
     sections.append(f"{seconds:.0f} seconds in all.")
     return "\n\n".join(sections)

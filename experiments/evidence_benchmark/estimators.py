@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from experiments.evidence_benchmark.task import Task
-from pyro_vae import Annealing, Evidence, annealed_importance_sampling, importance_sampling, quadrature
+from pyro_vae import Annealing, ContractError, Evidence, annealed_importance_sampling, importance_sampling, quadrature
 from pyro_vae.infer.diagnostics import pareto_k_threshold
 from pyro_vae.infer.evidence import (
     CREMER_2018,
@@ -74,17 +74,25 @@ def particles(task: Task, budget: int) -> Evidence:
 
 def bridge(task: Task, budget: int) -> Evidence:
     """Bridge sampling from long posterior chains."""
+    _check(budget, 4000)
     return bridge_sampling(task.model, task.guide, task.data, _lengthened(PosteriorChains(), budget), **EAGER)
 
 
 def thermodynamic(task: Task, budget: int) -> Evidence:
     """Thermodynamic integration, as if it took eight temperatures; a quarter is for the chains that check it."""
+    _check(budget, 12_000)
     defaults = Thermodynamic()
     transitions = budget * 3 // 4 // (8 * 2 * defaults.num_chains * defaults.num_leapfrogs)
     num_warmup, num_draws = max(1, transitions // 5), max(4, transitions * 4 // 5)
     check = _lengthened(defaults.check, budget // 4)
     settings = replace(defaults, num_warmup=num_warmup, num_draws=num_draws, check=check)
     return thermodynamic_integration(task.model, task.guide, task.data, settings, **EAGER)
+
+
+def _check(budget: int, least: int) -> None:
+    """Refuse a budget that is less than the least that an estimator can do with."""
+    if budget < least:
+        raise ContractError(f"it takes at least {least:,} evaluations, and the budget is {budget:,}")
 
 
 def _lengthened(settings: PosteriorChains, budget: int) -> PosteriorChains:
@@ -126,7 +134,7 @@ def run(task: Task, estimator: str, budget: int, seed: int = 0) -> Evidence:
         seed: of torch's random numbers.
 
     Raises:
-        ContractError: if the estimator does not take such programs.
+        ContractError: if the estimator does not take such programs, or cannot do with so few evaluations.
     """
     torch.manual_seed(seed)
     found = ESTIMATORS[estimator](task, budget)
@@ -139,7 +147,8 @@ def run(task: Task, estimator: str, budget: int, seed: int = 0) -> Evidence:
 def _from_prior(settings: Annealing, task: Task, budget: int) -> Evidence:
     """With its warm-up, which goes the whole way, counted; no second opinion, which these authors did not ask for."""
     each = 2 * settings.num_leapfrogs * (settings.num_chains + settings.num_warmup_chains)
-    settings = replace(settings, num_temperatures=max(2, budget // each), num_checked=0)
+    _check(budget, 2 * each)
+    settings = replace(settings, num_temperatures=budget // each, num_checked=0)
     return annealed_importance_sampling(task.model, task.guide, task.data, settings, **EAGER)
 
 

@@ -16,7 +16,7 @@ from experiments.evidence_benchmark import __main__ as benchmark
 from experiments.evidence_benchmark import certified, certify, estimators, exact, frozen, integrals
 from experiments.evidence_benchmark.task import Task, double
 from experiments.evidence_benchmark.tasks import TASKS, tasks
-from pyro_vae import cli, importance_sampling, runs
+from pyro_vae import ContractError, cli, importance_sampling, runs
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import call, select
 
@@ -332,7 +332,8 @@ def test_a_run_of_two_tasks(written):
     assert "latent dimensions" in rows["eight_schools", "quadrature", 200]["refusal"]
     with (written / "estimates.csv").open() as file:
         estimates = list(csv.DictReader(file))
-    assert len(estimates) == 2 * (5 * 3 + 2 * 2)
+    assert len(estimates) == 5 * 5 + 2 * 3
+    assert "at least 1,280 evaluations" in rows["eight_schools", "ais_wu", 200]["refusal"]
     chosen = [each for each in estimates if (each["task"], each["estimator"]) == ("absolute_value", "ais_wu")][-5:]
     bias = np.mean([float(each["log_px"]) - float(each["reference"]) for each in chosen])
     assert rows["absolute_value", "ais_wu", 2000]["bias"] == pytest.approx(bias)
@@ -346,11 +347,18 @@ def test_a_run_of_two_tasks(written):
 @pytest.mark.parametrize("name", estimators.ESTIMATORS)
 def test_every_estimator_says_what_it_cost_and_whether_to_believe_it(name):
     task = benchmark.some(exact.squares(2), 2)
-    first, again = (estimators.run(task, name, 600, seed=3) for _ in range(2))
+    first, again = (estimators.run(task, name, 12_000, seed=3) for _ in range(2))
     assert first.log_px.shape == first.reliable.shape == first.evaluations.shape == (2,)
     assert first.reliable.dtype == torch.bool
-    assert (first.evaluations >= 100).all()
+    assert (first.evaluations >= 1000).all()
     torch.testing.assert_close(first.log_px, again.log_px)
+
+
+def test_a_budget_that_is_too_small_is_refused():
+    task = exact.absolute_value()
+    for name, least in {"ais_wu": "1,280", "ais_cremer": "4,000", "bridge": "4,000", "thermodynamic": "12,000"}.items():
+        with pytest.raises(ContractError, match=f"at least {least} evaluations, and the budget is 1,000"):
+            estimators.run(task, name, 1000)
 
 
 @pytest.mark.parametrize(
