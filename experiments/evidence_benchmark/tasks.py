@@ -30,6 +30,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "cox_process_8x8": certified.stored("cox_process_8x8", partial(certified.cox_process, 8)),
     "cox_process_10x10": certified.stored("cox_process_10x10", partial(certified.cox_process, 10)),
     "digits_2d": frozen.digits_2d,
+    "digits_10d": certified.stored("digits_10d", frozen.digits_10d),
     **{f"planar_{name}": partial(planar.planar, name) for name in planar.PRIORS},
     "planar_two_layers": planar.two_layers,
     **{f"planar_{name}_tripled": partial(planar.planar, name, tripled=True) for name in planar.PRIORS},
