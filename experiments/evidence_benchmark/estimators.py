@@ -147,8 +147,8 @@ def run(task: Task, estimator: str, budget: int, seed: int = 0) -> Evidence:
 def _from_prior(settings: Annealing, task: Task, budget: int) -> Evidence:
     """With its warm-up, which goes the whole way, counted; no second opinion, which these authors did not ask for."""
     each = 2 * settings.num_leapfrogs * (settings.num_chains + settings.num_warmup_chains)
-    _check(budget, 2 * each)
-    settings = replace(settings, num_temperatures=budget // each, num_checked=0)
+    _check(budget, each)
+    settings = replace(settings, num_temperatures=1 + budget // each, num_checked=0)
     return annealed_importance_sampling(task.model, task.guide, task.data, settings, **EAGER)
 
 
