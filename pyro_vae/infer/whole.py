@@ -70,11 +70,12 @@ class WholeProgram(Latents):
         like: a number of the type, and on the device, of u.
         data: the tensors among ``args`` and ``kwargs``, B times each; B is 1, or the number of rows in :meth:`select`.
         normal, standard: see :class:`Latents`.
+        improper: the sites without a proper prior.
         is_hierarchical: whether some location or scale depends on another latent site, so that ``centred`` matters.
 
     Raises:
         ContractError: naming the site, if the program has no latent site, or none that is observed and no
-            factor; if a latent site is discrete, or has no proper prior; if a plate is subsampled
+            factor; if a latent site is discrete, or has no proper prior and there is no guide; if a plate is subsampled
             or a site scaled; if latent sites change from run to run, or differ from the guide's; if a site observes
             values outside its support, or more log-probabilities than values; if no draw tried has a finite
             density.
@@ -105,15 +106,15 @@ class WholeProgram(Latents):
             self._pinned = self._bear_on_nothing(runs[0])
             self._observed = check_whole(runs, self._pinned)
             names = [name for name in latent_sites(runs[0]) if name not in self._pinned]
-            for name in names:
-                if self._is_improper(runs[0], name):
-                    raise ContractError(improper(name, "constant where it is masked"))
+            self.improper = [name for name in names if self._is_improper(runs[0], name)]
+            if self.improper and guide is None:
+                raise ContractError(_no_draws(self.improper[0]))
             self._places: dict[str, Any] = self._placed(runs[0], names)
             self.dim = max(place.where.stop for place in self._places.values())
             self.like = self._read(runs[0]).new_zeros(())
             if isinstance(self.data, Tensor):
                 self.data = self.data.to(self.like.device)
-            priors = runs if guide is None else [_traced(model, *self._arguments) for _ in runs]
+            priors = runs if self.improper or guide is None else [_traced(model, *self._arguments) for _ in runs]
             self.normal = torch.zeros(self.dim, dtype=torch.bool, device=self.like.device)
             if gaussian:
                 self._gaussianize_sites(priors)
@@ -155,7 +156,13 @@ class WholeProgram(Latents):
         return self._each(self._log_joint_and_guide, u)
 
     def sample_prior(self, num_samples: int) -> Tensor:
-        """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients."""
+        """Draws of u ~ p(u), shape ``(K, B, D)``, without gradients.
+
+        Raises:
+            ContractError: naming the site, if its prior is improper.
+        """
+        if self.improper:
+            raise ContractError(_no_draws(self.improper[0]))
         return self._draws(lambda: self._read(_traced(self.model, *self._arguments)), num_samples)
 
     def sample_guide(self, num_samples: int) -> Tensor:
@@ -166,7 +173,13 @@ class WholeProgram(Latents):
         return loc + torch.randn(num_samples, self.size, self.dim).to(self.like) @ factor.mT
 
     def prior_draws(self, num_samples: int) -> Tensor:
-        """Draws of u ~ p(u), shape ``(K, D)``; the same again where each one takes long."""
+        """Draws of u ~ p(u), shape ``(K, D)``, the same again where each one takes long.
+
+        Where a prior is improper, they are those of the guide, ten times as wide.
+        """
+        if self.improper:
+            draws = self.select(slice(1)).sample_guide(num_samples).squeeze(1)
+            return draws.mean(0) + 10 * (draws - draws.mean(0))
         if self._many.draws_at_once or not self._drawn or len(self._drawn[0]) < num_samples:
             self._drawn[:] = [self.select(slice(1)).sample_prior(num_samples).squeeze(1)]
         return self._drawn[0][:num_samples]
@@ -175,8 +188,10 @@ class WholeProgram(Latents):
         """A draw of (x, u) from the model: the data, and u, ``(1, D)``, an exact draw from their posterior.
 
         Raises:
-            ContractError: as :meth:`Latents.simulate`, and if the model has a ``pyro.factor``.
+            ContractError: as :meth:`Latents.simulate`, and if a prior is improper or the model has a ``pyro.factor``.
         """
+        if self.improper:
+            raise ContractError(_no_draws(self.improper[0]))
         copy = self.of(
             tree_map(torch.clone, self.data)
         )  # each in a place of its own, so that equal ones are told apart
@@ -219,7 +234,8 @@ class WholeProgram(Latents):
     def _run(self) -> poutine.Trace:
         """The model, at a draw from the guide, or from the prior if there is none."""
         if self.guide is None:
-            return _traced(self.model, *self._arguments)
+            with _Drawable():
+                return _traced(self.model, *self._arguments)
         given = _traced(self.guide, *self._arguments)
         run = _traced(poutine.replay(self.model, trace=given), *self._arguments)
         needed = set(latent_sites(run)) - set(unseen_sites(run))
@@ -236,7 +252,7 @@ class WholeProgram(Latents):
         for name, place in self._places.items():
             fns = [site_of(run, name)["fn"] for run in runs]
             found = None
-            if is_the_same(fns, [site_of(run, name)["value"] for run in runs]):
+            if name not in self.improper and is_the_same(fns, [site_of(run, name)["value"] for run in runs]):
                 with own_draws(self.like.is_cuda):
                     one, other = (fn.expand_by([1, 1]) for fn in fns[:2])
                     found = gaussian_map(one, other, place.shape, self.like)
@@ -288,8 +304,12 @@ class WholeProgram(Latents):
         return self._split_one(*self._scored(u))
 
     def _split_one(self, trace: poutine.Trace, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        log_prior = log_det + added(unmasked_log_prob(site_of(trace, name)).sum() for name in self._places)
+        log_prior = log_det + added(self._density(site_of(trace, name)) for name in self._places)
         return log_prior, added(site_of(trace, name)["log_prob"].sum() for name in self._observed)
+
+    def _density(self, site: Any) -> Tensor:
+        """The log-density of a latent site; what is masked counts, but where the program means no other."""
+        return (site["log_prob"] if site["name"] in self.improper else unmasked_log_prob(site)).sum()
 
     def _log_joint_and_guide(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         trace, log_det = self._scored(u)
@@ -318,7 +338,9 @@ class WholeProgram(Latents):
         if not self._guide_moments:
             some = self.select(slice(1))
             draws = some._draws(lambda: some._read(some._run()), max(1000, 20 * self.dim)).squeeze(1).double()
-            low, high = self.prior_draws(1000).double().quantile(draws.new_tensor([0.16, 0.84]), dim=0)
+            low, high = torch.zeros_like(draws[0]), torch.ones_like(draws[0])
+            if not self.improper:
+                low, high = self.prior_draws(1000).double().quantile(draws.new_tensor([0.16, 0.84]), dim=0)
             point = draws.std(0) < 1e-3 * (high - low) / 2
             draws = draws + 0.05 * torch.where(point, high - low, 0) * torch.randn_like(draws)
             covariance = draws.T.cov().reshape(self.dim, self.dim)
@@ -342,7 +364,10 @@ class WholeProgram(Latents):
 
     def _is_improper(self, run: poutine.Trace, name: str) -> bool:
         """Whether others depend on a masked part of a latent site, which so has a flat prior."""
-        if (seen := seen_entries(site_of(run, name))).all():
+        site = site_of(run, name)
+        if isinstance(base_of(site["fn"]), dist.ImproperUniform):
+            return True
+        if (seen := seen_entries(site)).all():
             return False
         values = {each: site_of(run, each)["value"] for each in latent_sites(run)}
         values[name] = leaf = values[name].detach().requires_grad_()
@@ -361,7 +386,7 @@ class WholeProgram(Latents):
 
         def densities(u: Tensor) -> dict[str, Tensor]:
             trace, _ = self._scored(u)
-            found = {name: unmasked_log_prob(site_of(trace, name)).sum() for name in self._places}
+            found = {name: self._density(site_of(trace, name)) for name in self._places}
             return found | {name: site_of(trace, name)["log_prob"].sum() for name in self._observed}
 
         tried = self.prior_draws(2048)[:NUM_TRIED].unsqueeze(1) if self.guide is None else self.sample_guide(NUM_TRIED)
@@ -382,8 +407,7 @@ def _is_moved(runs: list[poutine.Trace], name: str) -> bool:
 
 def _traced(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """One run of a program, without the sites that plates make."""
-    with _Drawable():
-        return prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
+    return prune_subsample_sites(poutine.trace(program).get_trace(*args, **kwargs))
 
 
 class _Put(Messenger):
@@ -415,12 +439,12 @@ class _Drawable(Messenger):
     """Names a site of whose prior no draw exists."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
-            raise ContractError(improper(msg["name"], "an ImproperUniform"))
+        if msg["value"] is None and isinstance(base_of(msg["fn"]), dist.ImproperUniform):
+            raise ContractError(_no_draws(msg["name"]))
 
 
-def improper(name: str, what: str) -> str:
+def _no_draws(name: str) -> str:
     return (
-        f"site '{name}' is improper, its prior {what}: nothing can be drawn from it, and log Z is known up to a "
+        f"site '{name}' is improper, its prior constant: nothing can be drawn from it, and log Z is known up to a "
         "constant alone, so that no other model can be compared with it: give it a proper prior"
     )

@@ -454,13 +454,13 @@ def test_nothing_latent():
     pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.1))
 
 
-@refused("site 'mu' is improper, its prior an ImproperUniform: nothing can be drawn from it")
+@refused("site 'mu' is improper, its prior constant: nothing can be drawn from it")
 def test_improper():
     mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.1))
 
 
-@refused("site 'mu' is improper, its prior constant where it is masked")
+@refused("site 'mu' is improper, its prior constant: nothing can be drawn")
 def test_masked_away():
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0).mask(False))
     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.1))
@@ -515,6 +515,29 @@ def other_guide():
 def test_a_guide_of_other_sites():
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.1))
+
+
+def test_an_improper_prior_with_a_guide():
+    """The integral of N(y; mu, 1) over mu is 1; what starts from the prior says that it cannot."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def masked(y):
+        mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 1.0).mask(False))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(y, 2.0))
+
+    for each in (model, masked):
+        latents = WholeProgram(each, (double(0.4),), guide=guide)
+        assert agrees(by_laplace(latents), 0.0)
+        with pytest.raises(ContractError, match="site 'mu' is improper"):
+            latents.simulate()
+        with pytest.raises(ContractError, match="site 'mu' is improper"):
+            model_evidence(each, double(0.4), guide=guide)
 
 
 def evidence(log_px, mc_se, reliable=True):

@@ -62,7 +62,7 @@ def model_evidence(
     check_choice("estimator", estimator, get_args(Estimator))
     with evaluating(model, *([] if guide is None else [guide])):
         candidates = [WholeProgram(model, args, kwargs, guide, centred is not False)]
-        if centred is None and candidates[0].is_hierarchical:
+        if centred is None and candidates[0].is_hierarchical and not candidates[0].improper:
             candidates.append(WholeProgram(model, args, kwargs, guide, False))
         many = _num_chains(candidates[0])
         if estimator == "annealed":
