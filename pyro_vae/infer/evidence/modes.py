@@ -92,17 +92,18 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
         starts, local = _weighed(starts, local)
     if num_climbs and dim <= FEW:
         starts, local = _with_remainders(latents, starts, local, width)
-        uncovered, _, _ = _outside(latents, starts)
+        uncovered, _, _ = _outside(latents, starts, local)
         more = starts.evaluations + 2 * MANY
         starts = starts._replace(unseen=torch.maximum(unseen, uncovered), evaluations=more)
     return starts
 
 
-def _outside(latents: Latents, starts: Starts) -> tuple[Tensor, Tensor, Tensor]:
+def _outside(latents: Latents, starts: Starts, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The share of p(x) that lies outside all normals, by importance sampling from the prior, ``(B,)``.
 
-    Outside is where the square of e is four standard deviations above its mean. Also draws from the prior, and the
-    log-weights of those that are outside, minus infinity for the others.
+    Outside is where the square of e is four standard deviations above its mean. What is inside is the normals' local
+    evidence ``(R,)``, since draws may hit no narrow normal. Also draws from the prior, and the log-weights of those
+    that are outside, minus infinity for the others.
     """
     draws = latents.sample_prior(MANY)
     log_w = latents.log_joint(draws)[1].double().nan_to_num(nan=-math.inf) - math.log(MANY)
@@ -110,12 +111,15 @@ def _outside(latents: Latents, starts: Starts) -> tuple[Tensor, Tensor, Tensor]:
     inside = (e.square().sum(-1) < latents.dim + 4 * math.sqrt(2 * latents.dim)).double()
     covered = torch.zeros_like(log_w).index_add(1, starts.rows, inside) > 0
     outside = log_w.masked_fill(covered, -math.inf)
-    return (outside.logsumexp(0) - log_w.logsumexp(0)).exp().nan_to_num(), draws, outside
+    within = torch.full((latents.size, len(local)), -math.inf, dtype=local.dtype, device=local.device)
+    within[starts.rows, torch.arange(len(local), device=local.device)] = local
+    mass = outside.logsumexp(0)
+    return (mass - torch.logaddexp(mass, within.logsumexp(1))).exp().nan_to_num(), draws, outside
 
 
 def _with_remainders(latents: Latents, starts: Starts, local: Tensor, width: Tensor) -> tuple[Starts, Tensor]:
     """One normal more where much is outside: with the mean and the covariance of what is, as in a curved posterior."""
-    share, draws, log_w = _outside(latents, starts)
+    share, draws, log_w = _outside(latents, starts, local)
     places = (share > ENOUGH / 2).nonzero().squeeze(1)
     if len(places) == 0:
         return starts, local
