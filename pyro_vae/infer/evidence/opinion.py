@@ -53,7 +53,8 @@ def decided(latents: Latents, evidence: Evidence, rows: int) -> tuple[Tensor, Te
     for num_particles in (512, 2048, 8192):
         differs = contradicts(evidence.log_px, evidence.mc_se, log_z, error)
         higher = log_z - evidence.log_px > 0.5 * error
-        doubt = (higher & ~differs & (error > 0.03)) | (differs & (error > 0.3))
+        worth = cost.mean() < 5e4  # it is about four times as much each time
+        doubt = worth & (higher & ~differs & (error > 0.03)) | (differs & (error > 0.3))
         again = doubt.nonzero().squeeze(1)
         if len(again) == 0:
             break

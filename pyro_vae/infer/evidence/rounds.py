@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
+LEAST = 6
+"""Temperatures: with fewer, chains there and back do not forget where they began."""
+QUANTILE = 0.9
+"""Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
+be uncertain, as the high ones are, would bias the mean."""
 HOPELESS = 0.2
 """The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
 BLOCK = 2048
@@ -83,7 +88,7 @@ class _Sampler:
 
         Where there are many dimensions, and none of the observations has several modes, the others are spared climbs.
         """
-        settings, starts, num = self.settings, self.starts(latents), 4
+        settings, starts, num = self.settings, self.starts(latents), min(LEAST, self.settings.most_temperatures)
         if self.start != "laplace" and settings.schedule == "linear":
             path = Path(latents, starts.coordinates, self.kind, settings.num_leapfrogs, self.evaluate)
             self.curve = typical_ladder(sample_particles(path.select(slice(8)), SMC(64, 4)).ladder)
@@ -94,7 +99,7 @@ class _Sampler:
         while True:
             betas, steps = self.ladder(latents, num), []
             found = self.round(latents, starts, betas, None, steps)
-            wide = found.mc_se.nan_to_num(nan=math.inf).quantile(0.7).item() / settings.error
+            wide = found.mc_se.nan_to_num(nan=math.inf).quantile(QUANTILE).item() / settings.error
             if wide <= 1 or num >= settings.most_temperatures:
                 middle = torch.cat(steps, 1).median(1).values
                 return num, middle
@@ -121,9 +126,10 @@ class _Sampler:
             if len(again) == 0:
                 break
             wide = (found.mc_se[again] / settings.error).nan_to_num(nan=2.0, posinf=2.0).median().item()
-            num = min(settings.most_temperatures, math.ceil(num * min(max(wide**2, 2), 4)))
+            before, num = num, min(settings.most_temperatures, math.ceil(num * min(max(wide**2, 2), 4)))
             more = self.round(latents.select(again), some_of(starts, again), self.ladder(latents, num), None)
-            more = more._replace(evaluations=more.evaluations + found.evaluations[again])
+            first = Found(*(each[again] for each in found))
+            more = _averaged(first, more, before / (before + num), 2 * settings.error)
             found = Found(*(a.index_copy(0, again, b) for a, b in zip(found, more, strict=True)))
         return found
 
@@ -173,6 +179,23 @@ class _Sampler:
                         mixture,
                     ),
                 )
+
+
+def _averaged(first: Found, second: Found, share: float, usable: float) -> Found:
+    """The average of two estimates of p(x), the first counting for ``share`` unless its error is not ``usable``.
+
+    The share does not depend on the estimates. Leaving out the first altogether, because its error is large, would bias
+    the mean: it is large where the estimate is high.
+    """
+    share = torch.where(first.mc_se <= usable, share, 0.0)
+    log_z = torch.logaddexp(share.log() + first.log_z.nan_to_num(), (1 - share).log() + second.log_z)
+    parts = [(each.log_z.nan_to_num() - log_z).exp() * each.mc_se.nan_to_num() for each in (first, second)]
+    mc_se = torch.hypot(share * parts[0].nan_to_num(), (1 - share) * parts[1])
+    return second._replace(
+        log_z=log_z,
+        mc_se=torch.where(second.mc_se.isfinite(), mc_se, second.mc_se),
+        evaluations=first.evaluations + second.evaluations,
+    )
 
 
 def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) -> tuple[Tensor, Tensor, Tensor]:
