@@ -67,6 +67,7 @@ def test_too_few_temperatures_are_a_part_of_the_error():
     assert not few.reliable.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [Fold, Funnel])
 def test_several_modes_and_funnels_are_right_or_not_reliable(program):
     x = torch.tensor([0.2, 1.0], dtype=torch.float64)

@@ -173,11 +173,7 @@ def _dispersed_starts(path: Path, num_chains: int) -> Tensor:
     """Points ``(C, B, D)`` that lie further apart than the posterior does."""
     loc = path.coordinates.loc
     wide = 2 * torch.randn(num_chains, *loc.shape, dtype=loc.dtype, device=loc.device)
-    try:
-        prior = path.latents.sample_prior(num_chains // 2)
-    except ContractError:  # improper: of a whole program, these stand in for it
-        prior = path.latents.prior_draws(num_chains // 2).unsqueeze(1)
-    drawn = torch.cat([prior, path.latents.sample_guide(num_chains // 4)])
+    drawn = torch.cat([path.latents.sample_prior(num_chains // 2), path.latents.sample_guide(num_chains // 4)])
     starts = torch.cat([path.coordinates.from_latents(drawn), wide[len(drawn) :]])
     for other in (wide, torch.zeros_like(wide)):  # where there is no density to follow
         state = path.evaluate(starts)
@@ -284,12 +280,9 @@ def contradicted(latents: Latents, log_px: Tensor, mc_se: Tensor, rows: int) -> 
 
     ``rows`` of them are scored at a time, :data:`PRIOR_DRAWS` in all.
     """
-    try:
-        with torch.no_grad():
-            draws = (latents.sample_prior(rows) for _ in range(-(-PRIOR_DRAWS // rows)))
-            weights = [added([latents.log_joint(u)[1]]) for u in draws]
-    except ContractError:  # an improper prior
-        return torch.zeros_like(log_px, dtype=torch.bool)
+    with torch.no_grad():
+        draws = (latents.sample_prior(rows) for _ in range(-(-PRIOR_DRAWS // rows)))
+        weights = [added([latents.log_joint(u)[1]]) for u in draws]
     found = reduce_log_weights(weights, rows * len(weights))
     certain = (found.mc_se < 0.3) & (found.ess > 20)
     return certain & (found.log_px - log_px > 4 * torch.hypot(found.mc_se, mc_se))
