@@ -21,7 +21,8 @@ from pyro_vae.infer.programs import (
     traces,
     unseen_sites,
 )
-from pyro_vae.infer.supports import innermost, innermost_fn
+from pyro_vae.infer.scales import base_of
+from pyro_vae.infer.supports import innermost
 from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
 
 MOST_ALONE = 8
@@ -68,7 +69,7 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
 def _check_latent_supports(both: Traces) -> None:
     for name in sample_sites(both.guide):
         guided, modelled = site_of(both.guide, name)["fn"], site_of(both.model, name)["fn"]
-        if isinstance(innermost_fn(modelled), ImproperUniform):
+        if isinstance(base_of(modelled), ImproperUniform):
             raise ContractError(
                 f"site '{name}' has an improper prior, from which nothing can be drawn, so that log p(x) is known but "
                 "up to a constant: give it one that can be normalized"

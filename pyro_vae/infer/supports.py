@@ -373,11 +373,6 @@ def without_mask(fn: Any) -> Any:
     return fn
 
 
-def innermost_fn(fn: Any) -> Any:
-    """The distribution inside those that mask it or declare its dimensions."""
-    return innermost_fn(fn.base_dist) if isinstance(fn, MaskedDistribution | Independent) else fn
-
-
 def unmasked_log_prob(site: dict[str, Any]) -> Tensor:
     """The log-probability of a site's value, of what is masked too."""
     fn = without_mask(site["fn"])
