@@ -71,7 +71,7 @@ def model_evidence(
         else:
             settings = settings or {"smc": SMC(4 * many), "bridge": PosteriorChains()}.get(estimator, Thermodynamic())
             starts = [getattr(settings, "start", "laplace")]
-        paths = [replace(Annealing(many), start=start) for start in starts]
+        paths = [replace(Annealing(min(many, 128)), start=start) for start in starts]
         (latents, path), spent = _better([(latents, path) for latents in candidates for path in paths])
         if estimator == "annealed":
             settings = replace(settings, start=path.start)
