@@ -14,9 +14,9 @@ from .infer.compiled import CompiledSVI as CompiledSVI
 from .infer.diagnostics import active_units as active_units
 from .infer.diagnostics import estimate_elbo as estimate_elbo
 from .infer.engines import PyroSVI as PyroSVI
-from .infer.evidence.annealed import Annealing as Annealing
 from .infer.evidence.annealed import annealed_importance_sampling as annealed_importance_sampling
 from .infer.evidence.annealed import bidirectional_monte_carlo as bidirectional_monte_carlo
+from .infer.evidence.annealing import Annealing as Annealing
 from .infer.evidence.bridge import bridge_sampling as bridge_sampling
 from .infer.evidence.distortion import rate_distortion as rate_distortion
 from .infer.evidence.exact import quadrature as quadrature

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xarray as xr
@@ -15,14 +15,15 @@ from torch import Tensor
 from pyro_vae.data.images import Data
 from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
-from pyro_vae.infer.evidence.annealed import (
-    CREMER_2018,
-    WU_2017,
-    annealed_importance_sampling,
-    bidirectional_monte_carlo,
-)
+from pyro_vae.infer.evidence.annealed import annealed_importance_sampling, bidirectional_monte_carlo
+from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017
+from pyro_vae.infer.evidence.bridge import bridge_sampling
 from pyro_vae.infer.evidence.importance import importance_sampling
-from pyro_vae.infer.evidence.result import Evidence, difference_estimate
+from pyro_vae.infer.evidence.opinion import contradicts
+from pyro_vae.infer.evidence.result import Evidence, difference_estimate, pick
+from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
+from pyro_vae.infer.evidence.smc import smc
+from pyro_vae.infer.evidence.thermodynamic import thermodynamic_integration
 from pyro_vae.infer.programs import Program
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.runs.directory import (
@@ -41,6 +42,7 @@ from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
 
+OTHERS = {"smc": smc, "bridge": bridge_sampling, "thermodynamic": thermodynamic_integration}
 PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
 
 
@@ -124,15 +126,22 @@ def estimate(
     annealing = PUBLISHED[settings.published] if settings.published else settings.annealing
     if settings.published and settings.annealing.num_temperatures:
         annealing = replace(annealing, num_temperatures=settings.annealing.num_temperatures)
-    if settings.estimator == "bdmc":
-        sandwich = bidirectional_monte_carlo(model, guide, x, annealing, progress=True)
+    if settings.estimator in ("bdmc", "sandwich"):
+        enclose = bidirectional_monte_carlo if settings.estimator == "bdmc" else sandwich_of
+        sandwich = enclose(model, guide, x, annealing, progress=True)
         width, error = sandwich.width()
         lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
         result = {"lower": lower, "upper": upper, "width": width, "width_se": error, "annealing": asdict(annealing)}
+        both = cast(Tensor, sandwich.lower.reliable) & cast(Tensor, sandwich.upper.reliable)
+        result |= _reliable_share(sandwich.lower._replace(reliable=both))
         return result, {"lower": sandwich.lower, "upper": sandwich.upper}
     if settings.estimator == "annealed":
         evidence = annealed_importance_sampling(model, guide, x, annealing, progress=True)
         how: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
+        how |= _reliable_share(evidence)
+    elif settings.estimator in OTHERS:
+        evidence = OTHERS[settings.estimator](model, guide, x, progress=True)
+        how = _reliable_share(evidence)
     else:
         evidence = importance_sampling(
             model, guide, x, settings.num_samples, settings.proposal, settings.widening, progress=True
@@ -147,21 +156,31 @@ def estimate(
     return result | {"num_invalid": int(evidence.num_invalid.sum())} | how, {settings.estimator: evidence}
 
 
+def _reliable_share(evidence: Evidence) -> dict[str, Any]:
+    share = cast(Tensor, evidence.reliable).double().mean().item()
+    return {"share_reliable": share, "reliable": share >= 1 - FEW_DOUBTED}
+
+
 def evaluation_table(result: dict[str, Any]) -> str:
     """The result of an evaluation as a short table."""
     rows = [(f"{result['num_images']:,} {result['split']} images", result["unit"], "")]
     if "width" in result:
+        whose = "the exact posterior" if result["split"] == "simulated" else "long posterior chains"
         rows = [
-            (f"{result['num_images']:,} simulated images", result["unit"], ""),
+            (f"{result['num_images']:,} {result['split']} images", result["unit"], ""),
             ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
-            ("upper", number(result["upper"]), "annealed back from the exact posterior: high in expectation"),
+            ("upper", number(result["upper"]), f"annealed back from {whose}: high in expectation"),
             ("width", number(result["width"]), f"+- {result['width_se']:.3f} over images"),
         ]
+        if not result["reliable"]:
+            rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"])))
     else:
         believe = "another run would differ by this"
         if "reliable" in result and result["reliable"] is None:
             believe = "too few samples to tell whether it may be believed"
-        if result.get("reliable") is False:
+        if result.get("reliable") is False and "share_reliable" in result:
+            believe = f"not to be believed: {unreliable(result['share_reliable'])}"
+        elif result.get("reliable") is False:
             share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
             believe = f"not to be believed: {share:.0%} of the images have a Pareto k above {threshold:.2f}"
         rows += [
@@ -229,12 +248,22 @@ def reliable(share_bad_k: float | None) -> bool | None:
     return None if share_bad_k is None else share_bad_k <= MANY
 
 
+FEW_DOUBTED = 0.01
+"""Share of images that are not reliable up to which the mean over all of them is."""
+
+
+def doubted(evidence: Evidence, importance: Evidence) -> Evidence:
+    """Annealed evidence, not reliable where importance sampling of the same data finds more, for whatever reason."""
+    more = contradicts(evidence.log_px, evidence.mc_se, importance.log_px, importance.mc_se)
+    return evidence._replace(reliable=cast(Tensor, evidence.reliable) & ~(more & (importance.mc_se < 0.3)))
+
+
 def anneal(
     settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tensor, importance: Evidence
 ) -> tuple[xr.Dataset | None, dict[str, Any]]:
     """Annealed importance sampling of some of the test images, and what it says about all of them."""
     size = len(test) if settings.annealed_images is None else min(settings.annealed_images, len(test))
-    names = ("log_likelihood", "mc_se", "shortfall", "acceptance", "seconds")
+    names = ("log_likelihood", "mc_se", "shortfall", "acceptance", "share_reliable", "reliable", "seconds")
     names = tuple(f"annealed_{name}" for name in names)
     nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
     if size == 0:
@@ -246,9 +275,11 @@ def anneal(
     except ContractError as error:
         print(f"no annealed estimate: {error}")
         return nothing
-    estimate, error = difference_estimate(importance.log_px, evidence, among)
+    evidence = doubted(evidence, pick(importance, among))
+    estimate, error = difference_estimate(importance, evidence, among)
     acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
-    values = estimate, error, evidence.shortfall(), acceptance, seconds
+    share = cast(Tensor, evidence.reliable).double().mean().item()
+    values = estimate, error, evidence.shortfall(), acceptance, share, share >= 1 - FEW_DOUBTED, seconds
     return evidence.to_dataset(among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
 
 
@@ -309,6 +340,9 @@ def report_run(run_dir: Path) -> None:
             ),
             ("  low by about", number(result.get("annealed_shortfall")), "in expectation; more temperatures help"),
         ]
+        if result.get("annealed_reliable") is False:
+            share = result["annealed_share_reliable"]
+            rows.append(("  reliable images", f"{share:.1%}", f"not to be believed: {unreliable(share)}"))
     rows += [
         ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
@@ -319,6 +353,14 @@ def report_run(run_dir: Path) -> None:
     if result["num_invalid"]:
         rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
     print(f"\n{table(rows)}\n\n{run_dir}")
+
+
+def unreliable(share: float) -> str:
+    """What is wrong where only a share of the estimates is reliable, and what would mend it."""
+    return (
+        f"{1 - share:.1%} of the images failed a check; more --annealing.num_climbs or most_temperatures may mend it, "
+        "or --annealing.start prior"
+    )
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pyro_vae.data.fetched import MNIST
 from pyro_vae.data.images import Dataset
 from pyro_vae.errors import check_widths
-from pyro_vae.infer.evidence.annealed import Annealing
+from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
 from pyro_vae.parts.networks import MLP, Network
@@ -67,7 +67,7 @@ class EvidenceSettings:
 
     num_samples: int = 1000
     num_images: int | None = None
-    annealed_images: int | None = 1000
+    annealed_images: int | None = 1500
     annealing: Annealing = field(default_factory=Annealing)
 
     def __post_init__(self):
@@ -200,7 +200,8 @@ class EvaluationSettings:
     Args:
         run: directory of a finished run; may stand first, without --run.
         estimator: importance; annealed: annealed importance sampling; bdmc: bidirectional Monte Carlo, which encloses
-            log p(x) of images that the model itself draws.
+            log p(x) of images that the model itself draws; sandwich: the same of the images of the split, from long
+            posterior chains; smc, bridge, thermodynamic: other estimators, to compare with.
         split: test or training images.
         num_images: how many of them, drawn at random, the same in every evaluation, at least 2; null: all.
         num_samples: importance samples per image, at least 1; literature uses 5000.
@@ -221,7 +222,7 @@ class EvaluationSettings:
     )
 
     run: Path
-    estimator: Literal["importance", "annealed", "bdmc"] = "annealed"
+    estimator: Literal["importance", "annealed", "bdmc", "sandwich", "smc", "bridge", "thermodynamic"] = "annealed"
     split: Literal["test", "train"] = "test"
     num_images: int | None = 500
     num_samples: int = 5000
@@ -248,8 +249,10 @@ class EvaluationSettings:
         importance = self.estimator == "importance"
         if not importance and (self.proposal != "guide" or self.num_samples != EvaluationSettings.num_samples):
             raise ValueError(f"--num_samples and --proposal are for --estimator importance, not {self.estimator}")
-        if importance and (self.annealing != Annealing() or self.published):
-            raise ValueError("--annealing and --published are for --estimator annealed or bdmc, not importance")
+        if self.estimator not in ("annealed", "bdmc", "sandwich") and (self.annealing != Annealing() or self.published):
+            raise ValueError(
+                f"--annealing and --published are for --estimator annealed, bdmc or sandwich, not {self.estimator}"
+            )
         if self.published and replace(self.annealing, num_temperatures=None) != Annealing():
             raise ValueError("--published leaves only --annealing.num_temperatures to choose")
         if self.estimator == "bdmc" and self.split == "train":

@@ -1,13 +1,11 @@
 """Estimators of log p(x), each with its error and diagnostics."""
 
 from pyro_vae.infer.evidence.annealed import (
-    CREMER_2018,
-    WU_2017,
-    Annealing,
     Sandwich,
     annealed_importance_sampling,
     bidirectional_monte_carlo,
 )
+from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017, Annealing
 from pyro_vae.infer.evidence.bridge import bridge_sampling
 from pyro_vae.infer.evidence.distortion import RateDistortion, Tempering, rate_distortion
 from pyro_vae.infer.evidence.exact import enumeration, quadrature

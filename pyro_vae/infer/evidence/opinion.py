@@ -1,24 +1,22 @@
 """A second opinion: log p(x) once more, from the prior, where modes that a start has missed would show."""
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
+from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.modes import ENOUGH
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
-from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups
+from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups, pick
 from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
-
-if TYPE_CHECKING:
-    from pyro_vae.infer.evidence.annealed import Annealing
 
 LEAST_BUDGET = 1e6
 """Evaluations that may be spent on second opinions in any case, if one of them contradicts."""
@@ -77,7 +75,7 @@ def checked(
     latents: Latents,
     evidence: Evidence,
     unseen: Tensor,
-    settings: "Annealing",
+    settings: Annealing,
     rows: int,
     compiled: bool,
     bar: tqdm,
@@ -144,11 +142,6 @@ def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, ro
     else:
         known = known.index_fill(0, among[wrong], False)
     return evidence._replace(reliable=known, evaluations=cost)
-
-
-def pick(evidence: Evidence, among: Tensor) -> Evidence:
-    """The evidence of some of the observations."""
-    return Evidence(*(each[among] if isinstance(each, Tensor) else each for each in evidence))
 
 
 def _replaced(evidence: Evidence, places: Tensor, found: Found, other: Tensor, error: Tensor, asked: float) -> Evidence:

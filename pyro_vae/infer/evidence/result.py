@@ -93,7 +93,14 @@ def concatenate(parts: Iterable[Evidence]) -> Evidence:
     """Evidence of the data of all parts, one after the other."""
     parts = list(parts)
     fields = zip(*parts, strict=True)
-    return Evidence(*(torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields))
+    joined: list[Any] = [torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields]
+    return Evidence(*joined)
+
+
+def pick(evidence: Evidence, among: Tensor) -> Evidence:
+    """The evidence of some of the data."""
+    picked: list[Any] = [each[among] if isinstance(each, Tensor) else each for each in evidence]
+    return Evidence(*picked)
 
 
 def t_factor(freedom: int) -> float:
@@ -129,24 +136,42 @@ def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]
     return values.mean().item(), over_data, mc_se.square().sum().sqrt().item() / size
 
 
-def difference_estimate(rough: Tensor, fine: Evidence, among: Tensor) -> tuple[float, float]:
+def difference_estimate(rough: Tensor | Evidence, fine: Evidence, among: Tensor) -> tuple[float, float]:
     """The mean of ``fine`` over N observations, n of which were tried, from ``rough`` estimates of all of them.
 
     mean(rough) + mean over the n of (fine - rough), the difference estimator of survey sampling: its error is that of
-    the differences, which vary far less from one observation to another than log p(x) does.
+    the differences, which vary far less from one observation to another than log p(x) does. Where ``rough`` is evidence
+    and n is at least 100, the differences are foretold from its diagnostics by least squares (the regression estimator,
+    Cochran 1977, section 7.1, with several variables), and only what is left of them counts.
 
     Args:
-        rough: log p(x) of all observations, shape ``(N,)``.
+        rough: log p(x) of all observations, shape ``(N,)``, or evidence of them.
         fine: evidence of the n observations.
         among: their places, drawn at random without replacement, shape ``(n,)``, n at least 2.
 
     Returns:
-        The estimate, and its standard error: sqrt((1 - n / N) Var(fine - rough) / n + n / N mc^2), with ``mc`` the
-        Monte Carlo error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3 with slope 1, and 13.9). How far
-        another draw of ``among`` and another run of the fine estimator would differ.
+        The estimate, and its standard error: sqrt((1 - n / N) Var(rest) / n + n / N mc^2), with ``mc`` the Monte Carlo
+        error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3, and 13.9). How far another draw of ``among`` and
+        another run of the fine estimator would differ.
     """
-    difference = fine.log_px - rough[among].double()
+    start = (rough.log_px if isinstance(rough, Evidence) else rough).double()
+    difference = fine.log_px - start[among]
     size = difference.numel()
-    share = size / rough.numel()
-    variance = (1 - share) * difference.var().item() / size + share * fine.mean()[2] ** 2
-    return rough.double().mean().item() + difference.mean().item(), variance**0.5
+    share = size / start.numel()
+    told, freedom = torch.zeros_like(start), size - 1
+    if isinstance(rough, Evidence) and size >= 100:
+        told, used = _foretold(rough, difference, among)
+        freedom = size - used
+    rest = difference - told[among]
+    spread = (rest - rest.mean()).square().sum().item() / freedom
+    variance = (1 - share) * spread / size + share * fine.mean()[2] ** 2
+    return (start + told).mean().item() + rest.mean().item(), variance**0.5
+
+
+def _foretold(rough: Evidence, difference: Tensor, among: Tensor) -> tuple[Tensor, int]:
+    """What the diagnostics of all observations foretell of a difference known of some, and by how many coefficients."""
+    columns = [rough.log_px, rough.mc_se, rough.khat, rough.ess.clamp(min=1).log()]
+    known = [each.double() for each in columns if each.isfinite().all() and each.std() > 0]
+    design = torch.stack([torch.ones_like(rough.log_px.double()), *((x - x.mean()) / x.std() for x in known)], 1)
+    fit = torch.linalg.lstsq(design[among].cpu(), difference.double().unsqueeze(1).cpu()).solution
+    return (design @ fit.to(design)).squeeze(1), design.shape[1]

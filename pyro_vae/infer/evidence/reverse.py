@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.evidence.annealed import Annealing, Sandwich, _one_way, _paths
+from pyro_vae.infer.evidence.annealed import Sandwich, _one_way, _paths
+from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import anneal, evaluator
 from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, in_chunks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence, concatenate

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
 from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, prior_location_and_width
 from pyro_vae.infer.evidence.modes import ELSEWHERE, FEW, Starts, find_starts
@@ -15,14 +16,11 @@ from pyro_vae.infer.evidence.particles import SMC, sample_particles, typical_lad
 from pyro_vae.infer.evidence.result import t_factor
 from pyro_vae.infer.supports import Latents
 
-if TYPE_CHECKING:
-    from pyro_vae.infer.evidence.annealed import Annealing
-
 WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
 LEAST = 6
 """Temperatures: with fewer, chains there and back do not forget where they began."""
-QUANTILE = 0.9
+QUANTILE = 0.8
 """Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
 be uncertain, as the high ones are, would bias the mean."""
 HOPELESS = 0.2
@@ -42,7 +40,7 @@ class Found(NamedTuple):
 
 
 def adaptive(
-    latents: Latents, settings: "Annealing", rows: int, compiled: bool, bar: tqdm, start: str | None = None
+    latents: Latents, settings: Annealing, rows: int, compiled: bool, bar: tqdm, start: str | None = None
 ) -> Found:
     """Estimates of all observations, from rounds of chains; ``rows`` is how many z may be evaluated at once."""
     sampler = _Sampler(latents, settings, start or settings.start, rows, compiled)
@@ -60,7 +58,7 @@ def adaptive(
 class _Sampler:
     """What is the same for all observations."""
 
-    def __init__(self, latents: Latents, settings: "Annealing", start: str, rows: int, compiled: bool):
+    def __init__(self, latents: Latents, settings: Annealing, start: str, rows: int, compiled: bool):
         self.settings, normal = settings, start == "laplace" or (start == "prior" and latents.standard)
         self.start, self.rows = start, max(1, rows // settings.num_chains)
         self.kind: Start = "normal" if normal else cast(Start, start)
@@ -181,13 +179,13 @@ class _Sampler:
                 )
 
 
-def _averaged(first: Found, second: Found, share: float, usable: float) -> Found:
-    """The average of two estimates of p(x), the first counting for ``share`` unless its error is not ``usable``.
+def _averaged(first: Found, second: Found, weight: float, usable: float) -> Found:
+    """The average of two estimates of p(x), the first counting for ``weight`` unless its error is not ``usable``.
 
-    The share does not depend on the estimates. Leaving out the first altogether, because its error is large, would bias
-    the mean: it is large where the estimate is high.
+    The weight does not depend on the estimates. To leave out the first because its error is large would bias the mean:
+    it is large where the estimate is high.
     """
-    share = torch.where(first.mc_se <= usable, share, 0.0)
+    share = torch.where(first.mc_se <= usable, weight, torch.zeros_like(first.mc_se))
     log_z = torch.logaddexp(share.log() + first.log_z.nan_to_num(), (1 - share).log() + second.log_z)
     parts = [(each.log_z.nan_to_num() - log_z).exp() * each.mc_se.nan_to_num() for each in (first, second)]
     mc_se = torch.hypot(share * parts[0].nan_to_num(), (1 - share) * parts[1])
@@ -244,8 +242,13 @@ def joined(parts: list[Starts]) -> Starts:
         most = max(part.mixture.log_weight.shape[1] for part in parts if part.mixture is not None)
         mixture = Mixture(*map(torch.cat, zip(*(_padded(part, most) for part in parts), strict=True)))
     coordinates = Coordinates(*map(torch.cat, zip(*(part.coordinates for part in parts), strict=True)))
-    rows, unseen, evaluations = (torch.cat([part[i] for part in parts]) for i in (0, 3, 4))
-    return Starts(rows, coordinates, mixture, unseen, evaluations)
+    return Starts(
+        torch.cat([part.rows for part in parts]),
+        coordinates,
+        mixture,
+        torch.cat([part.unseen for part in parts]),
+        torch.cat([part.evaluations for part in parts]),
+    )
 
 
 def _padded(starts: Starts, most: int) -> Mixture:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_vae.errors import check_choice
 from pyro_vae.infer.evidence import bridge, thermodynamic
-from pyro_vae.infer.evidence.annealed import Annealing, anneal_latents
+from pyro_vae.infer.evidence.annealed import anneal_latents
+from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.result import Evidence
