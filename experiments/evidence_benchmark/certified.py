@@ -16,6 +16,8 @@ from pyro_vae.infer.trees import Data
 
 STORED = Path(__file__).with_name("references.json")
 """Written by ``python -m experiments.evidence_benchmark.certify``."""
+VOLATILITY_PHI = 0.95
+"""Of ``stochastic_volatility``: how much of one step is left at the next."""
 
 
 def stored(name: str, make: Callable[[], tuple[tuple[Program, Program], Data]]) -> Callable[[], Task]:
@@ -102,10 +104,6 @@ def stochastic_volatility() -> tuple[tuple[Program, Program], Tensor]:
 
     h = double(random.normal(size=(8, 30))) @ factor.mT
     return (model, guide), (h / 2).exp() * double(random.normal(size=(8, 30)))
-
-
-VOLATILITY_PHI = 0.95
-"""Of ``stochastic_volatility``: how much of one step is left at the next."""
 
 
 def log_px_by_particles(x: Tensor, num_particles: int) -> Tensor:
