@@ -51,7 +51,7 @@ def test_defaults():
     assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "tanh", "image_shape": None}
     assert (saved["epochs"], saved["lr"], saved["data_dir"]) == (40, 0.005, None)
     annealing = saved["evidence"].pop("annealing")
-    assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1000}
+    assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1500}
     assert annealing == asdict(Annealing())
     assert saved.keys() == {name for name in vars(config) if name not in ("run_dir", "resume", "tensorboard")}
 

@@ -1,7 +1,8 @@
 """log p(x) by sequential Monte Carlo."""
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -59,7 +60,7 @@ def _kind(latents: Latents, settings: SMC) -> Start:
     return "normal" if settings.start == "prior" and latents.standard else cast(Start, settings.start)
 
 
-def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate=None) -> Evidence:
+def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[..., Any] | None = None) -> Evidence:
     """:func:`smc` of one chunk of data."""
     kind = _kind(latents, settings)
     evaluate = evaluate or evaluator(latents, kind, False)
