@@ -19,7 +19,7 @@ def own_scale(fn: Any) -> Transform | None:
     """
     fn = base_of(fn)
     if isinstance(fn, dist.MultivariateNormal):
-        return LowerCholeskyAffine(fn.loc, fn.scale_tril)
+        return _Factors(fn.loc, fn.scale_tril)
     if isinstance(fn, dist.HalfNormal | dist.HalfCauchy):
         return ComposeTransform([ExpTransform(), AffineTransform(0.0, fn.scale)])
     if isinstance(fn, dist.LogNormal):
@@ -56,3 +56,10 @@ def is_moved(fns: list[Any], like: Tensor) -> bool:
     first, *others = cast(list[Any], found)
     zero = torch.zeros_like(like)
     return any(not torch.equal(first(at), other(at)) for other in others for at in (zero, zero + 1))
+
+
+class _Factors(LowerCholeskyAffine):
+    """Pyro's transform by a Cholesky factor, also of a batch of them."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])

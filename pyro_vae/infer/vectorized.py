@@ -1,17 +1,21 @@
 """What a program does for one draw of its latent variables, done for many."""
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pyro_vae.infer.scales import base_of
 from pyro_vae.infer.tracing import first_line
 
 
@@ -40,7 +44,7 @@ class Vectorized:
         """Independent results of a function that draws, ``(D,)`` each: ``(K, D)``, without gradients."""
         with torch.no_grad(), NaNFactors():
             if self.draws_at_once:
-                with contextlib.suppress(Exception), _DrawsOfMany():  # some distributions cannot
+                with contextlib.suppress(Exception), _DrawsOfMany(), _ByGammas():  # some distributions cannot
                     many = vmap(lambda _: draw(), randomness="different", chunk_size=self.at_a_time)
                     return many(like.new_zeros(num_samples))
                 self.draws_at_once = False
@@ -68,13 +72,20 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 class NaNFactors(TorchFunctionMode):
-    """A Cholesky factor of what is not positive definite is NaN, where it would end the runs of all others."""
+    """A Cholesky factor of what is not positive definite is NaN, where it would end the runs of all others.
+
+    Numbers that are put where a mask says, as torch's Multinomial does, are put so that vmap can.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky):
             factor, info = torch.linalg.cholesky_ex(*args, **kwargs)
             return torch.where((info == 0)[..., None, None], factor, torch.nan)
+        if func is torch.Tensor.__setitem__:
+            whole, where, value = args
+            if isinstance(where, Tensor) and where.dtype == torch.bool and isinstance(value, int | float):
+                return whole.masked_fill_(where.reshape(*where.shape, *[1] * (whole.dim() - where.dim())), value)
         return func(*args, **kwargs)
 
 
@@ -95,3 +106,33 @@ class _DrawsOfMany(TorchFunctionMode):
         if func is torch.Tensor.clamp_:  # vmap has no rule for it in place
             return args[0].copy_(torch.clamp(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+class _ByGammas(Messenger):
+    """Beta, Dirichlet and LKJ variables are made of gamma variables, since vmap has no rule for torch's way."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = base_of(msg["fn"])
+        if msg["value"] is not None or not isinstance(fn, dist.Beta | dist.Dirichlet | dist.LKJCholesky):
+            return
+        if isinstance(fn, dist.LKJCholesky):
+            fn = copy.copy(fn)
+            fn._beta = _Beta(fn._beta)
+            msg["value"] = fn.sample()
+        elif isinstance(fn, dist.Beta):
+            msg["value"] = _Beta(fn).sample()
+        else:
+            gammas = dist.Gamma(fn.concentration, 1.0).sample()
+            msg["value"] = gammas / gammas.sum(-1, keepdim=True)
+
+
+class _Beta:
+    """The draws of a Beta distribution."""
+
+    def __init__(self, fn: Any):
+        self.fn = fn
+
+    def sample(self, *_: Any) -> Tensor:
+        first, second = (dist.Gamma(each, 1.0).sample() for each in (self.fn.concentration1, self.fn.concentration0))
+        limits = torch.finfo(first.dtype)
+        return (first / (first + second)).clamp(limits.tiny, 1 - limits.eps)

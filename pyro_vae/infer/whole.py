@@ -389,7 +389,7 @@ class WholeProgram(Latents):
             found = {name: self._density(site_of(trace, name)) for name in self._places}
             return found | {name: site_of(trace, name)["log_prob"].sum() for name in self._observed}
 
-        tried = self.prior_draws(2048)[:NUM_TRIED].unsqueeze(1) if self.guide is None else self.sample_guide(NUM_TRIED)
+        tried = self.prior_draws(NUM_TRIED).unsqueeze(1) if self.guide is None else self.sample_guide(NUM_TRIED)
         finite = {name: each.isfinite() for name, each in self._each(densities, tried).items()}
         if not torch.stack(list(finite.values())).all(0).any():
             name = min(finite, key=lambda name: finite[name].sum().item())
