@@ -722,8 +722,8 @@ def test_a_latent_process_without_its_covariance():
     assert latents.standard
     e = latents.sample_prior(1000)
     torch.testing.assert_close(latents.log_joint(e)[0], dist.Normal(0.0, 1.0).log_prob(e).sum(-1), rtol=0, atol=1e-4)
-    truth = math.log(integrate.quad(gp_integrand, 0, 30)[0])
-    assert agrees(by_laplace(latents), truth, 0.1)
+    found = model_evidence(model, double(GP_X), double(GP_Y), estimator="smc", centred=False)
+    assert agrees(found, math.log(integrate.quad(gp_integrand, 0, 30)[0]), 0.2)
 
 
 def test_no_such_estimator():
