@@ -11,7 +11,14 @@ from torch import Tensor
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
-from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, contradicted, in_chunks, posterior_chains
+from pyro_vae.infer.evidence.posterior import (
+    PRIOR_DRAWS,
+    PosteriorChains,
+    average_variance,
+    contradicted,
+    in_chunks,
+    posterior_chains,
+)
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
@@ -125,7 +132,8 @@ def _fitted(coordinates: Coordinates, first: Tensor, second: Tensor) -> tuple[Co
     mean = draws.mean(0)
     centred = draws - mean
     covariance = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
-    scale = torch.linalg.cholesky(covariance + 1e-9 * torch.eye(covariance.shape[-1]).to(covariance))
+    identity = torch.eye(covariance.shape[-1]).to(covariance)
+    scale = torch.linalg.cholesky(covariance + 1e-9 * average_variance(covariance).clamp(min=1e-6) * identity)
     whole = Coordinates(
         coordinates.loc.double() + (coordinates.factor.double() @ mean.unsqueeze(-1)).squeeze(-1),
         coordinates.factor.double() @ scale,

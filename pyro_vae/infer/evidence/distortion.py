@@ -179,7 +179,7 @@ def _number(found: Pilot, settings: Tempering) -> int:
     Twice as many, since one transition forgets but a part of where it began.
     """
     allowed = math.log1p(settings.num_chains * settings.error**2)
-    return min(settings.most, max(10, math.ceil(2 * found.lengths[-1].item() ** 2 / allowed)))
+    return math.ceil(min(settings.most, max(10, 2 * found.lengths[-1].item() ** 2 / allowed)))
 
 
 class Point(NamedTuple):

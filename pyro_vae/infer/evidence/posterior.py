@@ -122,7 +122,7 @@ def in_chunks(
         latents = Latents(model, guide, data, gaussian=True)
     size = max(1, rows // 3 // num_chains)  # a gradient keeps what a forward pass would drop
     if draws:
-        kept = draws * num_chains * latents.dim * latents.like.element_size()
+        kept = 4 * draws * num_chains * latents.dim * latents.like.element_size()  # with what is made of them
         size = max(1, min(size, (memory or _free_memory(first_tensor(data).device)) // kept))
     bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
     with bar, evaluating(model, guide):
@@ -217,12 +217,18 @@ def _whitened_again(coordinates: Coordinates, seen: Tensor, e: Tensor) -> tuple[
     identity = torch.eye(covariance.shape[-1]).to(covariance)
     noise = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).square() / (len(draws) / 4)  # draws depend on each other
     share = (1 - noise / (covariance - identity).square().sum((-2, -1))).clamp(0, 1)
-    shrunk = torch.lerp(identity, covariance, share.view(-1, 1, 1)) + 1e-3 * identity
+    shrunk = torch.lerp(identity, covariance, share.view(-1, 1, 1))
+    shrunk = shrunk + 1e-3 * average_variance(shrunk) * identity
     scale = torch.linalg.cholesky(shrunk)
     moved = torch.linalg.solve_triangular(scale, (e - mean).unsqueeze(-1), upper=False).squeeze(-1)
     loc = coordinates.loc + (coordinates.factor @ mean.unsqueeze(-1)).squeeze(-1)
     log_det = coordinates.log_det + scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return Coordinates(loc, coordinates.factor @ scale, log_det), moved
+
+
+def average_variance(covariance: Tensor) -> Tensor:
+    """The mean of a covariance's diagonal: ``(B, D, D) -> (B, 1, 1)``, the unit in which it may be called singular."""
+    return covariance.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
 
 
 def _adapt(

@@ -15,7 +15,7 @@ from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
 
-ANNEALING = Annealing(32, error=0.05, most_temperatures=1000)
+ANNEALING = Annealing(32, error=0.05)
 CHAINS = PosteriorChains()
 
 

@@ -36,7 +36,7 @@ class Pilot(NamedTuple):
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         betas = [at.new_zeros(1)]
         for low, high, last in zip(starts, ends, at, strict=True):
-            count = max(1, round(num * ((high - low) / ends[-1]).item()))
+            count = max(1, round(num * ((high - low) / ends[-1].clamp(min=1e-12)).item()))
             lengths = torch.lerp(low, high, torch.arange(1, count + 1).to(low) / count)
             inside = _interpolate(lengths[:-1], self.lengths, self.betas)
             betas += [inside, last.view(1)]
@@ -45,16 +45,19 @@ class Pilot(NamedTuple):
         return placed, self.steps[nearest]
 
 
-def pilot(path: Path, last: float, num_chains: int, longest: float, target: float, most: int = 2000) -> Pilot:
-    """Go from the start to the temperature ``last`` by steps as long as the chains allow, adapting their own steps."""
+def pilot(path: Path, last: float, num_chains: int, longest: float, target: float, most: int = 500) -> Pilot:
+    """Go from the start to the temperature ``last`` by steps as long as the chains allow, adapting their own steps.
+
+    After ``most`` steps the rest of the way is taken for as rough as the last of them.
+    """
     state = path.evaluate(path.draw(num_chains))
     step = torch.full((path.latents.size,), longest).to(state.start)
-    beta, length = 0.0, 0.0
+    beta, length, move = 0.0, 0.0, last
     betas, lengths, steps = [beta], [length], [step]
     while beta < last and len(betas) < most:
         variance = (state.target - state.start).double().var(0)
         deviation = variance[variance.isfinite()].mean().sqrt().item()
-        move = PILOT_RATE / max(deviation, 1e-6) if deviation == deviation else last
+        move = last if math.isnan(deviation) else PILOT_RATE / max(deviation, 1e-6)
         # at the start few chains may not tell how heavy the tails are
         move = min(move, last - beta, last / 10, max(beta, 1e-6 * last))
         beta = last if last - beta - move < 1e-9 * last else beta + move
@@ -64,6 +67,10 @@ def pilot(path: Path, last: float, num_chains: int, longest: float, target: floa
             step = (step * torch.exp(0.5 * (acceptance - target))).clamp(max=longest)
         betas.append(beta)
         lengths.append(length)
+        steps.append(step)
+    if beta < last:
+        betas.append(last)
+        lengths.append(length + (last - beta) / max(move, 1e-300) * PILOT_RATE)
         steps.append(step)
     like = {"dtype": torch.float64, "device": step.device}
     return Pilot(torch.tensor(betas, **like), torch.tensor(lengths, **like), torch.stack(steps))

@@ -22,6 +22,7 @@ from pyro_vae.infer.trees import Data
 MAX_DRIFT = 4.5
 """Standard errors, of few chains, by which the halves of all draws may differ, as they do where chains lag behind."""
 MAX_ERROR = 0.5
+MOST_TEMPERATURES = 100
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Thermodynamic:
     Args:
         num_chains: C, at least 4.
         num_temperatures: T, an even number of steps from beta = 0 to 1; None: as many as make each about a third of
-            the length in which the density of the path changes beyond recognition, at least 8.
+            the length in which the density of the path changes beyond recognition, 8 to 100.
         num_warmup: transitions at each temperature before those that count, at least 1.
         num_draws: transitions at each temperature that count, at least 4.
         start: laplace: a Gaussian with the posterior's mode and curvature; guide: q(z | x); prior: p(z).
@@ -139,7 +140,8 @@ def estimate(latents: Latents, settings: Thermodynamic = DEFAULTS, tools: Tools 
     path, spent = _path(latents, settings, tools.path)
     longest = longest_step(settings.start, settings.num_leapfrogs)
     found = pilot(path, 1.0, settings.num_chains, longest, settings.target_acceptance)
-    num = settings.num_temperatures or max(8, 2 * math.ceil(1.5 * found.lengths[-1].item()))
+    wanted = 2 * math.ceil(1.5 * min(found.lengths[-1].item(), MOST_TEMPERATURES))
+    num = settings.num_temperatures or min(MOST_TEMPERATURES, max(8, wanted))
     betas, steps = found.place(num, torch.ones(1, dtype=torch.float64, device=latents.like.device))
     means, variances, last, acceptance = _averages(path, betas, steps, settings)
     whole = means.mean((1, 2))
