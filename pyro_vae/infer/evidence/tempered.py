@@ -36,7 +36,7 @@ class Pilot(NamedTuple):
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         betas = [at.new_zeros(1)]
         for low, high, last in zip(starts, ends, at, strict=True):
-            count = max(1, round(num * ((high - low) / ends[-1].clamp(min=1e-12)).item()))
+            count = max(1, round(num * ((high - low) / ends[-1]).item()))
             lengths = torch.lerp(low, high, torch.arange(1, count + 1).to(low) / count)
             inside = _interpolate(lengths[:-1], self.lengths, self.betas)
             betas += [inside, last.view(1)]
@@ -61,7 +61,7 @@ def pilot(path: Path, last: float, num_chains: int, longest: float, target: floa
         # at the start few chains may not tell how heavy the tails are
         move = min(move, last - beta, last / 10, max(beta, 1e-6 * last))
         beta = last if last - beta - move < 1e-9 * last else beta + move
-        length += move * (deviation if math.isfinite(deviation) else 0.0)
+        length += move * max(deviation if math.isfinite(deviation) else 0.0, 1e-9)  # never none, to be divided
         for _ in range(2):
             state, acceptance = path.transition(state, torch.tensor(beta).to(state.start), step)
             step = (step * torch.exp(0.5 * (acceptance - target))).clamp(max=longest)
