@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import NullFormatter
 
 from experiments.evidence_benchmark.estimators import ESTIMATORS, run
 from experiments.evidence_benchmark.task import Task
@@ -270,7 +271,7 @@ def _known(error: float) -> float:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Median errors over tasks against evaluations and seconds, and the share that is silently wrong."""
+    """Median errors over tasks, at least ``NEGLIGIBLE``, against their costs, and the share that is silently wrong."""
     columns = {"evaluations": "model evaluations per datum", "seconds": "seconds per datum"}
     with figures.figure(path, 13, 4.2, columns=3) as panels:
         for estimator in dict.fromkeys(row.estimator for row in rows):
@@ -280,8 +281,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 if here:
                     points.append(
                         {
-                            "error": statistics.median(_known(row.error) for row in here),
-                            "wrong": statistics.fmean(row.silently_wrong for row in here),
+                            "error": max(NEGLIGIBLE, statistics.median(_known(row.error) for row in here)),
+                            "wrong": 100 * statistics.fmean(row.silently_wrong for row in here),
                             **{name: statistics.median(getattr(row, name) for row in here) for name in columns},
                         }
                     )
@@ -292,9 +293,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     axes.plot(at, [point[value] for point in points], marker="o", ms=4, label=estimator)
         for axes, label in zip(panels, (*columns.values(), columns["evaluations"]), strict=True):
             axes.set(xscale="log", xlabel=label)
-        panels[0].set(yscale="log", ylabel="root mean square error, nats, median of tasks")
-        panels[1].set(yscale="log")
-        panels[2].set(ylabel="silently wrong, mean share over tasks", ylim=(-0.01, None))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        for axes in panels[:2]:
+            axes.set(yscale="log", ylabel="root mean square error, nats, median of tasks")
+        panels[2].set(ylabel="silently wrong, % of estimates, mean of tasks", ylim=(-0.1, None))
         panels[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
