@@ -1,6 +1,7 @@
 """What a GPU computes is what the CPU computes. Needs a GPU: all else is tested without one."""
 
 import json
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -16,9 +17,15 @@ from pyro_vae import (
     CompiledSVI,
     PyroSVI,
     annealed_importance_sampling,
+    bridge_sampling,
     cli,
     fit,
     importance_sampling,
+    model_evidence,
+    quadrature,
+    sandwich,
+    smc,
+    thermodynamic_integration,
 )
 from pyro_vae.data.fetched import Digits
 from pyro_vae.optimizers import Together
@@ -173,6 +180,62 @@ def test_annealing_is_exact_on_a_linear_model():
     x = torch.randn(10, 7, dtype=torch.float64).cuda()
     evidence = annealed_importance_sampling(vae.model, vae.guide, x, Annealing(num_temperatures=5))
     torch.testing.assert_close(evidence.log_px, vae.log_px(x), rtol=0, atol=1e-3)
+
+
+ESTIMATORS = {
+    "annealed": annealed_importance_sampling,
+    "annealed from the prior": partial(annealed_importance_sampling, settings=Annealing(start="prior")),
+    "smc": smc,
+    "bridge": bridge_sampling,
+    "thermodynamic": thermodynamic_integration,
+    "lower": lambda *given: sandwich(*given).lower,
+    "upper": lambda *given: sandwich(*given).upper,
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_of_a_linear_model(name):
+    torch.manual_seed(0)
+    vae = linear_gaussian().cuda()
+    x = torch.randn(10, 7, dtype=torch.float64).cuda()
+    evidence = ESTIMATORS[name](vae.model, vae.guide, x)
+    assert evidence.log_px.device.type == "cuda"
+    assert ((evidence.log_px - vae.log_px(x)).abs() < 5 * evidence.mc_se).all()
+    assert evidence.reliable.all()
+
+
+@pytest.mark.parametrize("prior", ["Normal", "Laplace"])
+def test_several_modes_are_found(prior):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1, device=x.device):
+            z = pyro.sample("z", getattr(dist, prior)(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.square(), 0.3).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1, device=x.device):
+            pyro.sample("z", dist.Normal(x, 0.3).to_event(1))
+
+    torch.manual_seed(0)
+    x = torch.tensor([[1.0, 2.0], [0.5, 3.0]], dtype=torch.float64)
+    exact = quadrature(model, guide, x).log_px
+    evidence = annealed_importance_sampling(model, guide, x.cuda())
+    assert ((evidence.log_px.cpu() - exact).abs() < 4 * evidence.mc_se.cpu()).all()
+
+
+def test_a_whole_program():
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3, dtype=torch.float64).cuda(), torch.randn(20, dtype=torch.float64).cuda()
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y), device=x.device):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    evidence = model_evidence(model, x, y)
+    covariance = x @ x.T + 0.25 * torch.eye(20, dtype=torch.float64).cuda()
+    exact = torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y)
+    assert abs(evidence.log_px.item() - exact.item()) < 4 * evidence.mc_se.item()
+    assert evidence.reliable.all()
 
 
 def test_dynamic_binarization_has_the_mean_of_the_pixels():

@@ -20,6 +20,8 @@ WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
 LEAST = 6
 """Temperatures: with fewer, chains there and back do not forget where they began."""
+MANY_CHUNKS = 4
+"""Chunks of observations from which on it is worth compiling."""
 QUANTILE = 0.8
 """Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
 be uncertain, as the high ones are, would bias the mean."""
@@ -62,7 +64,10 @@ class _Sampler:
         self.settings, normal = settings, start == "laplace" or (start == "prior" and latents.standard)
         self.start, self.rows = start, max(1, rows // settings.num_chains)
         self.kind: Start = "normal" if normal else cast(Start, start)
+        # compiling takes longer than a few chunks do, and is done for one shape only
+        compiled = compiled and latents.size > MANY_CHUNKS * self.rows
         self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
+        self.plain = evaluator(latents, self.kind, False)
         self.curve: Tensor | None = None
 
     def starts(self, latents: Latents) -> Starts:
