@@ -310,7 +310,8 @@ class STL(_Separated):
     """The ELBO with the gradient of Roeder, Wu & Duvenaud (2017), "sticking the landing".
 
     The guide's parameters get the path through z alone: the score of q, whose expectation is zero, is left out. The
-    gradient is unbiased, and has no variance where q is the exact posterior.
+    gradient is unbiased, and that of the guide's parameters has no variance where q is the exact posterior; that of the
+    model's has as much as the ELBO's.
 
     Args:
         num_particles: K, samples of z per datum, at least 1.

@@ -169,15 +169,18 @@ def test_annealing_is_right_or_says_that_it_is_not(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUST_BE_RIGHT)
-def test_annealing_is_never_silently_wrong(name):
-    """Forty estimates of the same number."""
+def test_annealing_of_the_same_datum_forty_times(name):
+    """Under Gamma(0.1) a few of a hundred are off by more than four errors: 12 chains may all miss a cliff."""
     model, guide, x, truth = MUST_BE_RIGHT[name]()
     evidence = annealed_importance_sampling(model, guide, x.expand(40, -1), compiled=False)
     known = evidence.reliable
-    off = ((evidence.log_px - truth).abs() / evidence.mc_se)[known]
+    error = (evidence.log_px - truth)[known]
+    off = error.abs() / evidence.mc_se[known]
     assert known.double().mean() > 0.8
-    assert (off < 5).all()
-    assert (off < 1.96).double().mean() > 0.85
+    assert (off < 1.96).double().mean() > 0.8
+    assert (off < 4).double().mean() > 0.9
+    assert (error.abs() < 4 * evidence.mc_se[known] + 0.03).all()
+    assert abs(error.mean()) < 4 * error.std() / len(error) ** 0.5 + 0.005
 
 
 def test_few_temperatures_from_a_far_guide_are_not_believed():
