@@ -59,9 +59,9 @@ def bridge_sampling(
 
     Returns:
         Evidence of the N observations, in nats per datum. ``mc_se`` adds the errors of both sums, that of the chains by
-        overlapping batch means (Flegal & Jones 2010); ``ess`` is the effective number of their draws. ``reliable``
-        where the chains have converged, the iteration too, the error is below 0.5, and draws of the prior say nothing
-        else. ``khat`` is NaN.
+        overlapping batch means (Flegal & Jones 2010) or by autocorrelations, whichever is larger; ``ess`` is the
+        effective number of their draws. ``reliable`` where the chains have converged, the iteration too, the error is
+        below 0.5, and draws of the prior say nothing else. ``khat`` is NaN.
 
     Raises:
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
@@ -169,7 +169,9 @@ def _bridge(chains: Tensor, proposed: Tensor, most: int = 1000) -> tuple[Tensor,
     of_chains, of_proposal = terms(log_p)
     of_chains = (of_chains - of_chains.flatten(0, 1).logsumexp(0) + math.log(size)).exp()  # of mean 1
     of_proposal = (of_proposal - of_proposal.flatten(0, 1).logsumexp(0) + math.log(size)).exp()
-    variance = batch_variance(of_chains) + of_proposal.flatten(0, 1).var(0) / size
+    # batches are too short for chains that mix slowly, as autocorrelations are too noisy for those that do not
+    by_lags = of_chains.flatten(0, 1).var(0) / autocorrelation_ess(of_chains)
+    variance = torch.maximum(batch_variance(of_chains), by_lags) + of_proposal.flatten(0, 1).var(0) / size
     return log_p, variance.sqrt(), ess, change <= 1e-9
 
 
