@@ -1,6 +1,7 @@
 """Traces of a model and its guide, and their log-weights: what every bound and estimator reduces."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -164,6 +165,31 @@ def check_pathwise(guide_trace: poutine.Trace) -> None:
 def sum_log_prob(trace: poutine.Trace) -> Tensor:
     """The sum over all sites of a trace whose log-probabilities are computed, ``(K, B)``."""
     return added(site_of(trace, name)["log_prob"] for name in sample_sites(trace))
+
+
+def unvalidated(trace: poutine.Trace) -> poutine.Trace:
+    """The trace, whose distributions judge no value: outside their support log-densities are NaN or -inf, as elsewhere.
+
+    ``pyro.validation_enabled(False)`` does not reach distributions that were made before, and expanded.
+    """
+    for name in sample_sites(trace):
+        site = site_of(trace, name)
+        site["fn"] = _unvalidated(site["fn"])
+    return trace
+
+
+def _unvalidated(fn: Any) -> Any:
+    inner = {name: each for name in _INSIDE if hasattr(each := fn.__dict__.get(name), "log_prob")}
+    quiet = {name: _unvalidated(each) for name, each in inner.items()}
+    if not fn.__dict__.get("_validate_args") and all(quiet[name] is inner[name] for name in inner):
+        return fn
+    fn = copy.copy(fn)
+    fn.__dict__.update(quiet, _validate_args=False)
+    return fn
+
+
+_INSIDE = ("base_dist", "_component_distribution", "_mixture_distribution")
+"""Where distributions keep those that they are made of."""
 
 
 def site_of(trace: poutine.Trace, name: str) -> Any:

@@ -21,7 +21,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.gaussianize import Affine, Map, gaussianize
-from pyro_vae.infer.programs import Program, added, latent_sites, particle_trace, sample_sites, site_of, traces
+from pyro_vae.infer.programs import (
+    Program,
+    added,
+    latent_sites,
+    particle_trace,
+    sample_sites,
+    site_of,
+    traces,
+    unvalidated,
+)
 from pyro_vae.infer.trees import Data, data_size, select
 
 
@@ -216,7 +225,7 @@ class Latents:
 
     def _run_model(self, u: Tensor) -> tuple[poutine.Trace, "_Place"]:
         with pyro.validation_enabled(False), _Place(self._places, self._maps, u) as place:
-            trace = particle_trace(self.model, self.data, u.shape[0])
+            trace = unvalidated(particle_trace(self.model, self.data, u.shape[0]))
             trace.compute_log_prob(lambda name, site: name in self._places or name in self._observed)
         return trace, place
 
@@ -227,7 +236,7 @@ class Latents:
     def _score_guide(self, trace: poutine.Trace, place: "_Place") -> Tensor:
         values = {name: site_of(trace, name)["value"] for name in self._places}
         with pyro.validation_enabled(False):
-            trace = particle_trace(poutine.condition(self.guide, data=values), self.data, place.u.shape[0])
+            trace = unvalidated(particle_trace(poutine.condition(self.guide, data=values), self.data, place.u.shape[0]))
             trace.compute_log_prob()
         return added(unmasked_log_prob(site_of(trace, name)) for name in self._places) + place.log_det
 
@@ -397,4 +406,12 @@ def into_support(support: constraints.Constraint | None) -> Transform:
     Raises:
         NotImplementedError: if there is none, as for a discrete support.
     """
-    return biject_to(support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support)
+    return biject_to(_without_mixture(support))
+
+
+def _without_mixture(support: Any) -> Any:
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _without_mixture(support.base_constraint)
+    if isinstance(support, type(constraints.independent(constraints.real, 1))):
+        return constraints.independent(_without_mixture(support.base_constraint), support.reinterpreted_batch_ndims)
+    return support

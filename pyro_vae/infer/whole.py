@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_whole, seen_entries, unsteady
 from pyro_vae.infer.gaussianize import Affine, Map
-from pyro_vae.infer.programs import Program, added, latent_sites, sample_sites, site_of, unseen_sites
+from pyro_vae.infer.programs import Program, added, latent_sites, sample_sites, site_of, unseen_sites, unvalidated
 from pyro_vae.infer.scales import base_of, is_moved, is_normal, is_the_same, own_scale
 from pyro_vae.infer.supports import (
     Latents,
@@ -297,7 +297,7 @@ class WholeProgram(Latents):
             trace = _traced(self.model, *self._arguments)
         if set(latent_sites(trace)) - set(self._pinned) != set(self._places):
             raise ContractError(unsteady(set(latent_sites(trace)) ^ set(self._places)))
-        trace.compute_log_prob(lambda name, site: name in self._places or name in self._observed)
+        unvalidated(trace).compute_log_prob(lambda name, site: name in self._places or name in self._observed)
         return trace, put.log_det
 
     def _log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:

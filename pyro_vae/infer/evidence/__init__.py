@@ -10,7 +10,7 @@ from pyro_vae.infer.evidence.bridge import bridge_sampling
 from pyro_vae.infer.evidence.distortion import RateDistortion, Tempering, rate_distortion
 from pyro_vae.infer.evidence.exact import enumeration, quadrature
 from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
-from pyro_vae.infer.evidence.importance import importance_sampling, reduce_log_weights
+from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
 from pyro_vae.infer.evidence.particles import SMC
@@ -19,6 +19,7 @@ from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 from pyro_vae.infer.evidence.reverse import sandwich
 from pyro_vae.infer.evidence.smc import smc
 from pyro_vae.infer.evidence.thermodynamic import Thermodynamic, thermodynamic_integration
+from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.evidence.whole import BayesFactor, bayes_factor, model_evidence
 
 __all__ = [

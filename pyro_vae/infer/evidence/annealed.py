@@ -13,11 +13,12 @@ from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
 from pyro_vae.infer.evidence.chains import Path, Start, anneal, evaluator, warm_up
-from pyro_vae.infer.evidence.importance import reduce_log_weights, rows_per_chunk
+from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.opinion import check_start, checked
 from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
 from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, longest_step
+from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, split

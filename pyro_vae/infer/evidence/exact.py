@@ -12,8 +12,8 @@ from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.cubature import Mesh, integrate
 from pyro_vae.infer.evidence.frames import Frame, choose, fit_to_cells, log_cosh, prior_frame, unit_grid, zoom
-from pyro_vae.infer.evidence.importance import reduce_log_weights
 from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import (
     Program,
     added,

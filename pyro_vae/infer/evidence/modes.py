@@ -58,7 +58,7 @@ def widened(coordinates: Coordinates, factor: float) -> Coordinates:
 def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
     """Climb from the guide's mean and from ``num_climbs`` other points, and fit a normal to each mode that is met.
 
-    Where modes are met that were not met twice, there may be others: three times as many climbs follow, twice.
+    Where there are several modes, three times as many climbs follow, and again where some were not met twice.
     """
     size, dim = latents.size, latents.dim
     _, width = prior_location_and_width(latents)
@@ -75,7 +75,12 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
             found, missing = _distinct(some, reached)
             unseen[asked] = missing
             cost[asked] += ELSEWHERE + 80 * more + BETWEEN * len(reached)
-            open_ = missing >= ENOUGH if more < 9 * num_climbs else torch.zeros_like(missing, dtype=torch.bool)
+            # a few climbs that all ended at a mode met before say little, where there are several modes
+            open_ = (
+                (missing >= ENOUGH) | ((found.sum(0) > 1) & (more == num_climbs))
+                if more < 9 * num_climbs
+                else torch.zeros_like(missing, dtype=torch.bool)
+            )
             place, row = (found & ~open_).nonzero(as_tuple=True)
             rows, peaks = torch.cat([rows, asked[row]]), torch.cat([peaks, reached[place, row]])
             asked, reached = asked[open_], reached[:, open_]

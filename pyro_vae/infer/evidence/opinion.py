@@ -1,7 +1,7 @@
 """A second opinion: log p(x) once more, from the prior, where modes that a start has missed would show."""
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.exact import quadrature
 from pyro_vae.infer.evidence.modes import ENOUGH
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups, pick
@@ -18,6 +19,8 @@ from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
 
+EXACT = 1e-3
+"""Error below which another estimate is as good as exact, as is that of quadrature that is reliable."""
 LEAST_BUDGET = 1e6
 """Evaluations that may be spent on second opinions in any case, if one of them contradicts."""
 BATCH = 64
@@ -45,21 +48,54 @@ def second_opinion(latents: Latents, rows: int, num_particles: int) -> tuple[Ten
     return log_z, error, cost
 
 
-def decided(latents: Latents, evidence: Evidence, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whether a second opinion contradicts, ``(B,)``, and it: more particles are asked as long as that is in doubt."""
-    log_z, error, cost = second_opinion(latents, rows, 128)
+class Opinion(NamedTuple):
+    """Another estimate of B data, ``(B,)`` each; it is ``exact`` if by quadrature, and then says too much as well."""
+
+    log_z: Tensor
+    error: Tensor
+    evaluations: Tensor
+    exact: Tensor
+    differs: Tensor
+
+
+def decided(latents: Latents, evidence: Evidence, rows: int) -> Opinion:
+    """What another way says of p(x), and whether it contradicts.
+
+    With one or two latent dimensions it is quadrature, otherwise sequential Monte Carlo from the prior, of which more
+    particles are asked as long as it is in doubt.
+    """
+    log_z, error, cost = second_opinion(latents, rows, 128) if latents.dim > 2 else _by_quadrature(latents, rows)
+    exact = error < EXACT
     for num_particles in (512, 2048, 8192):
         differs = contradicts(evidence.log_px, evidence.mc_se, log_z, error)
         higher = log_z - evidence.log_px > 0.5 * error
         worth = cost.mean() < 5e4  # it is about four times as much each time
-        doubt = worth & (higher & ~differs & (error > 0.03)) | (differs & (error > 0.3))
-        again = doubt.nonzero().squeeze(1)
+        again = (
+            (~exact & worth & ((higher & ~differs & (error > 0.03)) | (differs & (error > 0.3)))).nonzero().squeeze(1)
+        )
         if len(again) == 0:
             break
         more = second_opinion(latents.select(again), rows, num_particles)
         log_z, error = log_z.index_copy(0, again, more[0]), error.index_copy(0, again, more[1])
         cost = cost.index_add(0, again, more[2])
-    return contradicts(evidence.log_px, evidence.mc_se, log_z, error), log_z, error, cost
+    differs = contradicts(evidence.log_px, evidence.mc_se, log_z, error)
+    differs |= exact & contradicts(log_z, error, evidence.log_px, evidence.mc_se)
+    return Opinion(log_z, error, cost, exact, differs)
+
+
+def _by_quadrature(latents: Latents, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(x) by quadrature, or, of whole programs and where it is not sure of itself, sequential Monte Carlo."""
+    if type(latents) is not Latents:
+        return second_opinion(latents, rows, 128)
+    found = quadrature(latents.model, latents.guide, latents.data)
+    log_z, error, cost = found.log_px, found.mc_se, cast(Tensor, found.evaluations)
+    unsure = (~cast(Tensor, found.reliable)).nonzero().squeeze(1)
+    if len(unsure) == 0:
+        return log_z, error, cost
+    other = second_opinion(latents.select(unsure), rows, 512)
+    pairs = zip((log_z, error, cost), other, strict=True)
+    log_z, error, cost = (a.index_copy(0, unsure, b) for a, b in pairs)
+    return log_z, error, cost
 
 
 def contradicts(log_z: Tensor, error: Tensor, other: Tensor, other_error: Tensor) -> Tensor:
@@ -67,7 +103,7 @@ def contradicts(log_z: Tensor, error: Tensor, other: Tensor, other_error: Tensor
 
     By Markov's inequality an unbiased estimate of p(x) is d nats too high with a probability of at most exp(-d).
     """
-    allowed = 4 * torch.hypot(error, other_error) + 0.02
+    allowed = 3 * torch.hypot(error, other_error) + 0.02
     return (other - log_z > allowed) & (other_error < 1)
 
 
@@ -93,13 +129,17 @@ def checked(
     while first < min(wanted, latents.size):
         among = order[first : min(wanted, latents.size)][:BATCH].sort().values
         part, mine = latents.select(among), pick(evidence, among)
-        differs, other, error, paid = decided(part, mine, rows)
+        other, error, paid, exact, differs = decided(part, mine, rows)
         tried[among], wrong[among] = True, differs
         # where modes are many, nothing is believed but what an estimate confirms that is precise itself
         agreed[among] = _agrees(mine.log_px, mine.mc_se, other, error)
         cost[among] += paid
         spent += float(paid.sum())
         again = differs | ((unseen[among] >= HOPELESS) & ~agreed[among])
+        known_now = again & exact
+        evidence = _taken(evidence, among[known_now], other[known_now], error[known_now])
+        agreed[among[known_now]] = True
+        again &= ~exact
         if again.any():
             places, other, error = among[again], other[again], error[again]
             found = adaptive(latents.select(places), settings, rows, compiled, bar, start="prior")
@@ -135,8 +175,9 @@ def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, ro
         except ContractError:  # a discrete site: there is no path to follow from the prior
             return evidence
         among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
-        wrong, _, _, paid = decided(latents.select(among), pick(evidence, among), rows)
-    cost = cast(Tensor, evidence.evaluations).index_add(0, among, paid)
+        opinion = decided(latents.select(among), pick(evidence, among), rows)
+    wrong = opinion.differs
+    cost = cast(Tensor, evidence.evaluations).index_add(0, among, opinion.evaluations)
     if wrong.sum() > MANY_WRONG * len(wrong):
         known = torch.zeros_like(known).index_fill(0, among[~wrong], True)
     else:
@@ -155,6 +196,15 @@ def _replaced(evidence: Evidence, places: Tensor, found: Found, other: Tensor, e
     }
     return evidence._replace(
         **{name: getattr(evidence, name).index_copy(0, places, value) for name, value in values.items()}
+    )
+
+
+def _taken(evidence: Evidence, places: Tensor, log_px: Tensor, error: Tensor) -> Evidence:
+    """The evidence with exact values in some places."""
+    return evidence._replace(
+        log_px=evidence.log_px.index_copy(0, places, log_px),
+        mc_se=evidence.mc_se.index_copy(0, places, error.clamp(min=1e-6)),
+        reliable=cast(Tensor, evidence.reliable).index_fill(0, places, True),
     )
 
 
