@@ -9,7 +9,7 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, constraints
+from pyro.distributions import ImproperUniform, MaskedDistribution, constraints
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
@@ -79,6 +79,7 @@ class Latents:
             self._places[name] = (slice(self.dim, end), shape)
             self.dim = end
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
+        self._improper = [name for name in self._places if _is_improper(site_of(trace, name)["fn"])]
         self._maps: dict[str, Map] = {}
         self.like = self._read(trace).new_zeros(())
         self.standard = False
@@ -161,6 +162,12 @@ class Latents:
             ContractError: if an observed site holds no whole tensor of the data, whose place its draws could take, or
                 if it depends on what another one observes through the data, and not through the value of its site.
         """
+        for name, (where, _) in self._places.items():
+            if name in self._improper:
+                raise ContractError(
+                    f"site '{name}' has an improper prior, of {where.stop - where.start} numbers, from "
+                    "which nothing can be drawn: give it a distribution"
+                )
         leaves, spec = tree_flatten(self.data)
         leaves = [leaf.clone() for leaf in leaves]  # each in a place of its own, so that equal ones are told apart
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -386,6 +393,13 @@ def unmasked_log_prob(site: dict[str, Any]) -> Tensor:
     """The log-probability of a site's value, of what is masked too."""
     fn = without_mask(site["fn"])
     return site["log_prob"] if site["mask"] is None and fn is site["fn"] else fn.log_prob(site["value"])
+
+
+def _is_improper(fn: Any) -> bool:
+    fn = without_mask(fn)
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, ImproperUniform)
 
 
 def innermost(support: Any) -> constraints.Constraint:

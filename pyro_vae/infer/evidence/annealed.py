@@ -83,7 +83,7 @@ def anneal_latents(
     latents: Latents, settings: Annealing, rows: int, compiled: bool = True, progress: bool = False
 ) -> Evidence:
     """What :func:`annealed_importance_sampling` does once the programs are checked; ``rows`` z fit into memory."""
-    check_start(latents)
+    known = check_start(latents)
     with tqdm(total=latents.size, disable=not progress, unit="datum", desc="annealing") as bar:
         if settings.num_temperatures is not None:
             evidence, unseen = _there_only(latents, settings, rows, compiled, bar)
@@ -91,7 +91,7 @@ def anneal_latents(
             found = adaptive(latents, settings, rows, compiled, bar)
             evidence, unseen = evidence_of(found, settings), found.unseen
         mc_se = torch.maximum(evidence.mc_se, rounding(evidence.log_px, latents.like.dtype))
-        evidence = evidence._replace(mc_se=mc_se)
+        evidence = evidence._replace(mc_se=mc_se, reliable=cast(Tensor, evidence.reliable) & known)
         return checked(latents, evidence, unseen, settings, rows, compiled, bar)
 
 

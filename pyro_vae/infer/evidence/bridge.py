@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import evaluator
+from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
+from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import (
     PRIOR_DRAWS,
     PosteriorChains,
@@ -72,7 +74,7 @@ def bridge_sampling(
     for latents, _ in chunks:
         tools = tools or Tools.of(latents, compiled)
         results.append(estimate(latents, settings, tools))
-    return concatenate(results)
+    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
 
 
 class Tools(NamedTuple):

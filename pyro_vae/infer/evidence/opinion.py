@@ -11,10 +11,11 @@ from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.exact import quadrature
-from pyro_vae.infer.evidence.modes import ENOUGH
+from pyro_vae.infer.evidence.modes import ENOUGH, FEW, MANY
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups, pick
 from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of
+from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -162,7 +163,9 @@ def _agrees(log_z: Tensor, mc_se: Tensor, other: Tensor, error: Tensor) -> Tenso
     return ((other - log_z).abs() < 4 * torch.hypot(error, mc_se) + 0.02) & (error < 0.2)
 
 
-def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int) -> Evidence:
+def confirmed(
+    model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int = 16
+) -> Evidence:
     """The evidence, not reliable where second opinions contradict it; random numbers are left as they were."""
     known = cast(Tensor, evidence.reliable)
     places = known.nonzero().squeeze(1)
@@ -174,15 +177,35 @@ def confirmed(model: Program, guide: Program, data: Data, evidence: Evidence, ro
             latents = Latents(model, guide, data, gaussian=True)
         except ContractError:  # a discrete site: there is no path to follow from the prior
             return evidence
+        cost = cast(Tensor, evidence.evaluations).clone()
+        if latents.dim <= FEW:
+            wrong = _more_by_prior(latents.select(places), pick(evidence, places), rows)
+            known = known.index_fill(0, places[wrong], False)
+            cost[places] += MANY
+            places = places[~wrong]
         among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
-        opinion = decided(latents.select(among), pick(evidence, among), rows)
-    wrong = opinion.differs
-    cost = cast(Tensor, evidence.evaluations).index_add(0, among, opinion.evaluations)
-    if wrong.sum() > MANY_WRONG * len(wrong):
-        known = torch.zeros_like(known).index_fill(0, among[~wrong], True)
-    else:
-        known = known.index_fill(0, among[wrong], False)
+        if len(among):
+            opinion = decided(latents.select(among), pick(evidence, among), rows)
+            cost[among] += opinion.evaluations
+            agreed = among[~opinion.differs]
+            if opinion.differs.sum() > MANY_WRONG * len(among):
+                known = torch.zeros_like(known).index_fill(0, agreed, True)
+            else:
+                known = known.index_fill(0, among[opinion.differs], False)
     return evidence._replace(reliable=known, evaluations=cost)
+
+
+def _more_by_prior(latents: Latents, evidence: Evidence, rows: int) -> Tensor:
+    """Whether importance sampling from the prior finds more than the evidence allows, ``(B,)``."""
+    more = []
+    for part in torch.arange(latents.size, device=evidence.log_px.device).split(max(1, rows // MANY)):
+        few = latents.select(part)
+        with torch.no_grad():
+            log_w = few.log_joint(few.sample_prior(MANY))[1]
+        found = reduce_log_weights([log_w.double().nan_to_num(nan=-math.inf)], MANY)
+        mine = pick(evidence, part)
+        more.append(contradicts(mine.log_px, mine.mc_se, found.log_px, found.mc_se))
+    return torch.cat(more)
 
 
 def _replaced(evidence: Evidence, places: Tensor, found: Found, other: Tensor, error: Tensor, asked: float) -> Evidence:
@@ -208,8 +231,11 @@ def _taken(evidence: Evidence, places: Tensor, log_px: Tensor, error: Tensor) ->
     )
 
 
-def check_start(latents: Latents, num_draws: int = 64) -> None:
+def check_start(latents: Latents, num_draws: int = 64) -> Tensor:
     """Refuse programs with an observation whose density is finite at no draw of prior or guide.
+
+    Returns:
+        Whether it is NaN at none of them, ``(B,)``: otherwise no estimate is to be believed.
 
     Raises:
         ContractError: naming the sites whose density is not.
@@ -226,3 +252,4 @@ def check_start(latents: Latents, num_draws: int = 64) -> None:
                 f"and prior for {int(lost.sum())} observations, the first of which is number "
                 f"{int(lost.nonzero()[0])}: there is no posterior to be annealed to"
             )
+    return ~(log_prior + log_likelihood).isnan().any(0)

@@ -1,7 +1,7 @@
 """log p(x) of real observations between a lower and an upper estimate."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from pyro_vae.infer.evidence.annealed import Sandwich, _one_way, _paths
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import anneal, evaluator
+from pyro_vae.infer.evidence.importance import rows_per_chunk
+from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, in_chunks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.programs import Program
@@ -63,7 +65,10 @@ def sandwich(
         found = estimate(latents, settings, chains, evaluate, compiled)
         lower.append(found.lower)
         upper.append(found.upper)
-    return Sandwich(concatenate(lower), concatenate(upper), data)
+    below, above = concatenate(lower), concatenate(upper)
+    below = confirmed(model, guide, data, below, rows_per_chunk(model, guide, data, memory))
+    sound = cast(Tensor, below.reliable)
+    return Sandwich(below, above._replace(reliable=cast(Tensor, above.reliable) & sound), data)
 
 
 class Bounds(NamedTuple):

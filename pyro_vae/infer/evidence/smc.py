@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 
 from pyro_vae.infer.evidence.chains import Path, Start, evaluator
+from pyro_vae.infer.evidence.importance import rows_per_chunk
+from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.posterior import in_chunks
 from pyro_vae.infer.evidence.result import Evidence, concatenate, log_mean_of_groups, rounding
@@ -53,7 +55,7 @@ def smc(
     for latents, _ in chunks:
         evaluate = evaluate or evaluator(latents, _kind(latents, settings), compiled)
         results.append(estimate(latents, settings, evaluate))
-    return concatenate(results)
+    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
 
 
 def _kind(latents: Latents, settings: SMC) -> Start:
@@ -62,7 +64,7 @@ def _kind(latents: Latents, settings: SMC) -> Start:
 
 def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[..., Any] | None = None) -> Evidence:
     """:func:`smc` of one chunk of data."""
-    kind = _kind(latents, settings)
+    known, kind = check_start(latents), _kind(latents, settings)
     evaluate = evaluate or evaluator(latents, kind, False)
     path = Path(latents, coordinates_of(latents, settings.start), kind, settings.num_leapfrogs, evaluate)
     found = sample_particles(path, settings)
@@ -76,6 +78,6 @@ def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[...,
         num_invalid=(~found.log_z.isfinite()).sum(0),
         acceptance=found.acceptance,
         num_samples=settings.num_particles,
-        reliable=found.arrived & (found.log_z.std(0) < LARGEST_SPREAD),
+        reliable=known & found.arrived & (found.log_z.std(0) < LARGEST_SPREAD),
         evaluations=found.evaluations,
     )

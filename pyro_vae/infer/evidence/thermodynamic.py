@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import Path, Start, evaluator
+from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
+from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, contradicted, in_chunks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
@@ -118,7 +120,7 @@ def thermodynamic_integration(
     for latents, _ in in_chunks(model, guide, data, settings.num_chains, memory, progress, "thermodynamic"):
         tools = tools or Tools.of(latents, settings, compiled)
         results.append(estimate(latents, settings, tools))
-    return concatenate(results)
+    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
 
 
 class Tools(NamedTuple):
