@@ -197,6 +197,16 @@ def test_a_second_opinion_tells_of_a_mode_that_the_start_has_missed(settings):
     assert right(evidence, truth) or not evidence.reliable.any()
 
 
+def test_particles_tell_of_modes_that_the_start_has_missed():
+    """In three dimensions, where quadrature does not: of eight modes the start has one."""
+    model, _, x, truth = squares(3)
+    _, guide = programs(standard(3), None, lambda x: dist.Normal(x.sqrt(), 0.1).to_event(1))
+    blind = annealed_importance_sampling(model, guide, x, Annealing(num_climbs=0, num_checked=0), compiled=False)
+    assert blind.log_px.item() == pytest.approx(truth - 3 * math.log(2), abs=0.1)
+    evidence = annealed_importance_sampling(model, guide, x, Annealing(num_climbs=0), compiled=False)
+    assert right(evidence, truth) or not evidence.reliable.any()
+
+
 def test_without_climbs_and_second_opinion_half_of_two_modes_is_missed():
     """What the two are for: chains agree on the mode that they start on."""
     model, guide, x, truth = absolute_value()
@@ -424,7 +434,7 @@ def test_the_mean_of_groups_and_its_error():
 
 def test_what_contradicts():
     zero = double(0.0, 0.0, 0.0, 0.0)
-    other, other_error = double(1.0, -1.0, 1.0, 5.0), double(0.1, 0.1, 0.3, 1.5)
+    other, other_error = double(1.0, -1.0, 1.0, 5.0), double(0.1, 0.1, 0.5, 1.5)
     assert contradicts(zero, zero + 0.05, other, other_error).tolist() == [True, False, False, False]
 
 
