@@ -197,6 +197,7 @@ def test_a_second_opinion_tells_of_a_mode_that_the_start_has_missed(settings):
     assert right(evidence, truth) or not evidence.reliable.any()
 
 
+@pytest.mark.slow
 def test_particles_tell_of_modes_that_the_start_has_missed():
     """In three dimensions, where quadrature does not: of eight modes the start has one."""
     model, _, x, truth = squares(3)
