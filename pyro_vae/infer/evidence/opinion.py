@@ -211,11 +211,16 @@ def _more_by_prior(latents: Latents, evidence: Evidence, rows: int) -> Tensor:
 def _replaced(evidence: Evidence, places: Tensor, found: Found, other: Tensor, error: Tensor, asked: float) -> Evidence:
     """The evidence with that of chains from the prior in some places, or, if they are contradicted too, the other."""
     agree = ~contradicts(found.log_z, found.mc_se, other, error)
+    # chains from the prior that find no more refute the other opinion, unless they are too uncertain for that
+    first, first_error = evidence.log_px[places], evidence.mc_se[places]
+    refuted = ~contradicts(first, first_error, found.log_z, found.mc_se) & ~agree
+    refuted |= ~contradicts(first, first_error, found.log_z, found.mc_se) & (found.mc_se > first_error)
+    log_px = torch.where(agree, found.log_z, other)
     values = {
-        "log_px": torch.where(agree, found.log_z, other),
-        "mc_se": torch.where(agree, found.mc_se, error),
+        "log_px": torch.where(refuted, first, log_px),
+        "mc_se": torch.where(refuted, first_error, torch.where(agree, found.mc_se, error)),
         "acceptance": found.acceptance,
-        "reliable": agree & (found.mc_se <= asked),
+        "reliable": torch.where(refuted, cast(Tensor, evidence.reliable)[places], agree) & (found.mc_se <= asked),
     }
     return evidence._replace(
         **{name: getattr(evidence, name).index_copy(0, places, value) for name, value in values.items()}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
-from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, prior_location_and_width
+from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, log_joint, prior_location_and_width
 from pyro_vae.infer.evidence.modes import ELSEWHERE, FEW, Starts, find_starts
 from pyro_vae.infer.evidence.particles import SMC, sample_particles, typical_ladder
 from pyro_vae.infer.evidence.result import t_factor
@@ -83,6 +84,7 @@ class _Sampler:
                 nothing = part.like.new_zeros(part.size, dtype=torch.float64)
                 places = torch.arange(part.size, device=nothing.device)
                 starts = Starts(places, coordinates_of(part, self.start), None, nothing, nothing + 64)
+            _check_ends(part, starts)
             parts.append(starts._replace(rows=starts.rows + first))
         return joined(parts)
 
@@ -106,7 +108,7 @@ class _Sampler:
             if wide <= 1 or num >= settings.most_temperatures:
                 middle = torch.cat(steps, 1).median(1).values
                 return num, middle
-            num = min(settings.most_temperatures, math.ceil(num * min(wide**2, 3)))
+            num = min(settings.most_temperatures, math.ceil(num * (min(wide, 2) ** 2 if math.isfinite(wide) else 3)))
 
     def ladder(self, latents: Latents, num: int) -> Tensor:
         """Temperatures from 0 to 1, ``(num + 1,)``: from afar, between which weights change as much."""
@@ -217,6 +219,28 @@ def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) ->
     log_z, error = bennett(there, back, effective)
     apart = (there.logsumexp(0) + back.logsumexp(0) - 2 * math.log(num_chains)).abs()
     return log_z, torch.maximum(error * t_factor(num_chains - 1), apart / 4), acceptance
+
+
+def _check_ends(latents: Latents, starts: Starts) -> None:
+    """Refuse a posterior whose density does not fall on the way to infinity, where climbs have gone that way."""
+    location, width = prior_location_and_width(latents)
+    loc = starts.coordinates.loc
+    away = ((loc - location) / width).abs().amax(-1)
+    far = (away > 6).nonzero().squeeze(1)
+    if len(far) == 0:
+        return
+    few = latents.select(starts.rows[far])
+    ends = torch.stack([loc[far], location + 1000 * (loc[far] - location)])
+    with torch.no_grad():
+        here, there = log_joint(few, ends)
+    runs = ((there > here - 1) & here.isfinite()).nonzero().squeeze(1)
+    if len(runs):
+        at = far[runs[0]]
+        name = latents.site_at(int(((loc[at] - location) / width).abs().argmax()))
+        raise ContractError(
+            f"log p(x) of observation {int(starts.rows[at])} diverges: p(x, z) does not fall as site '{name}' goes to "
+            "the end of its support, so that there is no posterior"
+        )
 
 
 def longest_step(start: str, num_leapfrogs: int) -> float:
