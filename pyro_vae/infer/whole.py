@@ -234,8 +234,11 @@ class WholeProgram(Latents):
     def _run(self) -> poutine.Trace:
         """The model, at a draw from the guide, or from the prior if there is none."""
         if self.guide is None:
-            with _Drawable():
-                return _traced(self.model, *self._arguments)
+            try:
+                with _Drawable():
+                    return _traced(self.model, *self._arguments)
+            except ContractError as error:  # to which Pyro appends what it has traced
+                raise ContractError(str(error).splitlines()[0]) from None
         given = _traced(self.guide, *self._arguments)
         run = _traced(poutine.replay(self.model, trace=given), *self._arguments)
         needed = set(latent_sites(run)) - set(unseen_sites(run))

@@ -75,12 +75,13 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
             found, missing = _distinct(some, reached)
             unseen[asked] = missing
             cost[asked] += ELSEWHERE + 80 * more + BETWEEN * len(reached)
-            # a few climbs that all ended at a mode met before say little, where there are several modes
-            open_ = (
-                (missing >= ENOUGH) | ((found.sum(0) > 1) & (more == num_climbs))
-                if more < 9 * num_climbs
-                else torch.zeros_like(missing, dtype=torch.bool)
-            )
+            open_ = missing >= ENOUGH
+            if more == num_climbs and (found.sum(0) > 1).any():
+                # few climbs may all end at one of several modes, which others of the data are seen to have
+                open_ |= (found.sum(0) > 1) | (dim > FEW)
+            if dim > FEW:  # where nothing else looks for what is missing
+                open_ |= found.sum(0) > 1
+            open_ &= more < 9 * num_climbs
             place, row = (found & ~open_).nonzero(as_tuple=True)
             rows, peaks = torch.cat([rows, asked[row]]), torch.cat([peaks, reached[place, row]])
             asked, reached = asked[open_], reached[:, open_]
