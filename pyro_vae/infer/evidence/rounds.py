@@ -26,6 +26,8 @@ MANY_CHUNKS = 4
 QUANTILE = 0.8
 """Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
 be uncertain, as the high ones are, would bias the mean."""
+LEAST_OF_FEW = 16
+"""The same where there are few dimensions, and posteriors more often curved than in many."""
 HOPELESS = 0.2
 """The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
 BLOCK = 2048
@@ -93,7 +95,11 @@ class _Sampler:
 
         Where there are many dimensions, and none of the observations has several modes, the others are spared climbs.
         """
-        settings, starts, num = self.settings, self.starts(latents), min(LEAST, self.settings.most_temperatures)
+        settings, starts, num = (
+            self.settings,
+            self.starts(latents),
+            min(LEAST if latents.dim > FEW else LEAST_OF_FEW, self.settings.most_temperatures),
+        )
         if self.start != "laplace" and settings.schedule == "linear":
             path = Path(latents, starts.coordinates, self.kind, settings.num_leapfrogs, self.evaluate)
             self.curve = typical_ladder(sample_particles(path.select(slice(8)), SMC(64, 4)).ladder)
