@@ -23,6 +23,8 @@ LEAST = 6
 """Temperatures: with fewer, chains there and back do not forget where they began."""
 MANY_CHUNKS = 4
 """Chunks of observations from which on it is worth compiling."""
+ARRIVED = 5
+"""Transitions between the ways there and back, so that chains which resampling has doubled part."""
 QUANTILE = 0.8
 """Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
 be uncertain, as the high ones are, would bias the mean."""
@@ -218,7 +220,7 @@ def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) ->
     """
     there, state, acceptance = anneal(path, betas, path.evaluate(path.draw(num_chains)), steps)
     state = state.select(resample(there))
-    for _ in range(2):
+    for _ in range(ARRIVED):
         state, _ = path.transition(state, betas[-1], steps[-1])
     back, _, _ = anneal(path, betas.flip(0), state, steps.flip(0))
     effective = (2 * there.logsumexp(0) - (2 * there).logsumexp(0)).exp()  # of those that resampling has left
