@@ -141,10 +141,10 @@ def compare(settings: Settings, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -
     counted = {"compiled": False, "progress": True}  # a compiled decoder could not be counted
 
     def sampled(num: int, **proposal: Any) -> Callable[[], Evidence]:
-        return lambda: importance_sampling(model, guide, x, num, **counted, **proposal)
+        return lambda: importance_sampling(model, guide, x, num, num_checked=0, **counted, **proposal)
 
     def annealed(**settings: Any) -> Callable[[], Evidence]:
-        return lambda: annealed_importance_sampling(model, guide, x, Annealing(**settings), **counted)
+        return lambda: annealed_importance_sampling(model, guide, x, Annealing(num_checked=0, **settings), **counted)
 
     def bound() -> Evidence:
         draws = torch.stack([estimate_elbo(model, guide, x) for _ in range(100)]).double()

@@ -78,6 +78,8 @@ class Latents:
             end = self.dim + math.prod(shape)
             self._places[name] = (slice(self.dim, end), shape)
             self.dim = end
+        if not self._places:
+            raise ContractError("the program has no latent site: its log p(x) is that of its observed sites")
         self._observed = [name for name in sample_sites(trace) if name not in self._places]
         self._improper = [name for name in self._places if _is_improper(site_of(trace, name)["fn"])]
         self._maps: dict[str, Map] = {}

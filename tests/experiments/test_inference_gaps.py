@@ -95,7 +95,7 @@ def test_all_files_are_written_and_the_table_is_printed(trained, written, capsys
 def test_provenance_and_settings(trained, written):
     found = result(written)
     assert (found["run"], found["family"], found["unit"]) == (str(trained), "mean_field", "nats per image, mass")
-    assert found["settings"]["annealing"]["num_chains"] == 16
+    assert found["settings"]["annealing"]["num_chains"] == 12
     kept = {name: found["settings"][name] for name in ("num_images", "num_samples", "num_steps", "seed", "widening")}
     assert kept == {"num_images": 12, "num_samples": 200, "num_steps": 60, "seed": 0, "widening": 1.1}
     assert found["seconds"] == pytest.approx(sum(sum(each["seconds"].values()) for each in found["splits"].values()))

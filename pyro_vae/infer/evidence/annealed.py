@@ -81,6 +81,7 @@ def annealed_importance_sampling(
         return anneal_latents(Latents(model, guide, data, gaussian=True), settings, rows, compiled, progress)
 
 
+@torch.no_grad()
 def anneal_latents(
     latents: Latents, settings: Annealing, rows: int, compiled: bool = True, progress: bool = False
 ) -> Evidence:

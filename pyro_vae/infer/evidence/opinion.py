@@ -163,6 +163,7 @@ def _agrees(log_z: Tensor, mc_se: Tensor, other: Tensor, error: Tensor) -> Tenso
     return ((other - log_z).abs() < 4 * torch.hypot(error, mc_se) + 0.02) & (error < 0.2)
 
 
+@torch.no_grad()
 def confirmed(
     model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int = 16
 ) -> Evidence:

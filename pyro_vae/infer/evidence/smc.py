@@ -62,6 +62,7 @@ def _kind(latents: Latents, settings: SMC) -> Start:
     return "normal" if settings.start == "prior" and latents.standard else cast(Start, settings.start)
 
 
+@torch.no_grad()
 def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[..., Any] | None = None) -> Evidence:
     """:func:`smc` of one chunk of data."""
     known, kind = check_start(latents), _kind(latents, settings)
