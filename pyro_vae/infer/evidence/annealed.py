@@ -12,12 +12,12 @@ from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
-from pyro_vae.infer.evidence.chains import Path, Start, anneal, evaluator, warm_up
+from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, warm_up
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.opinion import check_start, checked
 from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
-from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, longest_step
+from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, kind_of, longest_step
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
@@ -182,15 +182,23 @@ def bidirectional_monte_carlo(
     with bar, evaluating(model, guide):
         for path, betas, steps in _paths(latents.of(data), settings, rows, compiled):
             size = path.latents.size
-            log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(count)), steps)
-            lower.append(_one_way(log_w, acceptance, path))
-            exact = path.coordinates.from_latents(posterior_draws[first : first + size].expand(count, -1, -1))
-            log_w, _, acceptance = anneal(path, betas.flip(0), path.evaluate(exact), steps.flip(0))
-            inverse = _one_way(log_w, acceptance, path)
-            upper.append(inverse._replace(log_px=-inverse.log_px))
+            below, above = enclosed(path, betas, steps, posterior_draws[first : first + size].expand(count, -1, -1))
+            lower.append(below)
+            upper.append(above)
             first += size
             bar.update(size)
     return Sandwich(concatenate(lower), concatenate(upper), data)
+
+
+def enclosed(path: Path, betas: Tensor, steps: Tensor, drawn: Tensor) -> tuple[Evidence, Evidence]:
+    """Evidence from chains to the posterior, and from as many back from u drawn of it, ``(C, B, D)``."""
+    log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(len(drawn))), steps)
+    lower = _one_way(log_w, acceptance, path)
+    log_w, _, acceptance = anneal(
+        path, betas.flip(0), path.evaluate(path.coordinates.from_latents(drawn)), steps.flip(0)
+    )
+    inverse = _one_way(log_w, acceptance, path)
+    return lower, inverse._replace(log_px=-inverse.log_px)
 
 
 def _one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
@@ -204,8 +212,7 @@ def _one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
 
 def _paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> Iterator[tuple[Path, Tensor, Tensor]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, and step sizes ``(T - 1, B)`` of its own."""
-    normal = settings.start == "laplace" or (settings.start == "prior" and latents.standard)
-    kind: Start = "normal" if normal else cast(Start, settings.start)
+    kind = kind_of(latents, settings.start)
     evaluate = evaluator(latents, kind, compiled)
     size = max(1, rows // settings.num_chains)
 
@@ -213,7 +220,7 @@ def _paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> 
         laplace = settings.start == "laplace"
         coordinates = laplace_approximation(part) if laplace else coordinates_of(part, settings.start)
         path = Path(part, coordinates, kind, settings.num_leapfrogs, evaluate)
-        path.evaluations = 40 + laplace_cost(part.dim) if laplace else 64
+        path.evaluations = laplace_cost(part.dim) if laplace else 64
         return path
 
     num = settings.num_temperatures

@@ -44,6 +44,10 @@ class Mixture(NamedTuple):
     log_weight: Tensor
     own: Tensor
 
+    def select(self, among: Any) -> "Mixture":
+        """Those of some of the rows: a slice, places ``(n,)``, or a mask."""
+        return Mixture(*(each[among] for each in self))
+
     def log_share(self, u: Tensor) -> Tensor:
         """The logarithm of the row's own share of the mixture at u: ``(K, R, D) -> (K, R)``."""
         e = torch.einsum("rjde,krje->krjd", self.inverse, u.unsqueeze(2) - self.loc)
@@ -82,8 +86,8 @@ class Path:
 
     def select(self, among: Any) -> "Path":
         """The same for some of the rows: a slice or places ``(n,)``."""
-        mixture = None if self.mixture is None else Mixture(*(each[among] for each in self.mixture))
-        rows = Coordinates(*(each[among] for each in self.coordinates))
+        mixture = None if self.mixture is None else self.mixture.select(among)
+        rows = self.coordinates.select(among)
         return Path(self.latents.select(among), rows, self.start, self.num_leapfrogs, self._evaluate, mixture)
 
     def draw(self, num_chains: int) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Coordinates(NamedTuple):
         """e of u, ``(K, B, D)`` both."""
         return torch.linalg.solve(self.factor, (u - self.loc).unsqueeze(-1)).squeeze(-1)
 
-    def select(self, among: slice) -> "Coordinates":
+    def select(self, among: Any) -> "Coordinates":
         """The same for some of the observations."""
         return Coordinates(*(each[among] for each in self))
 
@@ -86,9 +86,9 @@ def laplace_approximation(
     return _refine(latents, approximation, num_refinements, num_samples) if num_refinements else approximation
 
 
-def laplace_cost(dim: int) -> int:
-    """Evaluations that :func:`laplace_approximation` takes by default from where the climb has ended."""
-    return 2 * 5 + 2 * dim + 2 + 2 * 9 * 16
+def laplace_cost(dim: int, num_steps: int = 20) -> int:
+    """Evaluations that :func:`laplace_approximation` takes by default, after ``num_steps`` of its climb."""
+    return 2 * num_steps + 2 * 5 + 2 * dim + 2 + 2 * 9 * 16
 
 
 def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
     size, dim = latents.size, latents.dim
     _, width = prior_location_and_width(latents)
     first = climb(latents, latents.sample_guide(32).mean(0, keepdim=True), width, 20)
-    cost = torch.full((size,), 40 + laplace_cost(dim), dtype=torch.float64, device=first.device)
+    cost = torch.full((size,), laplace_cost(dim), dtype=torch.float64, device=first.device)
     rows, peaks, unseen = torch.arange(size, device=first.device), first.squeeze(0), torch.zeros_like(cost)
     if num_climbs:
         rows, peaks = rows[:0], peaks[:0]
@@ -90,7 +90,7 @@ def find_starts(latents: Latents, num_climbs: int, widening: float) -> Starts:
         order = rows.argsort(stable=True)
         rows, peaks = rows[order], peaks[order]
     coordinates = laplace_approximation(latents.select(rows), start=peaks)
-    cost += (rows.bincount(minlength=size) - 1) * laplace_cost(dim)
+    cost += (rows.bincount(minlength=size) - 1) * laplace_cost(dim, num_steps=0)
     local = log_joint(latents.select(rows), coordinates.loc.unsqueeze(0)).squeeze(0).double()
     local = (local + coordinates.log_det + 0.5 * dim * math.log(2 * math.pi)).nan_to_num(nan=-math.inf)
     starts = Starts(rows, widened(coordinates, widening), None, unseen, cost)
@@ -206,7 +206,7 @@ def _weighed(starts: Starts, local: Tensor) -> tuple[Starts, Tensor]:
     best = torch.full((size,), -math.inf, dtype=local.dtype, device=local.device)
     best = best.scatter_reduce(0, rows, local, "amax")
     kept = (local >= best[rows] - NEGLIGIBLE) & (_rank(rows, local) < MOST)
-    rows, local, coordinates = rows[kept], local[kept], Coordinates(*(each[kept] for each in coordinates))
+    rows, local, coordinates = rows[kept], local[kept], coordinates.select(kept)
     if len(rows) == size:
         return Starts(rows, coordinates, None, unseen, cost), local
     counts = rows.bincount(minlength=size)

@@ -14,7 +14,7 @@ from pyro_vae.infer.evidence.exact import quadrature
 from pyro_vae.infer.evidence.modes import ENOUGH, FEW, MANY
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups, pick
-from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of
+from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of, kind_of
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.supports import Latents
@@ -36,7 +36,7 @@ def second_opinion(latents: Latents, rows: int, num_particles: int) -> tuple[Ten
     The error is infinite where particles did not arrive. In many dimensions the estimate is low, by more than it says:
     it can show that another one is too low, and never that one is too high.
     """
-    kind, settings = "normal" if latents.standard else "prior", SMC(num_particles)
+    kind, settings = kind_of(latents, "prior"), SMC(num_particles)
     evaluate, parts = evaluator(latents, kind, False), []
     size = max(1, rows // num_particles)
     for first in range(0, latents.size, size):

@@ -146,7 +146,7 @@ def posterior_chains(latents: Latents, settings: PosteriorChains, evaluate: Call
         ContractError: if chains run away, as they do where log p(x) diverges.
     """
     path = Path(latents, laplace_approximation(latents), "normal", settings.num_leapfrogs, evaluate)
-    spent = 40 + laplace_cost(latents.dim)
+    spent = laplace_cost(latents.dim)
     state = path.evaluate(_dispersed_starts(path, settings.num_chains))
     one = torch.ones((), dtype=state.e.dtype, device=state.e.device)
     half = settings.num_warmup // 2

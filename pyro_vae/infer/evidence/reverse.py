@@ -6,9 +6,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.evidence.annealed import Sandwich, _one_way, _paths
+from pyro_vae.infer.evidence.annealed import Sandwich, _paths, enclosed
 from pyro_vae.infer.evidence.annealing import Annealing
-from pyro_vae.infer.evidence.chains import anneal, evaluator
+from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, in_chunks, posterior_chains
@@ -89,12 +89,7 @@ def estimate(
     posterior = posterior_chains(latents, chains, evaluate or evaluator(latents, "normal", compiled))
     rows = latents.size * settings.num_chains  # one path for all
     ((path, betas, steps),) = _paths(latents, settings, rows, compiled)
-    log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(settings.num_chains)), steps)
-    lower = _one_way(log_w, acceptance, path)
-    drawn = path.coordinates.from_latents(spread_draws(posterior, settings.num_chains))
-    log_w, _, acceptance = anneal(path, betas.flip(0), path.evaluate(drawn), steps.flip(0))
-    inverse = _one_way(log_w, acceptance, path)
-    upper = inverse._replace(log_px=-inverse.log_px)
+    lower, upper = enclosed(path, betas, steps, spread_draws(posterior, settings.num_chains))
     apart = (upper.log_px - lower.log_px).abs() > 4 * torch.hypot(upper.mc_se, lower.mc_se)
     sound = posterior.converged & ~apart
     lower, upper = (each._replace(reliable=each.reliable & sound) for each in (lower, upper))

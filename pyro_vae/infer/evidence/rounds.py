@@ -21,6 +21,8 @@ WIDENING = 1.05
 """Of the normals that chains start from, measured on an MNIST run: tails are seldom lighter than a normal's."""
 LEAST = 6
 """Temperatures: with fewer, chains there and back do not forget where they began."""
+LEAST_OF_FEW = 16
+"""The same where there are few dimensions, and posteriors more often curved than in many."""
 MANY_CHUNKS = 4
 """Chunks of observations from which on it is worth compiling."""
 ARRIVED = 5
@@ -28,8 +30,6 @@ ARRIVED = 5
 QUANTILE = 0.8
 """Share of the pilot's observations that have the error asked for at once: going on only where an estimate happens to
 be uncertain, as the high ones are, would bias the mean."""
-LEAST_OF_FEW = 16
-"""The same where there are few dimensions, and posteriors more often curved than in many."""
 HOPELESS = 0.2
 """The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
 BLOCK = 2048
@@ -66,13 +66,12 @@ class _Sampler:
     """What is the same for all observations."""
 
     def __init__(self, latents: Latents, settings: Annealing, start: str, rows: int, compiled: bool):
-        self.settings, normal = settings, start == "laplace" or (start == "prior" and latents.standard)
-        self.start, self.rows = start, max(1, rows // settings.num_chains)
-        self.kind: Start = "normal" if normal else cast(Start, start)
-        # compiling takes longer than a few chunks do, and is done for one shape only
+        self.settings, self.start = settings, start
+        self.kind: Start = kind_of(latents, start)
+        self.rows = max(1, rows // settings.num_chains)
+        # compiling takes longer than a few chunks do
         compiled = compiled and latents.size > MANY_CHUNKS * self.rows
         self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
-        self.plain = evaluator(latents, self.kind, False)
         self.curve: Tensor | None = None
 
     def starts(self, latents: Latents) -> Starts:
@@ -179,8 +178,8 @@ class _Sampler:
             for among in group.split(self.rows) if len(group) else ():
                 mixture = None
                 if starts.mixture is not None and not alone[among[0]]:
-                    mixture = Mixture(*(each[among] for each in starts.mixture))
-                coordinates = Coordinates(*(each[among] for each in starts.coordinates))
+                    mixture = starts.mixture.select(among)
+                coordinates = starts.coordinates.select(among)
                 yield (
                     among,
                     Path(
@@ -214,9 +213,9 @@ def _averaged(first: Found, second: Found, weight: float, usable: float) -> Foun
 def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) -> tuple[Tensor, Tensor, Tensor]:
     """log Z, its error, and the acceptance rate, ``(R,)`` each, by chains that go to the posterior and return.
 
-    Chains back begin where those there ended, resampled by their weights and moved twice more; Bennett's ratio joins
-    both. Chains there say too little of p(x) where they arrive late, chains back too much: together they are in the
-    right place, and half of what they disagree by is the least that is stated as error.
+    Chains back begin where those there ended, resampled by their weights and moved on; Bennett's ratio joins both.
+    Chains there say too little of p(x) where they arrive late, chains back too much: together they are in the right
+    place, and a quarter of what they disagree by is the least that is stated as error.
     """
     there, state, acceptance = anneal(path, betas, path.evaluate(path.draw(num_chains)), steps)
     state = state.select(resample(there))
@@ -257,6 +256,11 @@ def longest_step(start: str, num_leapfrogs: int) -> float:
     Coordinates of other starts than laplace know the posterior's width less well, and may need twice as much.
     """
     return (0.5 if start == "laplace" else 1) * math.pi / num_leapfrogs
+
+
+def kind_of(latents: Latents, start: str) -> Start:
+    """What :class:`Path` calls a start: normal if it is N(0, I) in its coordinates, as a standard prior is."""
+    return "normal" if start == "laplace" or (start == "prior" and latents.standard) else cast(Start, start)
 
 
 def coordinates_of(latents: Latents, start: str) -> Coordinates:
@@ -310,8 +314,8 @@ def some_of(starts: Starts, among: Tensor) -> Starts:
     number = torch.full((int(starts.rows.max()) + 1,), -1, device=among.device)
     number[among] = torch.arange(len(among), device=among.device)
     kept = number[starts.rows] >= 0
-    mixture = None if starts.mixture is None else Mixture(*(each[kept] for each in starts.mixture))
-    coordinates = Coordinates(*(each[kept] for each in starts.coordinates))
+    mixture = None if starts.mixture is None else starts.mixture.select(kept)
+    coordinates = starts.coordinates.select(kept)
     return Starts(number[starts.rows[kept]], coordinates, mixture, starts.unseen[among], starts.evaluations[among])
 
 

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from pyro_vae.infer.evidence.chains import Path, Start, evaluator
+from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.posterior import in_chunks
 from pyro_vae.infer.evidence.result import Evidence, concatenate, log_mean_of_groups, rounding
-from pyro_vae.infer.evidence.rounds import coordinates_of
+from pyro_vae.infer.evidence.rounds import coordinates_of, kind_of
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -53,19 +53,15 @@ def smc(
     results, evaluate = [], None
     chunks = in_chunks(model, guide, data, settings.num_particles, memory, progress, "sequential Monte Carlo")
     for latents, _ in chunks:
-        evaluate = evaluate or evaluator(latents, _kind(latents, settings), compiled)
+        evaluate = evaluate or evaluator(latents, kind_of(latents, settings.start), compiled)
         results.append(estimate(latents, settings, evaluate))
     return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
-
-
-def _kind(latents: Latents, settings: SMC) -> Start:
-    return "normal" if settings.start == "prior" and latents.standard else cast(Start, settings.start)
 
 
 @torch.no_grad()
 def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[..., Any] | None = None) -> Evidence:
     """:func:`smc` of one chunk of data."""
-    known, kind = check_start(latents), _kind(latents, settings)
+    known, kind = check_start(latents), kind_of(latents, settings.start)
     evaluate = evaluate or evaluator(latents, kind, False)
     path = Path(latents, coordinates_of(latents, settings.start), kind, settings.num_leapfrogs, evaluate)
     found = sample_particles(path, settings)

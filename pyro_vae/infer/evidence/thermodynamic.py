@@ -172,7 +172,7 @@ def _path(latents: Latents, settings: Thermodynamic, evaluate: Callable) -> tupl
     """The path, in coordinates in which its start is about a unit ball, and what finding them cost."""
     laplace = settings.start == "laplace"
     where = laplace_approximation(latents) if laplace else coordinates_of(latents, settings.start)
-    spent = 40 + laplace_cost(latents.dim) if laplace else 64
+    spent = laplace_cost(latents.dim) if laplace else 64
     return Path(latents, where, settings.path_start, settings.num_leapfrogs, evaluate), spent
 
 
