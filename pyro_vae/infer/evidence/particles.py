@@ -51,10 +51,9 @@ class SMC:
 
 
 class Particles(NamedTuple):
-    """What sequential Monte Carlo found: estimates of each group ``(G, B)``, particles, whether they arrived."""
+    """What sequential Monte Carlo found: estimates of each group ``(G, B)``, and how it went."""
 
     log_z: Tensor  # (G, B)
-    state: State
     arrived: Tensor  # (B,)
     acceptance: Tensor  # (B,)
     evaluations: Tensor  # (B,)
@@ -76,8 +75,7 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
     step = torch.full_like(beta, 1.5 / settings.num_leapfrogs)
     rates, moved = torch.zeros_like(beta), torch.zeros_like(beta)
     evaluations = torch.full_like(beta, 2.0 * num)
-    ended: list[State] = []
-    active, places = torch.arange(size, device=like.device), []
+    active = torch.arange(size, device=like.device)
     ladder = [beta.clone()]
     for _ in range(MOST_TEMPERATURES):
         gain = (state.target - state.start).double()
@@ -100,19 +98,11 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
         evaluations[active] += 2 * num * settings.num_moves * settings.num_leapfrogs
         going = (beta[active] < 1) & log_z[:, active].isfinite().any(0)
         if not going.all():
-            done = ~going
-            ended.append(State(*(each[:, done] for each in state)))
-            places.append(active[done])
             active = active[going]
             if len(active) == 0:
                 break
             state, path = State(*(each[:, going] for each in state)), path.select(going.nonzero().squeeze(1))
-    else:
-        ended.append(state)
-        places.append(active)
-    order = torch.cat(places).argsort()
-    whole = State(*(torch.cat(each, 1)[:, order] for each in zip(*ended, strict=True)))
-    return Particles(log_z, whole, beta >= 1, rates / moved, evaluations, torch.stack(ladder))
+    return Particles(log_z, beta >= 1, rates / moved, evaluations, torch.stack(ladder))
 
 
 def typical_ladder(ladder: Tensor, num_points: int = 65) -> Tensor:
