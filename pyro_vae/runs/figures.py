@@ -72,21 +72,34 @@ def training_curve(history: Sequence[Epoch], path: Path) -> None:
         axes.legend(loc="lower right")
 
 
-def evidence(result: Evidence, threshold: float, run_dir: Path) -> None:
-    """Histogram of log p(x), and Pareto k, with its threshold, against effective sample size."""
-    log_px, ess, khat = (getattr(result, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
+def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> None:
+    """Histogram of log p(x), and Pareto k, with its threshold, against effective sample size.
+
+    Args:
+        importance: importance-sampled, of the test images.
+        result: what is in ``result.json``: whether the mean is reliable, and the annealed one, if there is one.
+        run_dir: to write ``log_px.png`` and ``pareto_k.png`` to.
+    """
+    log_px, ess, khat = (getattr(importance, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
     log_px = log_px[np.isfinite(log_px)]
+    annealed = result.get("annealed_log_likelihood")
     with figure(run_dir / "log_px.png") as axes:
         axes.hist(log_px, bins=60, color="C0", alpha=0.8)
         if len(log_px):
-            axes.axvline(log_px.mean(), color="C3", label=f"mean {log_px.mean():.2f}")
-            axes.legend()
-        axes.set(xlabel="log p(x), nats", ylabel="test images", title="Test log-likelihood per image")
+            too_low = ", too low" if result.get("reliable") is False else ""
+            axes.axvline(log_px.mean(), color="C3", label=f"mean {log_px.mean():.2f}{too_low}")
+        if annealed is not None:
+            axes.axvline(annealed, color="C2", ls="--", label=f"mean {annealed:.2f}, annealed")
+        if axes.lines:
+            axes.legend(loc="upper left")
+        title = "Log-likelihood per test image, by importance sampling"
+        axes.set(xlabel="log p(x), nats", ylabel="test images", title=title)
     known = np.isfinite(khat)  # few samples have no k, and bounded weights have k = -inf
     with figure(run_dir / "pareto_k.png") as axes:
         axes.scatter(ess[known], khat[known], s=4, alpha=0.4, linewidths=0)
         if not known.all():
             axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} images", transform=axes.transAxes)
+        threshold = result["khat_threshold"]
         label = f"threshold {threshold:.2f}: above it, not to be trusted"
         axes.axhline(threshold, color="C3", lw=1, label=label)
         axes.legend(loc="upper right")

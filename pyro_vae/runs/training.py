@@ -153,7 +153,7 @@ def finish(
     groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
     write_evidence(run_dir / "evidence.nc", groups)
     figures.training_curve(history, run_dir / "training.png")
-    figures.evidence(evidence, result["khat_threshold"], run_dir)
+    figures.evidence(evidence, result, run_dir)
     figures.pictures(vae.model, vae.guide, data, run_dir)
     write_json(run_dir / "result.json", result)
 

@@ -448,9 +448,21 @@ def test_images_of_other_shapes(tmp_path, shape):
     assert -1.5 * size < result(run_dir)["test_log_likelihood"] < 0
 
 
+@pytest.mark.parametrize("reliable", [True, False, None])
+def test_the_histogram_says_which_mean_is_too_low(tmp_path, monkeypatch, reliable):
+    said = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path: said.append(self.axes[0]))
+    log_px, other = torch.tensor([-93.0, -91.0]), torch.ones(2)
+    numbers = {"khat_threshold": 0.7, "annealed_log_likelihood": -90.456, "reliable": reliable}
+    figures.evidence(Evidence(log_px, other, other, other, other, other), numbers, tmp_path)
+    words = [text.get_text() for text in said[0].get_legend().get_texts()]
+    assert words == ["mean -92.00, too low" if reliable is False else "mean -92.00", "mean -90.46, annealed"]
+    assert "importance sampling" in said[0].get_title()
+
+
 def test_evidence_that_is_nowhere_finite_is_still_reported(tmp_path, capsys):
     nan = torch.full((5,), math.nan)
-    figures.evidence(Evidence(nan, nan, nan, nan, torch.ones(5), nan), 0.7, tmp_path)
+    figures.evidence(Evidence(nan, nan, nan, nan, torch.ones(5), nan), {"khat_threshold": 0.7}, tmp_path)
     assert (tmp_path / "log_px.png").stat().st_size > 1000
     names = ("test_elbo", "test_log_likelihood", "test_log_likelihood_se", "mc_se", "share_khat_above_threshold")
     content = dict.fromkeys(names, math.nan) | {
