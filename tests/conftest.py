@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.distributions import Distribution
 
-from pyro_vae.infer import compiled, tracing
+from pyro_vae.infer import compiling, graphs
 
-compile_graph = tracing.compile_graph
+compile_graph = compiling.compile_graph
 
 
 @pytest.fixture(scope="session", autouse=True)
 def traced():
     """Inductor takes seconds for every graph: tests run the traced graph, but for those marked ``inductor``."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (compiled, tracing):
+        for module in (graphs, compiling):
             patch.setattr(module, "compile_graph", lambda graph, tensors: graph)
         yield
 
@@ -27,7 +27,7 @@ def traced():
 @pytest.fixture(autouse=True)
 def inductor(request, monkeypatch):
     if request.node.get_closest_marker("inductor"):
-        for module in (compiled, tracing):
+        for module in (graphs, compiling):
             monkeypatch.setattr(module, "compile_graph", compile_graph)
 
 

@@ -1,233 +1,369 @@
 """Functions of tensors that run Pyro programs, as one graph of tensor operations: traced, compiled, watched."""
 
 import contextlib
-import copy
+import os
+import sys
+import threading
 import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pyro
+import pyro.infer
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution
-from torch.fx import GraphModule
+from pyro.poutine.messenger import Messenger
+from pyro.util import warn_if_inf, warn_if_nan
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.distributions import Distribution, constraints
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae.errors import ContractError
 
-PLAIN = (bool, int, float, str, tuple, type(None))
 
+@dataclass(frozen=True)
+class Look:
+    """Something that a program read from tensors in Python: a graph made of one run holds while it stays the same.
 
-def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """What inductor makes of a traced graph; the graph itself, with a warning, where that fails.
-
-    Inductor's own random numbers take as long as a matrix product on a CPU; those of torch are cheap, and the same as
-    without compiling.
+    Attributes:
+        value: what was read, a tensor that nobody changes.
+        where: the line of the programs, ready for a message; empty if it is in a library.
     """
-    validation = Distribution._validate_args
-    try:
-        import torch._inductor as inductor  # takes a second, which only compiling should cost
 
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of its own future
-            return cast(Any, inductor).compile(copy.copy(graph), tensors, options={"fallback_random": True})
-    except Exception as error:  # whatever inductor fails at, the traced graph is right
-        reason = "it finds no C++ compiler, install g++ or clang" if _has_no_compiler(error) else first_line(error)
-        warnings.warn(f"inductor cannot compile this, which runs uncompiled, and slower: {reason}", stacklevel=2)
-        return graph
-    finally:
-        Distribution._validate_args = validation  # importing inductor switches it off for the whole process
+    value: Tensor
+    where: str
 
 
-class Compiled:
-    """A function of tensors that runs Pyro programs, compiled for those shapes that come up often.
+@dataclass
+class Traced:
+    """A function of tensors as a graph of tensor operations.
 
-    Few calls are not worth the seconds that compiling takes, and run as they are. A graph that was compiled gives what
-    the function gives, from the same random numbers, up to rounding; that is checked once, and where it does not
-    hold, or the programs cannot be traced, the function goes on as it is, with a warning. Programs that draw Bernoulli
-    variables are not compiled.
+    Attributes:
+        graph: takes the tensors, and after them ``constants``; gives what the function gave, and after it what was
+            looked at.
+        constants: the tensors that the function met: parameters, buffers, closures. They are read anew in each run.
+        looks: what was read from tensors in Python.
+        written: tensors that were there before, and that a run changes in place.
+        judged: whether the last output before the looks is a bool: whether all observed values lie in their supports.
+    """
+
+    graph: GraphModule
+    constants: list[Tensor]
+    looks: list[Look]
+    written: list[Tensor]
+    judged: bool
+
+
+def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Traced:
+    """The graph of a function of tensors; the function runs once, for real, with all its side effects.
+
+    Pyro's validation, which looks at values, is off meanwhile; whether observed values lie in their supports becomes
+    an output. A run that fails undoes what it did to tensors.
 
     Args:
-        function: takes trees of tensors and gives tensors, or a tuple of them, without gradients; what else it reads
-            must not change.
-        often: calls of one shape before it is compiled.
+        function: gives tensors without a graph.
+        tensors: those that it is called with. One that is given twice is one input; one that is also closed over is
+            two, since a program is called with aliases.
+    """
+    watch, judge = _Watch(), _Judge()
+    looks: list[Look] = []
+    valid = False
+
+    def watched(*inputs: Tensor) -> tuple[Tensor, ...]:
+        nonlocal valid
+        with watch, _Python(watch), judge:
+            found = tuple(function(*inputs))
+            looks.extend(look for _, look in watch.looks)
+            if judge.verdicts:
+                verdict = torch.stack(judge.verdicts).all()
+                with _disable_current_modes():
+                    valid = bool(verdict)
+                found = (*found, verdict)
+            return (*found, *(x for x, _ in watch.looks))
+
+    aliases = {id(x): x.detach() for x in tensors}
+    try:
+        with unvalidated(judge):
+            graph = make_fx(watched)(*(aliases[id(x)] for x in tensors))
+        if judge.verdicts and not valid:
+            raise InvalidData("observed values are outside of the support of their distribution")
+    except BaseException:
+        watch.undo()
+        raise
+    graph, constants = _lifted(graph, watch)
+    return Traced(graph, constants, looks, [x for x, _ in watch.before.values()], bool(judge.verdicts))
+
+
+class InvalidData(Exception):
+    """Pyro would refuse the data of this step: it says why better."""
+
+
+class _Judge(Messenger):
+    """Asks the distributions of observed sites whether values lie in their support, as tensors."""
+
+    costly = (constraints._PositiveDefinite, constraints._PositiveSemidefinite, constraints._CorrCholesky)
+
+    def __init__(self):
+        super().__init__()
+        self.verdicts: list[Tensor] = []
+        self._observed: dict[int, Tensor] = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["is_observed"] and isinstance(msg["value"], Tensor):
+            self._observed[id(msg["value"])] = msg["value"]
+
+    def judge(self, distribution: Distribution, value: object) -> None:
+        """What ``_validate_sample`` would look at, of an observed value."""
+        if id(value) in self._observed and not isinstance(distribution.support, self.costly):
+            self.verdicts.append(distribution.support.check(cast(Tensor, value)).all())
+
+
+def trace_graph(function: Callable[..., Any], tensors: Sequence[Tensor]) -> GraphModule:
+    """The graph of a function of tensors, which looks at no values; what it closes over is in the graph.
+
+    Raises:
+        ContractError: if something looks at the values of tensors.
     """
 
-    def __init__(self, function: Callable[..., Any], often: int = 100):
-        self.function, self.often = function, often
-        self._calls: Counter[tuple] = Counter()
-        self._compiled: dict[tuple, Callable[..., Any]] = {}
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with watch, _Python(watch):
+            found = function(*tensors)
+        if watch.looks:
+            raise ContractError(looked([look for _, look in watch.looks]))
+        return found
 
-    def __call__(self, *args: Any) -> Any:
-        tensors, given = tree_flatten(args)
-        key = given, *map(likeness, tensors)
-        self._calls[key] += 1
-        if self._calls[key] == self.often + 1:
-            self._compiled[key] = self._compile(tensors, given)
-        run = self._compiled.get(key)
-        with torch.no_grad():
-            return self.function(*args) if run is None else run(*tensors)
-
-    def _compile(self, tensors: list[Tensor], given: TreeSpec) -> Callable[..., Any]:
-        def function(*tensors: Tensor) -> Any:
-            return self.function(*tree_unflatten(list(tensors), given))
-
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            return tree_flatten(function(*tensors))[0]
-
-        with undone(tensors, {}), torch.no_grad():
-            leaves, spec = tree_flatten(function(*tensors))
-        with undone(tensors, {}):
-            try:
-                with torch.enable_grad():  # some densities have a way of their own without, which inductor slows down
-                    graph = trace_graph(flat, tensors)
-            except Exception as error:  # the function itself has run: something in it cannot be traced
-                warnings.warn(
-                    f"log p(x) is computed uncompiled, since the programs cannot be traced: {first_line(error)}",
-                    stacklevel=2,
-                )
-                return function
-            if any(node.target is torch.ops.aten.bernoulli.default for node in graph.graph.nodes):
-                return function  # inductor may draw these in another order, so that nothing could be checked
-            compiled = compile_graph(graph, list(tensors))
-        with undone(tensors, {}), torch.no_grad():
-            found = compiled(*tensors)
-        if all(map(_same_but_for_rounding, found, leaves)):
-            return lambda *tensors: tree_unflatten(list(compiled(*tensors)), spec)
-        warnings.warn(
-            "log p(x) is computed uncompiled, since the compiled programs give something else: they depend on a Python "
-            "number that changes, or on random numbers that are not torch's",
-            stacklevel=2,
-        )
-        return function
+    watch = _Watch()
+    with unvalidated():
+        return make_fx(flat)(*(x.detach() for x in tensors))
 
 
-class RoundedProducts(TorchDispatchMode):
-    """Matrix products and convolutions of float32 tensors happen in bfloat16, and give float32 again."""
-
-    products = frozenset(
-        getattr(torch.ops.aten, name).default
-        for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward")
+def looked(looks: Iterable[Look]) -> str:
+    """What a program did that one graph cannot hold, in words."""
+    where = next((look.where for look in looks if look.where), "")
+    return (
+        f"the programs look at the values of tensors{where}, in an if, a float(), an .item(), a choice by a mask or as "
+        "an array, which one graph cannot hold: write torch.where"
     )
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in self.products:
-            return func(*args, **(kwargs or {}))
-        down = tree_map_only(Tensor, lambda a: a.bfloat16() if a.dtype == torch.float32 else a, (args, kwargs or {}))
-        result = func(*down[0], **down[1])
-        return tree_map_only(Tensor, lambda a: a.float() if a.dtype == torch.bfloat16 else a, result)
 
-
-def _has_no_compiler(error: BaseException | None) -> bool:
-    while error is not None:
-        if type(error).__name__ == "InvalidCxxCompiler":
-            return True
-        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
-    return False
-
-
-def likeness(x: Tensor) -> tuple:
-    """What a graph is made for; strides too, since inductor reads memory."""
-    return x.shape, x.stride(), x.dtype, x.device
-
-
-def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
-    """Whether two results differ by so little as another order of summation makes."""
-    largest = b.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0).item() if b.numel() else 1.0
-    tolerance = largest * (1e-10 if b.dtype == torch.float64 else 1e-5)
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
+ONE_AT_A_TIME = threading.RLock()
+"""Pyro's handlers, and the switches below, belong to the process: one thread at a time runs or traces programs."""
 
 
 @contextlib.contextmanager
-def undone(tensors: Iterable[Tensor], modules: dict[int, nn.Module]) -> Iterator[None]:
-    """Run programs without lasting effects: random states and buffers, such as running means, are put back.
+def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
+    """Context: distributions and Pyro judge no values in this thread, those neither that were made beforehand or were
+    asked to; ``judge`` is asked in their place."""
+    this = threading.get_ident()
+    begin, validate, usual = Distribution.__init__, Distribution._validate_sample, Distribution._validate_args
 
-    Modules whose ``forward`` runs meanwhile are added to ``modules``.
-    """
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    def begun(self, batch_shape=torch.Size(), event_shape=torch.Size(), validate_args=None):
+        if threading.get_ident() != this:
+            return begin(self, batch_shape, event_shape, validate_args)
+        begin(self, batch_shape, event_shape, False)
+        self._validate_args = judge is not None and bool(usual if validate_args is None else validate_args)
+        return None
 
-    def keep(module: nn.Module, *_: object) -> None:
-        modules[id(module)] = module
-        for buffer in module.buffers(recurse=False):
-            if id(buffer) not in kept:
-                kept[id(buffer)] = buffer, buffer.detach().clone()
+    def judged(self, value):
+        if threading.get_ident() != this:
+            return validate(self, value)
+        return None if judge is None else judge.judge(self, value)
 
-    for module in list(modules.values()):
-        keep(module)
-    hook = nn.modules.module.register_module_forward_pre_hook(keep)
-    try:
-        with torch.random.fork_rng({x.device for x in tensors if x.is_cuda}):
-            yield
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for buffer, value in kept.values():
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def trace_graph(function: Callable[..., Any], tensors: Iterable[Tensor]) -> GraphModule:
-    """The graph of a function of tensors, with Pyro's validation, which looks at values, switched off.
-
-    Raises:
-        ContractError: if something else looks at the values of tensors.
-    """
-
-    def guarded(*tensors: Tensor) -> Any:
-        with _Guard(), _OneHot():
-            return function(*tensors)
-
-    validate = Distribution._validate_sample  # distributions made beforehand have a switch of their own, which is on
-    Distribution._validate_sample = lambda self, value: None
-    try:
-        with pyro.validation_enabled(False):
-            # aliases: a tensor that is also closed over, or given twice, would else be taken for one and the same input
-            return make_fx(guarded)(*(x.detach() for x in tensors))
-    finally:
-        Distribution._validate_sample = validate
+    with ONE_AT_A_TIME:
+        Distribution.__init__, Distribution._validate_sample = begun, judged
+        try:
+            with pyro.validation_enabled(False):
+                yield
+        finally:
+            Distribution.__init__, Distribution._validate_sample = begin, validate
 
 
-class _Guard(TorchDispatchMode):
-    """Refuses what depends on the values of tensors: a graph would hold those of the step at which it was traced."""
+def _lifted(graph: GraphModule, watch: "_Watch") -> tuple[GraphModule, list[Tensor]]:
+    """The graph with the tensors that it met as further inputs; those made on the way stay in it."""
+    found: dict[int, Node] = {}
+    constants: list[Tensor] = []
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, cast(str, node.target), None)
+        if not isinstance(tensor, Tensor) or watch.is_made(tensor):
+            continue
+        if id(tensor) not in found:
+            with graph.graph.inserting_after(inputs[-1]) if inputs else graph.graph.inserting_before():
+                inputs.append(graph.graph.placeholder(f"constant_{len(constants)}"))
+            found[id(tensor)] = inputs[-1]
+            constants.append(tensor)
+        node.replace_all_uses_with(found[id(tensor)])
+        graph.graph.erase_node(node)
+    if not any(node.target._schema.is_mutable for node in graph.graph.nodes if isinstance(node.target, OpOverload)):
+        for node in [node for node in graph.graph.nodes if node.target is torch.ops.aten.detach.default]:
+            node.replace_all_uses_with(node.args[0])  # no gradients are left to stop
+            graph.graph.erase_node(node)
+    return GraphModule(graph, graph.graph), constants
 
-    looks = frozenset(
-        getattr(getattr(torch.ops.aten, name), overload)
-        for name, overload in (
-            ("_local_scalar_dense", "default"),
-            ("nonzero", "default"),
-            ("masked_select", "default"),
-            ("_unique2", "default"),
-        )
-    )
+
+class _Watch(TorchDispatchMode):
+    """Notes which tensors are constant, which are looked at, and which are changed that were there before."""
+
+    def __init__(self):
+        super().__init__()
+        self.looks: list[tuple[Tensor, Look]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: set[int] = set()
+        self._constant: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = func is torch.ops.aten.index.Tensor and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if func in self.looks or by_mask:
-            raise ContractError(
-                f"the programs look at the values of tensors{_where()}, in an if, a float(), an .item() or a choice by "
-                "a mask, which one graph cannot hold: write torch.where, or train with PyroSVI"
-            )
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func in _LIFTED:
+            self._add(given[0], constant=True)
+        elif func is aten._local_scalar_dense.default or torch.Tag.data_dependent_output in func.tags:
+            for x in given:
+                self.look(x)
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        for x in _shaping(func, args, kwargs):
+            self.look(x)
+        for x in _written(func, args, kwargs):
+            self._keep(x)
+        result = func(*args, **kwargs)
+        constant = torch.Tag.nondeterministic_seeded not in func.tags and all(map(self._is_constant, given))
+        old = {_storage(x) for x in given}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                if _storage(x) not in old:
+                    self._add(x, constant)
+                elif not constant:
+                    self._constant.discard(_storage(x))
+        return result
+
+    def look(self, x: Tensor) -> None:
+        """Note that Python reads this tensor, unless it is the same in every run."""
+        if not self._is_constant(x):
+            copy = x.detach().clone()
+            self.looks.append((copy, Look(copy, _where())))
+
+    def is_made(self, x: Tensor) -> bool:
+        """Whether the tensor came into being on the way."""
+        return _storage(x) in self._made
+
+    def undo(self) -> None:
+        """Put back the tensors that were changed."""
+        with torch.no_grad():
+            for x, value in self.before.values():
+                x.copy_(value)
+
+    def _add(self, x: Tensor, constant: bool) -> None:
+        self._made.add(_storage(x))
+        (self._constant.add if constant else self._constant.discard)(_storage(x))
+
+    def _is_constant(self, x: Tensor) -> bool:
+        return _storage(x) in self._constant
+
+    def _keep(self, x: Tensor) -> None:
+        if _storage(x) not in self._made and id(x) not in self.before:
+            with _disable_current_modes():
+                self.before[id(x)] = x, x.detach().clone()
 
 
-class _OneHot(TorchFunctionMode):
-    """``one_hot`` of a given number of classes, without its look at the largest label."""
+aten = torch.ops.aten
+_LIFTED = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+_BY_VALUES = {
+    aten.nonzero.default: 0,
+    aten.masked_select.default: 1,
+    aten._unique2.default: 0,
+    aten.unique_dim.default: 0,
+    aten.unique_consecutive.default: 0,
+    aten.repeat_interleave.Tensor: 0,
+    aten.bincount.default: 0,
+    aten._pack_padded_sequence.default: 1,
+}
+"""Operations whose result has a shape, or is read by kernels as one, that depends on the values of this argument."""
+
+
+def _shaping(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors whose values make shapes."""
+    if func is aten.index.Tensor:
+        return [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    place = _BY_VALUES.get(func)
+    return [] if place is None or place >= len(args) else [args[place]]
+
+
+def _written(func: OpOverload, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors that an operation changes."""
+    if func._schema.is_mutable:
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                yield from (x for x in tree_leaves(given) if isinstance(x, Tensor))
+
+
+def _storage(x: Tensor) -> int:
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return -id(x)
+
+
+class _Python(TorchFunctionMode):
+    """What is no operation: reads of values by Python and NumPy, and Pyro's searches for NaN."""
+
+    reads = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self._watch = watch
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.one_hot:
+        if func is Tensor.__bool__ and sys._getframe(1).f_code in _SEARCHES:
+            return False
+        if func is Tensor.__repr__:
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if func in self.reads:
+            self._watch.look(args[0])
+        if func is torch.nn.functional.one_hot:  # of a given number of classes: without a look at the largest label
             labels, classes = (*args, *kwargs.values()) if len(args) + len(kwargs) == 2 else (args[0], -1)
             if classes > 0:
                 return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
         return func(*args, **kwargs)
+
+
+class Collected(TorchFunctionMode):
+    """Losses of Pyro without gradients and numbers: ``backward`` adds to ``losses``, and ``item`` is a tensor.
+
+    Args:
+        loss: the object whose methods', and Pyro's losses', ``item`` is meant.
+    """
+
+    def __init__(self, loss: object):
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self._loss = loss
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            if (len(args) > 1 and args[1] is not None) or kwargs.get("gradient") is not None:
+                raise ContractError("a loss that calls backward with a gradient of its own cannot be compiled")
+            self.losses.append(args[0])
+            return None
+        if func is Tensor.item:
+            frame = sys._getframe(1)
+            of_pyro = os.path.dirname(frame.f_code.co_filename) == _LOSSES
+            if of_pyro or ("self" in frame.f_locals and frame.f_locals["self"] is self._loss):
+                return args[0].detach()
+        return func(*args, **kwargs)
+
+
+_LOSSES = os.path.dirname(pyro.infer.elbo.__file__)
+_SEARCHES = (warn_if_nan.__code__, warn_if_inf.__code__)
 
 
 def _where() -> str:
@@ -239,47 +375,47 @@ def _where() -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _is_hashable(value: object) -> bool:
-    try:
-        hash(value)
-    except TypeError:  # a tuple that holds a list, for example
-        return False
-    return True
+def split_looks(graph: GraphModule, num_results: int) -> tuple[GraphModule, GraphModule | None, list[int], list[int]]:
+    """The looks that can be known before a run, as a graph of their own, taken from those that a run itself gives.
+
+    Args:
+        graph: its outputs after the first ``num_results`` are looks.
+
+    Returns:
+        the graph with the results, and the looks that depend on what is drawn or changed in place; the graph of the
+        others, None if there are none; the indices of the others, and of those that depend.
+    """
+    output = next(iter(reversed(graph.graph.nodes)))
+    outputs = list(cast(Any, output.args[0]))
+    results, looks = outputs[:num_results], outputs[num_results:]
+    ancestors: dict[Node, set[Node]] = {}
+    unforeseen = set()
+    for node in graph.graph.nodes:
+        ancestors[node] = {node}.union(*(ancestors[each] for each in node.all_input_nodes)) if looks else set()
+        target = node.target
+        if isinstance(target, OpOverload) and (
+            target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+        ):
+            unforeseen.add(node)
+    before = [i for i, node in enumerate(looks) if unforeseen.isdisjoint(ancestors[node])]
+    after = [i for i in range(len(looks)) if i not in set(before)]
+    first = _part(graph, [looks[i] for i in before], ancestors) if before else None
+    output.args = ((*results, *(looks[i] for i in after)),)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, first, before, after
 
 
-class Attributes:
-    """The numbers, strings and tensors that objects have as attributes, watched for changes."""
-
-    def __init__(self, objects: Iterable[object]):
-        self._seen: set[int] = set()
-        self._numbers: list[tuple[dict, str]] = []
-        self._tensors: list[tuple[dict, str]] = []
-        self.add(objects)
-
-    def add(self, objects: Iterable[object]) -> None:
-        for each in objects:
-            if id(each) in self._seen or not hasattr(each, "__dict__"):
-                continue
-            self._seen.add(id(each))
-            holders = [vars(each)]
-            if isinstance(each, nn.Module):
-                holders += [each._parameters, each._buffers]
-            for holder in holders:
-                for name, value in holder.items():
-                    if isinstance(value, Tensor):
-                        self._tensors.append((holder, name))
-                    elif type(value) in PLAIN and _is_hashable(value):
-                        self._numbers.append((holder, name))
-
-    def values(self) -> tuple:
-        """What they are now; of tensors, which ones."""
-        numbers = tuple([holder.get(name) for holder, name in self._numbers])
-        return numbers, tuple([id(holder.get(name)) for holder, name in self._tensors])
-
-    def changed(self, found: Iterable[tuple]) -> str:
-        """The names of the numbers that were not always the same."""
-        columns = zip(*(numbers for numbers, _ in found if len(numbers) == len(self._numbers)), strict=True)
-        return ", ".join(name for (_, name), each in zip(self._numbers, columns, strict=False) if len(set(each)) > 1)
+def _part(graph: GraphModule, outputs: list[Node], ancestors: dict[Node, set[Node]]) -> GraphModule:
+    """The graph of some nodes alone, with the same inputs."""
+    needed = set().union(*(ancestors[node] for node in outputs))
+    part, copies = Graph(), {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    return GraphModule(graph, part)

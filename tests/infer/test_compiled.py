@@ -30,8 +30,8 @@ from pyro_vae import (
     TwoLayerVAE,
     log_weights,
 )
+from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
-from pyro_vae.infer.tracing import Compiled
 from pyro_vae.parts import posteriors, priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.parts.priors import GaussianMixture, VampPrior

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.importance import rows_per_chunk
@@ -24,7 +25,6 @@ from pyro_vae.infer.evidence.posterior import (
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.tracing import Compiled
 from pyro_vae.infer.trees import Data
 
 DEFAULTS = PosteriorChains()

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.evidence.laplace import Coordinates
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.tracing import Compiled
 
 Start = Literal["normal", "guide", "prior"]
 

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost, whitened_log_joint
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, log_weights, scoring
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.tracing import Compiled
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
 SAMPLES_PER_CHUNK = 64
@@ -56,7 +56,7 @@ def importance_sampling(
             bias; where k is above its threshold, still not to be trusted.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
-        compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; not for programs with side
+        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with side
             effects.
         progress: show a progress bar.
         num_checked: observations, drawn at random, on which chains from the prior are to confirm the estimate, which

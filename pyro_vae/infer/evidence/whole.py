@@ -49,7 +49,7 @@ def model_evidence(
             defaults, for annealing an error of 0.05, up to 512 chains, and the start that suits best.
         centred: False: latent variables are moved by their own locations and scales, see
             :class:`pyro_vae.infer.whole.WholeProgram`; None: so, where a short path does better then.
-        compiled: compile what is called often, see :class:`pyro_vae.infer.tracing.Compiled`; it takes seconds, which
+        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; it takes seconds, which
             programs of few sites do not win back.
         progress: show a progress bar.
 

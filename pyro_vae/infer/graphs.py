@@ -1,0 +1,215 @@
+"""The step of one kind of call as a graph: when it holds, what it gives, and on a GPU its record."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from pyro_vae.infer.compiling import compile_graph
+from pyro_vae.infer.tracing import Look, Traced, first_line, looked, split_looks
+
+SECONDS_TO_COMPILE = 2.0
+SECONDS_PER_NODE = 0.01
+"""About what inductor takes on a CPU; a graph has cost as much uncompiled before ``auto`` compiles it."""
+
+
+class Result(NamedTuple):
+    """What a run of a graph gives.
+
+    Attributes:
+        loss: a tensor, or a tuple of them.
+        gradients: of ``Graph.trained``.
+        replaced: the values of ``Graph.replaced``.
+        valid: whether the observed values lie in their supports; None if that was not asked.
+        looks: what was read from tensors that are drawn.
+    """
+
+    loss: Any
+    gradients: Sequence[Tensor]
+    replaced: Sequence[Tensor]
+    valid: Tensor | None
+    looks: Sequence[Tensor]
+
+
+class Outline(NamedTuple):
+    """What a traced step returned and met, in the order of its outputs.
+
+    Attributes:
+        loss: the leaves of the loss, tensors or numbers, and how they make it.
+        params: the tensors whose ``param`` sites it met, which the optimizer is called with, by name.
+        trained: those that it has gradients of.
+        replaced: entries of the parameter store that it set anew.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    params: dict[str, Tensor]
+    trained: list[Tensor]
+    replaced: list[str]
+
+
+class Graph:
+    """Loss and gradients for calls of one kind.
+
+    Attributes:
+        params, trained, replaced: see :class:`Outline`.
+        written: tensors that a run changes in place.
+        uses: how often it was run.
+    """
+
+    def __init__(self, traced: Traced, outline: Outline, store: dict[str, Tensor]):
+        self.params, self.trained, self.replaced = outline.params, outline.trained, outline.replaced
+        self._leaves, self._spec = outline.leaves, outline.spec
+        self.written, self._judged = traced.written, traced.judged
+        self.constants = traced.constants
+        places = {id(x): i for i, x in enumerate(traced.constants)}
+        self._from_store = [(places[id(store[n])], n) for n in self.replaced if id(store[n]) in places]
+        held = {id(each) for each in self.params.values()}
+        self._entries = [
+            (name, value)
+            for name, value in store.items()
+            if name not in self.replaced and (id(value) in places or id(value) in held)
+        ]
+        num_losses = sum(isinstance(leaf, Tensor) for leaf in self._leaves)
+        self._ends = [num_losses, num_losses + len(self.trained)]
+        self._ends += [self._ends[-1] + len(self.replaced), self._ends[-1] + len(self.replaced) + self._judged]
+        self._traced, self._first, before, after = split_looks(traced.graph, self._ends[-1])
+        self._before = [traced.looks[i] for i in before]
+        self._after = [traced.looks[i] for i in after]
+        self._run: Callable[..., Sequence[Tensor]] = self._traced
+        self.compiled = False
+        self.uses = self.misses = 0
+        self.seconds = 0.0
+        self.checked = 0
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a run must be judged by what it drew."""
+        return bool(self._after)
+
+    def looked(self) -> str:
+        """What the program read from tensors, in words."""
+        looks: list[Look] = self._after or self._before
+        return looked(looks)
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the parameter store and what programs read from tensors are as they were."""
+        params = pyro.get_param_store()._params
+        if any([params.get(name) is not value for name, value in self._entries]):
+            return False
+        if any([name not in params for name in self.replaced]):
+            return False
+        if self._first is None:
+            return True
+        with torch.no_grad():
+            try:
+                found = self._first(*tensors, *self._constants())
+            except RuntimeError:  # other shapes, of values that decide about shapes
+                return False
+        return all(map(_equal, found, self._before))
+
+    def run(self, tensors: Sequence[Tensor], compiled: bool = True) -> Result:
+        """One run; nothing is changed but ``written``, and the random numbers."""
+        run = self._run if compiled else self._traced
+        with torch.no_grad():
+            found = run(*tensors, *self._constants())
+        a, b, c, d = self._ends
+        given = iter(found[:a])
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        loss = tree_unflatten(leaves, self._spec)
+        return Result(loss, found[a:b], found[b:c], found[c] if self._judged else None, found[d:])
+
+    def foreseen(self, result: Result) -> bool:
+        """Whether what was read from drawn tensors is what the graph was made for."""
+        return all(map(_equal, result.looks, self._after))
+
+    def compile(self, compiler: Literal["auto", "inductor", "none"], tensors: Sequence[Tensor]) -> None:
+        """Compile it, if asked, or if that seems worth the time."""
+        if compiler == "none" or self.compiled:
+            return
+        on_gpu = any(x.is_cuda for x in (*tensors, *self.constants))
+        worth = SECONDS_TO_COMPILE + SECONDS_PER_NODE * len(self._traced.graph.nodes)
+        if compiler == "inductor" or on_gpu or self.seconds > worth:
+            self._run = compile_graph(self._traced, [*tensors, *self._constants()])
+            self.compiled = True
+
+    def uncompile(self) -> None:
+        """Go on with the traced graph."""
+        self._run = self._traced
+
+    def timed(self, tensors: Sequence[Tensor]) -> Result:
+        """A run whose seconds are counted."""
+        start = time.perf_counter()
+        result = self.run(tensors)
+        self.seconds += time.perf_counter() - start
+        return result
+
+    def _constants(self) -> list[Tensor]:
+        if not self._from_store:
+            return self.constants
+        params = pyro.get_param_store()._params
+        constants = list(self.constants)
+        for place, name in self._from_store:
+            constants[place] = params[name]
+        return constants
+
+
+def _equal(found: Tensor, look: Look) -> bool:
+    value = look.value
+    return found.shape == value.shape and bool(((found == value) | ((found != found) & (value != value))).all())
+
+
+class Record:
+    """Runs of one graph on a GPU: the first two as they are, the third is recorded, it and all others replayed.
+
+    Args:
+        graph: reads nothing that is drawn, and keeps its tensors on the GPU.
+        step: ``step(result)`` clips gradients and steps the optimizer; recorded too if ``whole``.
+    """
+
+    def __init__(self, graph: Graph, step: Callable[[Result], None], whole: bool):
+        self.graph, self._step, self._whole = graph, step, whole
+        self._steps_before = 2  # kernels are compiled then, and the optimizer makes its state
+        self._record: torch.cuda.CUDAGraph | None = None
+        self._key: tuple = ()
+
+    def step(self, tensors: Sequence[Tensor], key: tuple) -> Any:
+        """One step; ``key`` is what a record holds besides tensors: where they lie, and the optimizer's numbers."""
+        if key != self._key:
+            self._key, self._record = key, None
+            self._steps_before = max(self._steps_before, 0)
+        if self._record is None and self._steps_before == 0:
+            self._make(tensors)
+        self._steps_before -= 1
+        if self._record is None:
+            result = self.graph.run(tensors)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # it will be
+                self._step(result)
+            return result.loss
+        for held, given in zip(self._inputs, tensors, strict=True):
+            held.copy_(given)
+        self._record.replay()
+        if not self._whole:
+            self._step(self._result)
+        loss = self._result.loss  # the next replay overwrites it
+        return loss.clone() if isinstance(loss, Tensor) else type(loss)(*(x.clone() for x in loss))
+
+    def _make(self, tensors: Sequence[Tensor]) -> None:
+        self._inputs = [x.clone() for x in tensors]
+        record = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(record):
+                self._result = self.graph.run(self._inputs)
+                if self._whole:
+                    self._step(self._result)
+        except RuntimeError as error:
+            reason = first_line(error)
+            warnings.warn(f"a step cannot be recorded as a CUDA graph, and runs unrecorded: {reason}", stacklevel=5)
+        else:
+            self._record = record

@@ -1,0 +1,416 @@
+"""What Python holds that programs may read: seen once, and compared at every step, so that no graph outlives it."""
+
+import enum
+import pickle
+import random
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import is_
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range, torch.Size, torch.dtype, torch.device)
+MOST_SLOTS = 5000
+"""So many places are watched at the most; what lies beyond is left to the spot checks."""
+MOST_ENTRIES = 1000
+"""Larger containers and arrays are compared by identity and length alone."""
+_LIBRARIES = frozenset(("torch", "pyro", "numpy", "zuko", "opt_einsum", "pyro_vae", *sys.stdlib_module_names)) - {
+    "__main__"
+}
+_UNSEEN = frozenset(("_steps_taken", "_pyro_context", "__weakref__", "__dict__"))
+_UNSEEN_IN_LIBRARIES = ("_cached", "plates", "_prototype_frames")
+"""Attributes, and beginnings of such, that change while programs run and that are none of their settings."""
+
+
+def alike(a: object, b: object) -> bool:
+    """Whether a program that reads one value in place of the other does the same; tensors and objects by identity."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        other: Any = b
+        return len(a) == len(other) and all(map(alike, a, other))
+    if isinstance(a, PLAIN) or isinstance(a, np.generic):
+        return bool(a == b) or (a != a and b != b)
+    return False
+
+
+def is_library(name: object) -> bool:
+    """Whether a module of this name is the library's own, torch's or Pyro's, whose code holds no settings."""
+    return isinstance(name, str) and name.split(".", 1)[0] in _LIBRARIES and not name.startswith("pyro_vae.parts")
+
+
+class Snapshot:
+    """The attributes, closures, globals and containers that objects and their code can reach, at one moment.
+
+    What was replaced, added or removed since is found by identity, and numbers, strings and NumPy scalars by value.
+    The contents of tensors do not count, since a graph reads them anew; which tensor it is does.
+
+    Args:
+        roots: programs, losses and other objects.
+    """
+
+    def __init__(self, roots: Iterable[object]):
+        self._holders: list[_Holder] = []
+        self._empty: list[Any] = []
+        self._seen: dict[int, object] = {}  # kept alive, so that no id is taken twice
+        self._slots = 0
+        self.generators: list[torch.Generator | np.random.Generator | np.random.RandomState | random.Random] = []
+        todo = deque((root, getattr(root, "__name__", type(root).__name__)) for root in roots)
+        while todo and self._slots < MOST_SLOTS:
+            each, label = todo.popleft()
+            if id(each) not in self._seen and not _is_leaf(each):
+                self._seen[id(each)] = each
+                todo.extend(self._visit(each, label))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return not any(self._empty) and all([holder.holds() for holder in self._holders])
+
+    def changed(self) -> str:
+        """The name of something that is not as it was; empty if all is."""
+        grown = next((each for each in self._empty if each), None)
+        if grown is not None:
+            return "a container that was empty"
+        return next((holder.changed() for holder in self._holders if not holder.holds()), "")
+
+    def restore(self) -> None:
+        """Put back what was replaced, added or removed."""
+        for each in self._empty:
+            each.clear()
+        for holder in self._holders:
+            if not holder.holds():
+                holder.restore()
+
+    def _visit(self, each: Any, label: str) -> Iterator[tuple[object, str]]:
+        if isinstance(each, (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)):
+            self.generators.append(each)
+        elif isinstance(each, dict):
+            yield from self._whole(each, label)
+        elif isinstance(each, (list, deque, set)):
+            if not each:
+                self._empty.append(each)
+            elif len(each) <= MOST_ENTRIES:
+                yield from self._hold(_Items(each, label))
+        elif isinstance(each, (tuple, frozenset)):
+            yield from ((item, label) for item in each)
+        elif isinstance(each, np.ndarray):
+            if each.size <= MOST_ENTRIES * 10:
+                self._hold(_Array(each, label))
+        elif isinstance(each, types.MethodType):
+            yield from ((each.__func__, label), (each.__self__, type(each.__self__).__name__))
+        elif isinstance(each, partial):
+            yield from ((each.func, label), (each.args, label), (each.keywords, label))
+            yield from self._whole(vars(each), label)
+        elif isinstance(each, (staticmethod, classmethod)):
+            yield each.__func__, label
+        elif isinstance(each, property):
+            yield from ((f, label) for f in (each.fget,) if f is not None)
+        elif isinstance(each, types.FunctionType):
+            yield from self._function(each, label)
+        elif isinstance(each, type):
+            yield from self._class(each)
+        else:
+            yield from self._object(each)
+
+    def _hold(self, holder: "_Holder") -> Iterator[tuple[object, str]]:
+        self._holders.append(holder)
+        self._slots += len(holder.values)
+        return ((value, holder.label) for value in holder.values)
+
+    def _whole(self, each: dict, label: str) -> Iterator[tuple[object, str]]:
+        if not each:
+            self._empty.append(each)
+            return iter(())
+        return self._hold(_Entries(each, label)) if len(each) <= MOST_ENTRIES else iter(())
+
+    def _some(self, each: Any, names: Iterable[str], label: str) -> Iterator[tuple[object, str]]:
+        names = [name for name in names if name in each]
+        return self._hold(_Named(each, label, names)) if names else iter(())
+
+    def _function(self, each: types.FunctionType, label: str) -> Iterator[tuple[object, str]]:
+        """Closure, defaults and attributes; of a user's function the globals that its code names."""
+        cells = each.__closure__ or ()
+        names = each.__code__.co_freevars
+        if cells:
+            yield from self._hold(_Cells(cells, label, names))
+        yield from ((value, label) for value in (each.__defaults__ or ()))
+        yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
+        yield from self._whole(each.__dict__, label)
+        if not is_library(each.__module__):
+            used = set(_names(each.__code__))
+            yield from self._some(each.__globals__, used, "global")
+            for name in used:
+                module = each.__globals__.get(name)
+                if isinstance(module, types.ModuleType) and not is_library(module.__name__):
+                    yield from self._some(vars(module), used, name)
+
+    def _class(self, each: type) -> Iterator[tuple[object, str]]:
+        """What the user's classes hold: attributes, and what their methods reach."""
+        for base in each.__mro__:
+            if (not is_library(base.__module__) and id(base) not in self._seen) or base is each:
+                self._seen[id(base)] = base
+                if not is_library(base.__module__) and not issubclass(base, enum.Enum):
+                    names = [name for name in vars(base) if not name.startswith("__") or name == "__call__"]
+                    yield from self._some(vars(base), names, base.__name__)
+
+    def _object(self, each: Any) -> Iterator[tuple[object, str]]:
+        kind = type(each)
+        yield kind, kind.__name__
+        held = getattr(each, "__dict__", None)
+        if isinstance(held, dict):
+            own = [base for base in kind.__mro__ if is_library(base.__module__) and base is not object]
+            skip = _UNSEEN | {name for name in held if own and name.startswith(_UNSEEN_IN_LIBRARIES)}
+            if skip.isdisjoint(held):
+                yield from self._whole(held, kind.__name__)
+            else:
+                yield from self._some(held, [name for name in held if name not in skip], kind.__name__)
+        slots = [n for base in kind.__mro__ for n in _as_tuple(vars(base).get("__slots__", ())) if n not in _UNSEEN]
+        if slots and not is_library(kind.__module__):
+            yield from self._hold(_Slots(each, kind.__name__, [name for name in slots if hasattr(each, name)]))
+
+
+def _is_leaf(each: object) -> bool:
+    """What holds nothing to watch, or is watched elsewhere."""
+    if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, weakref.ref, poutine.Trace, constraints.Constraint)):
+        return True
+    if isinstance(each, (types.ModuleType, types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
+        return True
+    if isinstance(each, (torch.optim.Optimizer, pyro.optim.PyroOptim)) or each is pyro.get_param_store():
+        return True
+    return isinstance(each, type) and is_library(each.__module__)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The globals and attributes that code names, also within the functions that it makes."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _as_tuple(slots: object) -> tuple:
+    return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
+
+
+class _Holder:
+    """Values that one object holds, as they were."""
+
+    __slots__ = ("label", "of", "values")
+
+    def __init__(self, of: Any, label: str):
+        self.of, self.label = of, label
+        self.values: tuple = tuple(self.now())
+
+    def now(self) -> Iterable[Any]:
+        raise NotImplementedError
+
+    def names(self) -> Sequence[object]:
+        return range(len(self.values))
+
+    def restore(self) -> None:
+        raise NotImplementedError
+
+    def holds(self) -> bool:
+        now = self.now()
+        if all(map(is_, now, self.values)) and len(self) == len(self.values):
+            return True
+        found = tuple(self.now())
+        if len(found) != len(self.values) or not all(map(alike, found, self.values)):
+            return False
+        self.values = found  # equal numbers, but other objects: found by identity the next time
+        return True
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def changed(self) -> str:
+        found = tuple(self.now())
+        names = self.names()
+        for name, old, new in zip(names, self.values, found, strict=False):
+            if not alike(old, new):
+                return f"{self.label}.{name}" if isinstance(name, str) else f"{self.label}[{name}]"
+        return f"what {self.label} holds"
+
+
+class _Entries(_Holder):
+    """All entries of a dict."""
+
+    __slots__ = ("keys",)
+
+    def __init__(self, of: dict, label: str):
+        self.keys = tuple(of)
+        super().__init__(of, label)
+
+    def now(self) -> Iterable[Any]:
+        return self.of.values()
+
+    def holds(self) -> bool:
+        return super().holds() and (len(self.keys) < 2 or next(reversed(self.of)) == self.keys[-1])
+
+    def names(self) -> Sequence[object]:
+        return self.keys
+
+    def restore(self) -> None:
+        self.of.clear()
+        self.of.update(zip(self.keys, self.values, strict=True))
+
+
+class _Named(_Holder):
+    """Some entries of a mapping, such as the globals that a function names."""
+
+    __slots__ = ("keys",)
+
+    def __init__(self, of: Mapping, label: str, keys: list[str]):
+        self.keys = keys
+        super().__init__(of, label)
+
+    def now(self) -> Iterable[Any]:
+        return map(self.of.get, self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def names(self) -> Sequence[object]:
+        return self.keys
+
+    def restore(self) -> None:
+        if isinstance(self.of, dict):
+            self.of.update(zip(self.keys, self.values, strict=True))
+
+
+class _Slots(_Named):
+    __slots__ = ()
+
+    def now(self) -> Iterable[Any]:
+        return (getattr(self.of, name, None) for name in self.keys)
+
+    def restore(self) -> None:
+        for name, value in zip(self.keys, self.values, strict=True):
+            setattr(self.of, name, value)
+
+
+class _Cells(_Holder):
+    """The closure of a function."""
+
+    __slots__ = ("keys",)
+
+    def __init__(self, of: tuple, label: str, keys: tuple[str, ...]):
+        self.keys = keys
+        super().__init__(of, label)
+
+    def now(self) -> Iterable[Any]:
+        return map(_contents, self.of)
+
+    def names(self) -> Sequence[object]:
+        return self.keys
+
+    def restore(self) -> None:
+        for cell, value in zip(self.of, self.values, strict=True):
+            if value is not _EMPTY_CELL:
+                cell.cell_contents = value
+
+
+_EMPTY_CELL = object()
+
+
+def _contents(cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return _EMPTY_CELL
+
+
+class _Items(_Holder):
+    """The items of a list, deque or set."""
+
+    __slots__ = ()
+
+    def now(self) -> Iterable[Any]:
+        return self.of
+
+    def restore(self) -> None:
+        kept = self.values
+        self.of.clear()
+        (self.of.update if isinstance(self.of, set) else self.of.extend)(kept)
+
+
+class _Array(_Holder):
+    """The contents of an array of NumPy."""
+
+    __slots__ = ("copy",)
+
+    def __init__(self, of: np.ndarray, label: str):
+        self.copy = of.copy()
+        super().__init__(of, label)
+
+    def now(self) -> Iterable[Any]:
+        return ()
+
+    def holds(self) -> bool:
+        return self.of.shape == self.copy.shape and np.array_equal(
+            self.of, self.copy, equal_nan=self.copy.dtype.kind in "fc"
+        )
+
+    def changed(self) -> str:
+        return f"an array of {self.label}"
+
+    def restore(self) -> None:
+        self.of[...] = self.copy
+
+
+class Randomness:
+    """The states of all random number generators that a step may use: torch's, Python's, NumPy's.
+
+    Args:
+        devices: GPUs whose generators count.
+        generators: further ones, that programs hold.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()):
+        self._torch = [_Generator(torch.get_rng_state, torch.set_rng_state)]
+        for device in devices:
+            self._torch.append(
+                _Generator(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
+            )
+        self._others = [
+            _Generator(random.getstate, random.setstate),
+            _Generator(partial(np.random.get_state, legacy=False), np.random.set_state),
+        ]
+        for each in generators:
+            if isinstance(each, torch.Generator):
+                self._torch.append(_Generator(each.get_state, each.set_state))
+            elif isinstance(each, random.Random):
+                self._others.append(_Generator(each.getstate, each.setstate))
+            elif isinstance(each, np.random.RandomState):
+                self._others.append(_Generator(partial(each.get_state, legacy=False), each.set_state))
+            else:
+                bits = each.bit_generator
+                self._others.append(_Generator(partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for each in (*self._torch, *self._others):
+            each.write(each.state)
+
+    def is_drawn_elsewhere(self) -> bool:
+        """Whether random numbers have been drawn since that are not torch's."""
+        return any(pickle.dumps(each.read()) != pickle.dumps(each.state) for each in self._others)
+
+
+class _Generator:
+    """One generator of random numbers, with the state that it had."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]):
+        self.read, self.write, self.state = read, write, read()
