@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from pyro_vae.infer.compiling import compile_graph
+from pyro_vae.infer.steps import Derivatives
 from pyro_vae.infer.tracing import Look, Traced, first_line, looked, split_looks
 
 SECONDS_TO_COMPILE = 2.0
@@ -75,6 +76,7 @@ class Graph:
             for name, value in store.items()
             if name not in self.replaced and (id(value) in places or id(value) in held)
         ]
+        self._needs = [(p, p.requires_grad) for p in (*self.params.values(), *self.trained)]
         num_losses = sum(isinstance(leaf, Tensor) for leaf in self._leaves)
         self._ends = [num_losses, num_losses + len(self.trained)]
         self._ends += [self._ends[-1] + len(self.replaced), self._ends[-1] + len(self.replaced) + self._judged]
@@ -92,17 +94,28 @@ class Graph:
         """Whether a run must be judged by what it drew."""
         return bool(self._after)
 
+    @property
+    def judges(self) -> bool:
+        """Whether a run may turn out to be none."""
+        return bool(self._after) or self._judged
+
+    def valid(self, result: Result) -> bool:
+        """Whether observed values lie in their supports; on a GPU spot checks see to it, so that nobody waits."""
+        return result.valid is None or result.valid.is_cuda or bool(result.valid)
+
     def looked(self) -> str:
         """What the program read from tensors, in words."""
         looks: list[Look] = self._after or self._before
         return looked(looks)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the parameter store and what programs read from tensors are as they were."""
+        """Whether the parameter store, what needs gradients, and what programs read from tensors are as they were."""
         params = pyro.get_param_store()._params
-        if any([params.get(name) is not value for name, value in self._entries]):
+        if any(params.get(name) is not value for name, value in self._entries):
             return False
-        if any([name not in params for name in self.replaced]):
+        if any(name not in params for name in self.replaced):
+            return False
+        if any(p.requires_grad is not needed for p, needed in self._needs):
             return False
         if self._first is None:
             return True
@@ -162,6 +175,45 @@ class Graph:
 def _equal(found: Tensor, look: Look) -> bool:
     value = look.value
     return found.shape == value.shape and bool(((found == value) | ((found != found) & (value != value))).all())
+
+
+def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: bool) -> str:
+    """How a run differs from Pyro's own, in words; empty if only by rounding.
+
+    Args:
+        mine: or why there is none.
+        rounded: whether products are in bfloat16.
+    """
+    if isinstance(mine, str):
+        return mine
+    loss, params, gradients = theirs
+    if graph.params.keys() != params.keys() or any(graph.params[name] is not p for name, p in params.items()):
+        return "the programs meet other parameters"
+    slack = 10.0 if graph.compiled else 1.0
+    of_loss, of_gradient = (0.01, 0.1) if rounded else (1e-5 * slack, 1e-3 * slack)
+    for a, b in zip(tree_leaves(mine.loss), tree_leaves(loss), strict=True):
+        if not _close(torch.as_tensor(a), torch.as_tensor(b), of_loss, rounded, at_least=1.0):
+            return f"a loss of {float(a):.6g}, not {float(b):.6g}"
+    found = {id(p): gradient for p, gradient in zip(graph.trained, mine.gradients, strict=True)}
+    largest = max([float(gradient.norm()) for _, gradient in gradients], default=0.0)
+    for p, gradient in gradients:
+        if not _close(found.get(id(p), torch.zeros_like(p)), gradient, of_gradient, rounded, at_least=0.01 * largest):
+            name = next((name for name, each in params.items() if each is p), f"a tensor of shape {tuple(p.shape)}")
+            return f"another gradient of {name}"
+    return ""
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: float) -> bool:
+    if a.dtype == torch.float64 and not rounded:
+        tolerance = tolerance * 1e-4
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    finite = a.isfinite() & b.isfinite()
+    if not finite.all():
+        same = (a == b) | (a.isnan() & b.isnan())
+        if not (same | finite).all():
+            return False
+        a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    return float((a - b).norm()) <= tolerance * max(float(b.norm()), at_least) + 1e-30
 
 
 class Record:

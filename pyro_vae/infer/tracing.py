@@ -156,6 +156,9 @@ ONE_AT_A_TIME = threading.RLock()
 """Pyro's handlers, and the switches below, belong to the process: one thread at a time runs or traces programs."""
 
 
+_EMPTY = torch.Size()
+
+
 @contextlib.contextmanager
 def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
     """Context: distributions and Pyro judge no values in this thread, those neither that were made beforehand or were
@@ -163,7 +166,7 @@ def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
     this = threading.get_ident()
     begin, validate, usual = Distribution.__init__, Distribution._validate_sample, Distribution._validate_args
 
-    def begun(self, batch_shape=torch.Size(), event_shape=torch.Size(), validate_args=None):
+    def begun(self, batch_shape=_EMPTY, event_shape=_EMPTY, validate_args=None):
         if threading.get_ident() != this:
             return begin(self, batch_shape, event_shape, validate_args)
         begin(self, batch_shape, event_shape, False)

@@ -41,7 +41,7 @@ def alike(a: object, b: object) -> bool:
     if isinstance(a, (tuple, list)):
         other: Any = b
         return len(a) == len(other) and all(map(alike, a, other))
-    if isinstance(a, PLAIN) or isinstance(a, np.generic):
+    if isinstance(a, (*PLAIN, np.generic)):
         return bool(a == b) or (a != a and b != b)
     return False
 
@@ -76,7 +76,7 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        return not any(self._empty) and all([holder.holds() for holder in self._holders])
+        return not any(self._empty) and all(holder.holds() for holder in self._holders)
 
     def changed(self) -> str:
         """The name of something that is not as it was; empty if all is."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import binary, small_vae
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_contract import DECODERS, ENCODERS, LIKELIHOODS, PIXELS, data_for, vae_with
 from torch import nn
@@ -344,17 +344,20 @@ def test_only_products_are_rounded():
 
     optim = torch.optim.SGD([*layer.parameters(), log_scale], lr=1.0)
     svi = CompiledSVI(model, lambda x: None, optim, precision="bfloat16", compiler="none")
+    weight, bias, log = (p.detach().clone() for p in (layer.weight, layer.bias, log_scale))
     loss = svi.step(x)
-    weight, bias = layer.weight + layer.weight.grad, layer.bias + layer.bias.grad
+    by = [
+        old - new.detach() for old, new in zip((weight, bias, log), (layer.weight, layer.bias, log_scale), strict=True)
+    ]
     mean, hidden = round_products(x, weight, bias)
-    scale = (log_scale + log_scale.grad).exp()
+    scale = log.exp()
     assert loss.item() == pytest.approx(-dist.Normal(mean, scale).log_prob(x).sum().item(), rel=1e-6)
     by_mean = (mean - x) / scale**2
     by_hidden = (by_mean.bfloat16() @ weight.bfloat16().mT).float()
     by_weight = (hidden.bfloat16().mT @ by_mean.bfloat16()).float() + (by_hidden.bfloat16().mT @ x.bfloat16()).float()
-    torch.testing.assert_close(layer.weight.grad, by_weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.bias.grad, by_hidden.sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_scale.grad, (1 - ((x - mean) / scale) ** 2).sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by[0], by_weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by[1], by_hidden.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by[2], (1 - ((x - mean) / scale) ** 2).sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_rounded_convolutions_train_as_precise_ones_do():
@@ -369,9 +372,13 @@ def test_rounded_convolutions_train_as_precise_ones_do():
 
     gradients = []
     for precision in ("float32", "bfloat16"):
-        optim = torch.optim.SGD(layers.parameters(), lr=0.0)
+        start = [p.detach().clone() for p in layers.parameters()]
+        optim = torch.optim.SGD(layers.parameters(), lr=1.0)
         CompiledSVI(model, lambda x: None, optim, precision=precision, compiler="none").step(x)
-        gradients.append(torch.cat([p.grad.flatten() for p in layers.parameters()]))
+        gradients.append(
+            torch.cat([(old - p.detach()).flatten() for p, old in zip(layers.parameters(), start, strict=True)])
+        )
+        layers.load_state_dict(dict(zip(layers.state_dict(), start, strict=True)))
     precise, rounded = gradients
     assert 1e-5 < (rounded - precise).norm() / precise.norm() < 2e-2
 
@@ -451,12 +458,12 @@ def test_a_changed_number_is_noticed():
         torch.manual_seed(0)
         values.append(svi.step(x).item())
     assert values == pytest.approx([values[0], 2 * values[0], values[0], 0.0], rel=1e-6)
-    for weight in range(3, 16):
-        loss.weight = float(weight)
-        svi.step(x)
-    loss.weight = 99.0
-    with pytest.raises(ContractError, match=r"16 graphs have been compiled, .*of which weight changed"):
-        svi.step(x)
+    with pytest.warns(UserWarning, match=r"goes on through Pyro at step \d+: .* another kind: Weighted.weight changes"):
+        for weight in range(3, 30):
+            loss.weight = float(weight)
+            torch.manual_seed(0)
+            values.append(svi.step(x).item())
+    assert values[4:] == pytest.approx([weight * values[0] for weight in range(3, 30)], rel=1e-6)
 
 
 class Noisy(nn.Module):
@@ -540,21 +547,23 @@ def test_only_the_optimizers_tensors_are_trained():
     for name, p in vae.likelihood.named_parameters():
         assert torch.equal(p, frozen[name])
         assert p.grad is None
-    assert all(p.grad is not None for p in vae.posterior.parameters())
     optim.add_param_group({"params": list(vae.likelihood.parameters())})
-    with pytest.raises(ValueError, match="holds other tensors than when"):
-        svi.step(x)
+    svi.step(x)
+    assert all((p != frozen[name]).any() for name, p in vae.likelihood.named_parameters())
 
 
-def test_pyros_store_is_left_as_it_was():
+def test_pyros_store_holds_what_svi_leaves_there():
     def model(x):
         pyro.module("vae", vae)
         return vae.model(x)
 
     vae = vae_of()
     svi = CompiledSVI(model, vae.guide, torch.optim.Adam(vae.parameters()), compiler="none")
-    svi.step(binary(4))
-    assert not list(pyro.get_param_store().keys())
+    with pyro.get_param_store().scope() as held:
+        for _ in range(4):
+            svi.step(binary(4))
+        assert not set(vae.parameters()).symmetric_difference(pyro.get_param_store()._params.values())
+    assert held["params"] and not list(pyro.get_param_store().keys())
 
 
 # What cannot be served
@@ -563,13 +572,6 @@ def test_pyros_store_is_left_as_it_was():
 class Discrete(Prior):
     def forward(self, posterior=None):
         return dist.Bernoulli(torch.full((3,), 0.5, dtype=torch.float64)).to_event(1)
-
-
-@pytest.mark.parametrize("loss", [TraceEnum_ELBO(), RenyiELBO(), type("Mine", (Trace_ELBO,), {})()])
-def test_other_losses_are_refused(loss):
-    vae = small_vae()
-    with pytest.raises(TypeError, match="cannot be compiled, of Pyro's losses only Trace_ELBO and TraceMeanField_ELBO"):
-        CompiledSVI(vae.model, vae.guide, torch.optim.Adam(vae.parameters()), loss)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +587,7 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optim": lambda p: pyro.optim.Adam({"lr": 0.1})}, "must be an optimizer of torch .*, got PyroOptim"),
+        ({"optim": list}, "must be an optimizer of pyro.optim, .*, got list"),
         ({"optim": lambda p: torch.optim.LBFGS(p)}, "that needs no closure, .*, got LBFGS"),
         ({"loss": Trace_ELBO}, r"loss must be an instance, such as Trace_ELBO\(\)"),
         ({"loss": "ELBO"}, "loss must be an instance, .*, got ELBO"),
@@ -596,13 +598,6 @@ def test_what_is_no_optimizer_or_loss_is_refused(change, message):
     make = change.get("optim", torch.optim.Adam)
     with pytest.raises(TypeError, match=message):
         CompiledSVI(vae.model, vae.guide, make(vae.parameters()), change.get("loss"))
-
-
-def test_an_argument_that_cannot_be_a_key_is_refused():
-    vae = small_vae()
-    svi = CompiledSVI(vae.model, vae.guide, optimizer_of(vae), compiler="none")
-    with pytest.raises(TypeError, match="arguments must be tensors or hashable Python values"):
-        svi.step(binary(3).numpy())
 
 
 def optimizer_of(vae):
@@ -617,9 +612,8 @@ def test_sites_without_reparametrized_draws_are_refused():
             made = vae.posterior(x)
             pyro.sample("z", NonreparameterizedNormal(made.mean, torch.ones_like(made.mean)).to_event(1))
 
-    for loss in (Trace_ELBO(), TraceMeanField_ELBO(), ELBO()):
-        with pytest.raises(ContractError, match=r"site 'z' .*no gradient"):
-            CompiledSVI(vae.model, guide, optimizer_of(vae), loss, compiler="none").step(binary(3))
+    with pytest.raises(ContractError, match=r"site 'z' .*no gradient"):
+        CompiledSVI(vae.model, guide, optimizer_of(vae), ELBO(), compiler="none").step(binary(3))
 
 
 class Looking:
@@ -639,17 +633,31 @@ class Looking:
         lambda program, x: x.sum() > 3 and None,
         lambda program, x: 1 if x.sum() > 3 else 0,
         lambda program, x: program.switch.item(),
-        lambda program, x: float(next(program.vae.parameters()).detach()[0, 0]),
         lambda program, x: x[x > 0],
         lambda program, x: x.nonzero(),
     ],
-    ids=["and", "if", "item", "float", "mask", "nonzero"],
+    ids=["and", "if", "item", "mask", "nonzero"],
 )
-def test_python_that_looks_at_values_is_refused(look):
+def test_python_that_looks_at_values_is_compiled_while_they_are_the_same(look):
     program, x = Looking(look), binary(3)
-    svi = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none")
-    with pytest.raises(ContractError, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
+    calls = []
+    model = lambda x: calls.append(1) or program.model(x)  # noqa: E731
+    svi = CompiledSVI(model, program.vae.guide, optimizer_of(program.vae), compiler="none")
+    for _ in range(9):
         svi.step(x)
+    assert len(calls) == 6  # two at first, and spot checks at uses 1, 2, 4
+
+
+def test_python_that_looks_at_what_every_step_changes_goes_on_through_pyro():
+    program, x = Looking(lambda program, x: float(next(program.vae.parameters()).detach()[0, 0])), binary(3)
+    svi = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none")
+    with pytest.warns(UserWarning, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
+        for _ in range(40):
+            svi.step(x)
+    strict = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none", fallback=False)
+    with pytest.raises(ContractError, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
+        for _ in range(40):
+            strict.step(x)
 
 
 @pytest.mark.slow
@@ -678,15 +686,19 @@ def test_an_optimizer_of_other_tensors_is_refused():
         CompiledSVI(vae.model, vae.guide, optimizer_of(other), compiler="none").step(binary(3))
 
 
-def test_a_parameter_that_comes_into_being_at_the_first_step_is_refused():
+def test_a_parameter_that_the_optimizer_lacks_is_named():
     vae = small_vae()
 
     def guide(x):
-        pyro.param("late", torch.zeros(()))
-        return vae.guide(x)
+        vae.guide(x)
+        pyro.factor("late", pyro.param("late", torch.zeros(())), has_rsample=True)
 
-    with pytest.raises(ValueError, match=r"pyro\.param 'late' came into being at the first step"):
-        CompiledSVI(vae.model, guide, optimizer_of(vae), compiler="none").step(binary(3))
+    for engine in (PyroSVI, CompiledSVI):
+        with (
+            pyro.get_param_store().scope(),
+            pytest.raises(ValueError, match=r"pyro\.param 'late' is not held by the opt"),
+        ):
+            engine(vae.model, guide, optimizer_of(vae)).step(binary(3))
 
 
 def test_an_objective_refuses_global_latents():

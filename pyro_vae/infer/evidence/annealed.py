@@ -62,8 +62,8 @@ def annealed_importance_sampling(
         settings: of the chains.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
-        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with side
-            effects.
+        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with
+            side effects.
         progress: show a progress bar.
 
     Returns:

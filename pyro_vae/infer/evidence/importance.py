@@ -56,8 +56,8 @@ def importance_sampling(
             bias; where k is above its threshold, still not to be trusted.
         memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
             128 MiB on a CPU.
-        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with side
-            effects.
+        compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with
+            side effects.
         progress: show a progress bar.
         num_checked: observations, drawn at random, on which chains from the prior are to confirm the estimate, which
             draws around some of several modes cannot; 0 leaves modes that were missed untold.
