@@ -9,7 +9,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch.nn.utils import parameters_to_vector
 
-from experiments import benchmark
+from experiments.benchmark import __main__ as benchmark
 from pyro_vae import runs
 
 pytestmark = pytest.mark.slow
@@ -97,9 +97,10 @@ def test_other_libraries_that_cannot_be_imported_are_left_out(monkeypatch, capsy
         (["--batch_sizes=[0]"], "--batch_sizes must all be at least 1"),
         (["--batch_sizes=[]"], "--batch_sizes must not be empty"),
         (["--parts=[]"], "--parts must not be empty"),
-        (["--parts=[steps]"], "--parts: expected one of 'step', 'models', 'epoch', 'evidence'"),
+        (["--parts=[steps]"], "--parts: expected one of 'step', 'models', 'programs', 'epoch', 'evidence'"),
         (["--epoch_images=255"], "--epoch_images must be at least 256"),
         (["--long_repeats=2"], "--long_repeats must be at least 3"),
+        (["--programs=[Ising]"], "--programs must be some of 'regression, AutoNormal'"),
         (["--model_batch_size=0"], "--model_batch_size must be at least 1"),
     ],
 )

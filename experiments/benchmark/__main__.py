@@ -8,6 +8,9 @@ CompiledSVI in both precisions; and the bare matrix products of forward and back
 models: a step of other models: the same with 50 particles; convolutional networks; a VampPrior of 100 pseudo-inputs; a
 posterior that is an inverse autoregressive flow.
 
+programs: a step of a small Pyro program, one of each kind that people write (programs.py): Pyro's SVI, as its
+documentation has it; CompiledSVI in its place, the graph run as it was traced, and compiled by inductor.
+
 epoch: all images once, at a batch of 256, shuffled and binarized anew, their pixels random. This library's batches feed
 all but the floor and two contenders of other libraries, timed where these are installed: NumPyro's epoch is one jitted
 loop over its SVI; pythae's is that of its BaseTrainer, with a loader of single images and the KL divergence in closed
@@ -52,6 +55,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
+from experiments.benchmark.programs import PROGRAMS, Program
 from pyro_vae import (
     MLP,
     VAE,
@@ -73,12 +77,15 @@ from pyro_vae.runs import figures
 from pyro_vae.vae import num_outputs
 
 REFERENCE = "Pyro SVI, Trace_ELBO"
+ANY_LOSS = "Pyro SVI"
+"""The reference of part programs, each of which has a loss of its own."""
 FLOOR = "bare matrix products"
 EPOCH_BATCH = 256
 """Images of a gradient step of an epoch."""
 TITLES = {
     "step": "training step",
     "models": "step of another model",
+    "programs": "step of a small program",
     "epoch": "epoch",
     "evidence": "importance sampling",
 }
@@ -110,6 +117,7 @@ class Settings:
         batch_sizes: observations of a training step in part step, each at least 1.
         models: what part models times.
         model_batch_size: observations of a training step in part models, at least 1.
+        programs: what part programs times, names in programs.py; null: all.
         epoch_images: images of an epoch, at least 256 and rounded down to whole batches of as many.
         long_repeats: timed epochs, and calls of part evidence, of each contender, at least 3; one more before them
             warms up.
@@ -120,12 +128,19 @@ class Settings:
         run_dir: directory to write result.json, benchmark.png and config.yaml to, new or empty; null: print only.
     """
 
-    parts: Sequence[Literal["step", "models", "epoch", "evidence"]] = ("step", "models", "epoch", "evidence")
+    parts: Sequence[Literal["step", "models", "programs", "epoch", "evidence"]] = (
+        "step",
+        "models",
+        "programs",
+        "epoch",
+        "evidence",
+    )
     repeats: int = 7
     steps: int = 20
     batch_sizes: Sequence[int] = (32, 128, 256, 512)
     models: Sequence[Literal["K=50", "conv", "VampPrior", "flow"]] = ("K=50", "conv", "VampPrior", "flow")
     model_batch_size: int = 128
+    programs: Sequence[str] | None = None
     epoch_images: int = 60_000
     long_repeats: int = 3
     num_images: int = 100
@@ -141,6 +156,9 @@ class Settings:
         for name in ("parts", "batch_sizes", "models"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} must not be empty")
+        unknown = [name for name in self.programs or [] if name not in PROGRAMS]
+        if self.programs is not None and (unknown or not self.programs):
+            raise ValueError(f"--programs must be some of {', '.join(map(repr, PROGRAMS))}, got {list(self.programs)}")
         if any(size < 1 for size in self.batch_sizes):
             raise ValueError(f"--batch_sizes must all be at least 1, got {list(self.batch_sizes)}")
 
@@ -152,7 +170,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
         runs.check_run_dir(settings.run_dir, text, resume=None)
     device = runs.choose_device(settings.device)
     torch.manual_seed(0)
-    parts = {"step": training_steps, "models": model_steps, "epoch": epochs, "evidence": importance_throughput}
+    parts = {
+        "step": training_steps,
+        "models": model_steps,
+        "programs": program_steps,
+        "epoch": epochs,
+        "evidence": importance_throughput,
+    }
     measured: dict[str, dict[str, dict[str, Measured]]] = {}
     memory: dict[str, int] = {}
     for part in dict.fromkeys(settings.parts):
@@ -161,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, Mea
             measured[part][group] = contenders
             make_table = rate_table if part == "evidence" else time_table
             print(f"\n{make_table(f'{TITLES[part]}, {group}', contenders)}", flush=True)
+        if part == "programs":
+            print(f"\n{summary_table(measured[part])}", flush=True)
         memory[part] = peak_resident_bytes()
         print(f"\npeak memory of the process after part {part}: {memory[part] / 2**20:,.0f} MiB", flush=True)
     origin = runs.provenance(device)
@@ -207,6 +233,21 @@ def model_steps(settings: Settings, device: torch.device) -> Iterator[tuple[str,
         steps = pyro_steps(make_vae, loss) | {"CompiledSVI": partial(compiled_svi, make_vae, loss)}
         contenders = {name: Contender(over([x] * settings.steps, make), settings.steps) for name, make in steps.items()}
         yield f"{model}, batch of {len(x)}", measure(contenders, settings.repeats, device)
+
+
+def program_steps(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
+    """A step of a small program, by program."""
+    for name in settings.programs or PROGRAMS:
+        engines = {
+            ANY_LOSS: plain_program,
+            "CompiledSVI, as traced": partial(compiled_program, compiler="none"),
+            "CompiledSVI": partial(compiled_program, compiler="inductor"),
+        }
+        makes = {
+            key: partial(in_a_store, PROGRAMS[name], make, settings.steps, device) for key, make in engines.items()
+        }
+        contenders = {key: Contender(make, settings.steps) for key, make in makes.items()}
+        yield name, measure(contenders, settings.repeats, device)
 
 
 def epochs(settings: Settings, device: torch.device) -> Iterator[tuple[str, dict[str, Measured]]]:
@@ -362,6 +403,37 @@ def compiled_svi(
     """This library's."""
     vae = make_vae()
     return CompiledSVI(vae.model, vae.guide, adam(vae), loss, precision=precision).step
+
+
+def plain_program(program: Program) -> Callable[..., object]:
+    """A step of a program by Pyro's SVI and Adam."""
+    return SVI(program.model, program.guide, Adam({"lr": 1e-3}), program.loss).step
+
+
+def compiled_program(program: Program, compiler: Literal["inductor", "none"]) -> Callable[..., object]:
+    """The same by this library."""
+    optim = Adam({"lr": 1e-3})
+    return CompiledSVI(program.model, program.guide, optim, program.loss, compiler=compiler, fallback=False).step
+
+
+def in_a_store(
+    make_program: Callable[[torch.device], Program],
+    engine: Callable[[Program], Callable[..., object]],
+    steps: int,
+    device: torch.device,
+) -> Callable[[], object]:
+    """A call of so many steps of a program, with a parameter store of its own."""
+    store = pyro.get_param_store()
+    with store.scope() as state:
+        program = make_program(device)
+        step = engine(program)
+
+    def call() -> None:
+        with store.scope(state):
+            for _ in range(steps):
+                step(*program.args)
+
+    return call
 
 
 def by_hand(make_vae: Callable[[], VAE], compiled: bool = False) -> Step:
@@ -635,7 +707,8 @@ def time_table(title: str, measured: dict[str, Measured]) -> str:
     """Times, their ratios to the reference's and to the floor's if there is one."""
     slowest = max(each["high"] for each in measured.values())
     unit, scale = ("milliseconds", 1e3) if slowest < 1 else ("seconds", 1)
-    bases = {f"of {name}": measured[name]["median"] for name in (REFERENCE, FLOOR) if name in measured}
+    references = (REFERENCE, ANY_LOSS, FLOOR)
+    bases = {f"of {name}": measured[name]["median"] for name in references if name in measured}
     memory = ["peak MiB"] * any("peak_bytes" in each for each in measured.values())
     rows = [(title, unit, "spread", *bases, "first call, s", *memory)]
     for name, each in measured.items():
@@ -643,6 +716,17 @@ def time_table(title: str, measured: dict[str, Measured]) -> str:
         ratios = (f"{each['median'] / base:.3g}" for base in bases.values())
         peak = [f"{each['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in each else ""] if memory else []
         rows.append((name, median, f"{low} to {high}", *ratios, f"{each['first']:.1f}", *peak))
+    return runs.table(rows)
+
+
+def summary_table(groups: dict[str, dict[str, Measured]]) -> str:
+    """Over all programs, how much of the reference's time a step of the other contenders takes."""
+    rows = [(f"of {ANY_LOSS}, {len(groups)} programs", "median", "spread", "longest first call, s")]
+    for name in list(next(iter(groups.values())))[1:]:
+        ratios = [contenders[name]["median"] / contenders[ANY_LOSS]["median"] for contenders in groups.values()]
+        first = max(contenders[name]["first"] for contenders in groups.values())
+        spread = f"{min(ratios):.3g} to {max(ratios):.3g}"
+        rows.append((name, f"{statistics.median(ratios):.3g}", spread, f"{first:.1f}"))
     return runs.table(rows)
 
 
@@ -657,26 +741,43 @@ def rate_table(title: str, measured: dict[str, Measured]) -> str:
     return runs.table(rows)
 
 
+def relative(part: str, groups: dict[str, dict[str, Measured]]) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
+    """The reference; and low, median and high relative to its median, by group and contender, or contender and program.
+
+    What has most names comes last: those are the rows of a panel.
+    """
+    present = next(iter(groups.values()))
+    reference = next(name for name in (REFERENCE, ANY_LOSS, FLOOR) if name in present)
+    ratios = {
+        group: {
+            name: np.array([each[key] for key in ("low", "median", "high")]) / contenders[reference]["median"]
+            for name, each in contenders.items()
+        }
+        for group, contenders in groups.items()
+    }
+    if part == "programs":
+        ratios = {name: {group: those[name] for group, those in ratios.items()} for name in present}
+    return reference, ratios
+
+
 def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: Path) -> None:
     """Times relative to the reference's median, a panel for each part: medians, and lines from lowest to highest."""
-    names = {part: list(next(iter(groups.values()))) for part, groups in measured.items()}
-    heights = [len(each) for each in names.values()]
+    panels = {part: relative(part, groups) for part, groups in measured.items()}
+    heights = [len(next(iter(ratios.values()))) for _, ratios in panels.values()]
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(9, 0.4 * sum(heights) + 0.9 * len(heights)), layout="constrained")
-        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (part, groups) in zip(panels, measured.items(), strict=True):
-            reference = REFERENCE if REFERENCE in names[part] else FLOOR
-            shifts = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
-            for shift, (group, contenders) in zip(shifts, groups.items(), strict=True):
-                base = contenders[reference]["median"]
-                keys = ("low", "median", "high")
-                low, median, high = np.array([[each[k] / base for k in keys] for each in contenders.values()]).T
+        places = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (part, (reference, ratios)) in zip(places, panels.items(), strict=True):
+            shifts = np.linspace(-0.3, 0.3, len(ratios)) if len(ratios) > 1 else [0.0]
+            rows = list(next(iter(ratios.values())))
+            for shift, (label, each) in zip(shifts, ratios.items(), strict=True):
+                low, median, high = np.array(list(each.values())).T
                 place = np.arange(len(median)) + shift
-                axes.errorbar(median, place, xerr=(median - low, high - median), fmt="o", markersize=4, label=group)
+                axes.errorbar(median, place, xerr=(median - low, high - median), fmt="o", markersize=4, label=label)
             axes.axvline(1, color="0.5", linewidth=0.8, zorder=0)
-            axes.set(xscale="log", ylim=(len(median) - 0.4, -0.6), title=TITLES[part])
+            axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), title=TITLES[part])
             axes.set(xlabel=f"time, relative to {reference}")
-            axes.set_yticks(range(len(median)), names[part])
+            axes.set_yticks(range(len(rows)), rows)
             low, high = axes.get_xlim()
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
             axes.xaxis.set_minor_locator(NullLocator())
