@@ -171,8 +171,13 @@ class CompiledSVI:
             return loss
         randomness = Randomness(call.devices) if graph.speculates else None
         kept = [(x, x.clone()) for x in graph.written] if graph.judges else []
-        result = graph.timed(call.tensors)
-        if graph.valid(result) and (randomness is None or graph.foreseen(result)):
+        try:
+            result = graph.timed(call.tensors)
+        except RuntimeError:
+            if randomness is None:
+                raise
+            result = None  # other draws make other shapes
+        if result is not None and graph.valid(result) and (randomness is None or graph.foreseen(result)):
             if call.train:
                 self._apply(graph, result)
                 self._stepped(call)
@@ -182,7 +187,7 @@ class CompiledSVI:
         if randomness is not None:
             randomness.restore()
             if graph.misses > 4 and 4 * graph.misses > graph.uses:
-                kind.reason = graph.looked() + ", which depend on what is drawn"
+                kind.reason = graph.looked()
                 return self._refuse(kind.reason, call.args, call.kwargs, call.train)
         return self._run_pyro(call.args, call.kwargs, call.train)  # which says what is wrong with data
 
@@ -305,7 +310,10 @@ class CompiledSVI:
         randomness.restore()
         theirs = self._pyros_own(call)
         rounded = self.precision == "bfloat16"
-        found = difference(graph, mine, theirs, rounded)
+        # not for other draws than those that the graph is for
+        foreseen = not graph.speculates if isinstance(mine, str) else graph.foreseen(mine)
+        graph.misses += not foreseen
+        found = difference(graph, mine, theirs, rounded) if foreseen else ""
         if found and graph.compiled:
             after, changed = Randomness(call.devices), [(x, x.clone()) for x in graph.written]
             _put_back(kept)

@@ -105,8 +105,7 @@ class Graph:
 
     def looked(self) -> str:
         """What the program read from tensors, in words."""
-        looks: list[Look] = self._after or self._before
-        return looked(looks)
+        return looked(self._after, "that are drawn") if self._after else looked(self._before)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the parameter store, what needs gradients, and what programs read from tensors are as they were."""

@@ -3,10 +3,12 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
@@ -79,9 +81,9 @@ class Call(NamedTuple):
         if last.state is not self.state and (changed := last.state.snapshot.changed()):
             return changed
         named = tree_flatten_with_path((self.args, self.kwargs))[0]
-        for (path, _), a, b in zip(named, last.key[2], self.key[2], strict=True):
+        for (path, leaf), a, b in zip(named, last.key[2], self.key[2], strict=True):
             if a != b:
-                return f"argument {keystr(path[1:])}"
+                return f"{'the layout of ' if isinstance(leaf, Tensor) else ''}argument {keystr(path[1:])}"
         return "something around the step"
 
 
@@ -173,7 +175,7 @@ class Calls:
 
 def _ambient() -> tuple | str:
     """What surrounds a step that programs run in; or why no graph holds there."""
-    if _PYRO_STACK:
+    if _PYRO_STACK and not _hides_all(_PYRO_STACK[-1]):
         return f"a handler is around the step, {type(_PYRO_STACK[-1]).__name__}"
     modes = [type(each).__name__ for each in torch.overrides._get_current_function_mode_stack()]
     if any(name != "DeviceContext" for name in modes) or torch._C._len_torch_dispatch_stack():
@@ -183,6 +185,12 @@ def _ambient() -> tuple | str:
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     types = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else ()
     return torch.is_grad_enabled(), autocast, types, torch.get_default_dtype(), str(torch.get_default_device())
+
+
+def _hides_all(handler: object) -> bool:
+    """Whether it is ``poutine.block()``, inside of which programs are as if nothing were around them."""
+    hide = handler.hide_fn if type(handler) is BlockMessenger else None
+    return isinstance(hide, partial) and hide.args == ([], [], [], [], True)
 
 
 def _as_tensor(number: float, leaves: list[Any]) -> Tensor:

@@ -143,12 +143,12 @@ def trace_graph(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Grap
         return make_fx(flat)(*(x.detach() for x in tensors))
 
 
-def looked(looks: Iterable[Look]) -> str:
+def looked(looks: Iterable[Look], which: str = "") -> str:
     """What a program did that one graph cannot hold, in words."""
     where = next((look.where for look in looks if look.where), "")
     return (
-        f"the programs look at the values of tensors{where}, in an if, a float(), an .item(), a choice by a mask or as "
-        "an array, which one graph cannot hold: write torch.where"
+        f"the programs look at the values of tensors{which and ' '}{which}{where}, in an if, a float(), an .item(), a "
+        "choice by a mask or as an array, which one graph cannot hold: write torch.where"
     )
 
 
@@ -331,11 +331,21 @@ class _Python(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in self.reads:
             self._watch.look(args[0])
+        if func is Tensor.__getitem__ and (places := _places(args[1])):  # without a look at each of them
+            return aten.index.Tensor(args[0], places)
         if func is torch.nn.functional.one_hot:  # of a given number of classes: without a look at the largest label
             labels, classes = (*args, *kwargs.values()) if len(args) + len(kwargs) == 2 else (args[0], -1)
             if classes > 0:
                 return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
         return func(*args, **kwargs)
+
+
+def _places(index: object) -> list[Tensor]:
+    """An index of integers that are tensors; empty if it is another."""
+    places = list(index) if isinstance(index, tuple) else [index]
+    kinds = (torch.int64, torch.int32, torch.int16, torch.int8)
+    of_integers = all(isinstance(i, Tensor) and i.dim() == 0 and i.dtype in kinds for i in places)
+    return [i.long() for i in cast(list[Tensor], places)] if of_integers else []
 
 
 class Collected(TorchFunctionMode):

@@ -1,0 +1,129 @@
+"""CompiledSVI on programs of kinds found in Pyro's examples: losses and parameters are those of pyro.infer.SVI."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.optim import Adam  # pyright: ignore[reportAttributeAccessIssue]
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.infer import CompiledSVI
+from pyro_vae.infer.graphs import Graph
+
+X = torch.tensor([0.0, 20.0, 40.0])
+
+
+def trained(make, calls, loss, **settings):
+    """Losses, parameters, warnings, how many steps were a graph's alone, and the next random number."""
+    torch.manual_seed(0)
+    engine: Any = partial(CompiledSVI, **settings) if settings else SVI
+    with (
+        pyro.get_param_store().scope(),
+        warnings.catch_warnings(record=True) as caught,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        warnings.simplefilter("always")
+        alone, timed = [], Graph.timed
+        m.setattr(Graph, "timed", lambda *args: alone.append(1) or timed(*args))
+        losses = calls(engine(*make(), Adam({"lr": 0.05}), loss))
+        params = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    return losses, params, [str(each.message) for each in caught], len(alone), torch.rand(())
+
+
+def as_pyro(make, calls=lambda svi: [svi.step(X) for _ in range(12)], loss=None):
+    """The warnings of CompiledSVI, and how many steps were a graph's alone, after a comparison."""
+    loss = loss or Trace_ELBO()
+    losses, params, _, _, drawn = trained(make, calls, loss)
+    found = trained(make, calls, loss, compiler="none")
+    torch.testing.assert_close(torch.tensor(tree_leaves(found[0])), torch.tensor(tree_leaves(losses)))
+    torch.testing.assert_close(found[1], params)
+    assert found[4] == drawn
+    return found[2:4]
+
+
+def two_components():
+    """Which component a datum has is drawn, and chooses its location."""
+
+    def model(x):
+        locs = pyro.param("locs", torch.tensor([0.0, 20.0]))
+        for i, each in enumerate(x):
+            which = pyro.sample(f"which_{i}", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample(f"x_{i}", dist.Normal(locs[which], 10.0), obs=each)
+
+    def guide(x):
+        weights = pyro.param("weights", torch.full((len(x), 2), 0.5), constraint=constraints.simplex)
+        for i in range(len(x)):
+            pyro.sample(f"which_{i}", dist.Categorical(weights[i]))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceGraph_ELBO()], ids=lambda loss: type(loss).__name__)
+def test_draws_may_be_indices(loss):
+    caught, alone = as_pyro(two_components, loss=loss)
+    assert not caught
+    assert alone == 12 - 6  # without Pyro's own first step, the traced one, and checks at uses 1, 2, 4, 8
+
+
+def if_drawn():
+    """Another computation for each value of what is drawn."""
+
+    def model(x):
+        which = pyro.sample("which", dist.Bernoulli(0.5))
+        loc = x.new_tensor(0.0) if which else x[x > pyro.param("a", torch.tensor(1.0)).exp()].sum()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 10.0), obs=x)
+
+    def guide(x):
+        pyro.sample("which", dist.Bernoulli(pyro.param("p", torch.tensor(0.5), constraint=constraints.unit_interval)))
+
+    return model, guide
+
+
+def chosen_by_a_mask():
+    """How many are chosen depends on what is drawn; they are stacked."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        parts = [z[z > 0][:1].sum().reshape(1).expand(int((z > 0).sum())), z.new_zeros(2)]
+        shift = torch.stack(parts).sum() if len(parts[0]) == 2 else parts[0].sum()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(shift, 10.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(4)), 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("make", [if_drawn, chosen_by_a_mask])
+def test_what_depends_on_draws_runs_through_pyro_and_says_why(make):
+    caught, _ = as_pyro(make, lambda svi: [svi.step(X) for _ in range(24)])
+    assert all("look at the values of tensors that are drawn" in each for each in caught)
+    assert len(caught) <= 1
+
+
+def test_a_handler_that_hides_all_is_none():
+    def blocked(svi):
+        with poutine.block():
+            return [svi.step(X) for _ in range(12)]
+
+    caught, alone = as_pyro(two_components, blocked)
+    assert not caught
+    assert alone
+
+    def partly(svi):
+        with poutine.block(hide=["which_1"]):
+            return [svi.step(X) for _ in range(12)]
+
+    caught, alone = as_pyro(two_components, partly)
+    assert len(caught) == 1
+    assert "a handler is around the step, BlockMessenger" in caught[0]
+    assert not alone
