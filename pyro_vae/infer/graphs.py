@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from pyro_vae.infer.compiling import compile_graph
+from pyro_vae.infer.parting import split_looks
 from pyro_vae.infer.steps import Derivatives
-from pyro_vae.infer.tracing import Look, Traced, first_line, looked, split_looks
+from pyro_vae.infer.tracing import Look, Traced, first_line, looked
 
 SECONDS_TO_COMPILE = 2.0
 SECONDS_PER_NODE = 0.01

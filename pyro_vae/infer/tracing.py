@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, cast
 
 import pyro
@@ -18,7 +19,7 @@ from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributions import Distribution, constraints
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -232,7 +233,7 @@ class _Watch(TorchDispatchMode):
                 return func(*args, **kwargs)
         for x in _shaping(func, args, kwargs):
             self.look(x)
-        for x in _written(func, args, kwargs):
+        for x in written(func, args, kwargs):
             self._keep(x)
         result = func(*args, **kwargs)
         constant = torch.Tag.nondeterministic_seeded not in func.tags and all(map(self._is_constant, given))
@@ -297,13 +298,13 @@ def _shaping(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
     return [] if place is None or place >= len(args) else [args[place]]
 
 
-def _written(func: OpOverload, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """The tensors that an operation changes."""
+def written(func: OpOverload, args: tuple, kwargs: dict, kind: type = Tensor) -> Iterator[Any]:
+    """The tensors, or nodes, that an operation changes."""
     if func._schema.is_mutable:
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[place] if place < len(args) else kwargs.get(argument.name)
-                yield from (x for x in tree_leaves(given) if isinstance(x, Tensor))
+                yield from (x for x in tree_leaves(given) if isinstance(x, kind))
 
 
 def _storage(x: Tensor) -> int:
@@ -324,7 +325,7 @@ class _Python(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is Tensor.__bool__ and sys._getframe(1).f_code in _SEARCHES:
+        if func is Tensor.__bool__ and _caller() in _SEARCHES:
             return False
         if func is Tensor.__repr__:
             with _disable_current_modes():
@@ -379,6 +380,14 @@ _LOSSES = os.path.dirname(pyro.infer.elbo.__file__)
 _SEARCHES = (warn_if_nan.__code__, warn_if_inf.__code__)
 
 
+def _caller() -> CodeType:
+    """The code that asks a function of a tensor, behind the modes of this file."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
+
+
 def _where() -> str:
     """The line of the programs that is running, outside of the libraries; empty if there is none."""
     for frame in reversed(traceback.extract_stack()):
@@ -390,45 +399,3 @@ def _where() -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def split_looks(graph: GraphModule, num_results: int) -> tuple[GraphModule, GraphModule | None, list[int], list[int]]:
-    """The looks that can be known before a run, as a graph of their own, taken from those that a run itself gives.
-
-    Args:
-        graph: its outputs after the first ``num_results`` are looks.
-
-    Returns:
-        the graph with the results, and the looks that depend on what is drawn or changed in place; the graph of the
-        others, None if there are none; the indices of the others, and of those that depend.
-    """
-    output = next(iter(reversed(graph.graph.nodes)))
-    outputs = list(cast(Any, output.args[0]))
-    results, looks = outputs[:num_results], outputs[num_results:]
-    ancestors: dict[Node, set[Node]] = {}
-    unforeseen = set()
-    for node in graph.graph.nodes:
-        ancestors[node] = {node}.union(*(ancestors[each] for each in node.all_input_nodes)) if looks else set()
-        target = node.target
-        if isinstance(target, OpOverload) and (
-            target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
-        ):
-            unforeseen.add(node)
-    before = [i for i, node in enumerate(looks) if unforeseen.isdisjoint(ancestors[node])]
-    after = [i for i in range(len(looks)) if i not in set(before)]
-    first = _part(graph, [looks[i] for i in before], ancestors) if before else None
-    output.args = ((*results, *(looks[i] for i in after)),)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph, first, before, after
-
-
-def _part(graph: GraphModule, outputs: list[Node], ancestors: dict[Node, set[Node]]) -> GraphModule:
-    """The graph of some nodes alone, with the same inputs."""
-    needed = set().union(*(ancestors[node] for node in outputs))
-    part, copies = Graph(), {}
-    for node in graph.graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(tuple(copies[node] for node in outputs))
-    return GraphModule(graph, part)

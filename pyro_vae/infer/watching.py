@@ -28,7 +28,15 @@ _LIBRARIES = frozenset(("torch", "pyro", "numpy", "zuko", "opt_einsum", "pyro_va
     "__main__"
 }
 _UNSEEN = frozenset(("_steps_taken", "_pyro_context", "__weakref__", "__dict__"))
-_UNSEEN_IN_LIBRARIES = ("_cached", "plates", "_prototype_frames")
+_UNSEEN_IN_LIBRARIES = (
+    "_cache",
+    "_samples_cache",
+    "_param_hits",
+    "_param_misses",
+    "_inv",
+    "plates",
+    "_prototype_frames",
+)
 """Attributes, and beginnings of such, that change while programs run and that are none of their settings."""
 
 
