@@ -263,7 +263,7 @@ class CompiledSVI:
 
     def _keep(self, kind: Kind, graph: Graph, call: Call) -> None:
         kind.traces += 1
-        if kind.traces > PATIENCE and sum(each.uses for each in kind.graphs) < 4 * kind.traces:
+        if kind.traces > PATIENCE // 2 and sum(each.uses for each in kind.graphs) < 4 * kind.traces:
             kind.reason = graph.looked()
         kind.graphs = [graph, *kind.graphs[: PATIENCE - 1]]
         kind.record = self._recorder(graph, call)

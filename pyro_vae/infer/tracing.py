@@ -391,7 +391,8 @@ def _caller() -> CodeType:
 def _where() -> str:
     """The line of the programs that is running, outside of the libraries; empty if there is none."""
     for frame in reversed(traceback.extract_stack()):
-        if "site-packages" not in frame.filename and Path(frame.filename).parent != Path(__file__).parent:
+        of_library = "site-packages" in frame.filename or Path(frame.filename).parent == Path(__file__).parent
+        if not of_library and frame.filename != "<string>":
             return f" ({Path(frame.filename).name}, line {frame.lineno})"
     return ""
 
