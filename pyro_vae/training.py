@@ -371,10 +371,15 @@ class Training:
         switch((self.optimizer,), "train")
         try:
             objective, rate, recent = self._steps(svi, loss, bar)
+        except NonFiniteError as error:
+            if self._is_finite():
+                raise
+            self.module.load_state_dict(good)
+            raise NonFiniteError(f"{error}; the weights are those of the epoch before") from error
         finally:
             switch((self.optimizer,), "eval")
         # a compiled step does not wait to see its loss, so that a NaN is found here
-        if not math.isfinite(objective) or not all(p.isfinite().all() for p in self.module.parameters()):
+        if not math.isfinite(objective) or not self._is_finite():
             self.module.load_state_dict(good)
             raise NonFiniteError(
                 f"training stopped: the training loss was NaN or infinite in epoch {epoch}; the weights are those of "
@@ -387,6 +392,9 @@ class Training:
                 raise _non_finite(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
         train_elbo = estimate_elbo(*self._programs, recent).mean().item()
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
+
+    def _is_finite(self) -> bool:
+        return all(p.isfinite().all() for p in self.module.parameters())
 
     def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
         """One pass over the mini-batches: minus the loss per datum, the last learning rate, and the last data."""

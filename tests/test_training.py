@@ -503,7 +503,7 @@ def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_p
 
     engine = partial(CompiledSVI, compiler="none")
     states = []
-    with pytest.raises(NonFiniteError, match="NaN or infinite in epoch 3; the weights are those of the epoch before"):
+    with pytest.raises(NonFiniteError, match="the weights are those of the epoch before"):
         fit(
             vae,
             Batches(),

@@ -1,10 +1,11 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_vae.errors import NonFiniteError
 from pyro_vae.infer.steps import Loss, Steps
@@ -59,8 +60,8 @@ class PyroSVI:
         if gradients and not torch.nn.utils.get_total_norm([gradient for _, gradient in gradients]).isfinite():
             raise NonFiniteError("a gradient is NaN or infinite")
         self._steps.update(params, gradients)
-        return float(cast(Tensor, loss))
+        return tree_map_only(Tensor, float, loss)
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> float:
         """The loss in its own scale, without a step."""
-        return float(self._steps.evaluate(args, kwargs))
+        return tree_map_only(Tensor, float, self._steps.evaluate(args, kwargs))

@@ -198,7 +198,7 @@ class Steps:
                 f"pyro.param '{forgotten}' is not held by the optimizer, so that it would never be trained: make the "
                 "optimizer of it too, freeze it with requires_grad_(False), or give an optimizer of pyro.optim"
             )
-        if losses and not pairs and self._pyros is None:
+        if not pairs and self._pyros is None and (losses or not params):
             raise ValueError("the optimizer holds no tensor that the loss depends on: nothing would be trained")
         return pairs
 
