@@ -84,7 +84,8 @@ class CompiledSVI:
         check_choice("precision", precision, ("float32", "bfloat16"))
         check_choice("compiler", compiler, ("auto", "inductor", "none"))
         self._steps = Steps(model, guide, optim, loss, max_norm, precision)
-        self.precision, self.compiler, self.cuda_graph, self.fallback = precision, compiler, cuda_graph, fallback
+        self.precision, self.cuda_graph, self.fallback = precision, cuda_graph, fallback
+        self.compiler: Literal["auto", "inductor", "none"] = compiler
         self._forget()
 
     model = property(lambda self: self._steps.model, doc="The model.")

@@ -116,7 +116,7 @@ class Steps:
         with self._rounded(), poutine.trace(param_only=True) as capture, collected if ours else nullcontext():
             loss = self._loss_and_grads(args, kwargs)
         sites = {name: site["value"] for name, site in capture.trace.nodes.items() if name != _HELD}
-        params = {name: value.unconstrained() for name, value in sites.items()}
+        params = {name: cast(Any, value).unconstrained() for name, value in sites.items()}
         if not ours:
             return Derivatives(loss, params, [])
         with self._rounded():
@@ -126,14 +126,14 @@ class Steps:
         """The loss alone."""
         with torch.no_grad(), self._rounded(), Collected(self.loss):
             if isinstance(self.loss, PyroELBO):
-                return detached(self.loss.loss(self.model, self.guide, *args, **kwargs))
+                return detached(cast(Any, self.loss).loss(self.model, self.guide, *args, **kwargs))
             return detached(self._called(args, kwargs))
 
     def update(self, params: dict[str, Tensor], gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Let the optimizer step, with the gradients given on top of those that the tensors have."""
         for p, gradient in gradients:
             zeros, version = self._zeros.get(id(p), (None, 0))
-            if p.grad is None or (p.grad is zeros and zeros._version == version):
+            if p.grad is None or (zeros is not None and p.grad is zeros and zeros._version == version):
                 p.grad = gradient
             else:
                 p.grad = p.grad + gradient

@@ -122,7 +122,7 @@ class _Judge(Messenger):
     def judge(self, distribution: Distribution, value: object) -> None:
         """What ``_validate_sample`` would look at, of an observed value."""
         if id(value) in self._observed and not isinstance(distribution.support, self.costly):
-            self.verdicts.append(distribution.support.check(cast(Tensor, value)).all())
+            self.verdicts.append(cast(Any, distribution.support).check(value).all())
 
 
 def trace_graph(function: Callable[..., Any], tensors: Sequence[Tensor]) -> GraphModule:
@@ -376,7 +376,7 @@ class Collected(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_LOSSES = os.path.dirname(pyro.infer.elbo.__file__)
+_LOSSES = os.path.dirname(pyro.infer.__file__)
 _SEARCHES = (warn_if_nan.__code__, warn_if_inf.__code__)
 
 

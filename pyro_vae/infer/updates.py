@@ -24,7 +24,7 @@ def update(optim: PyroOptim, params: Sequence[Tensor]) -> None:
     together: dict[tuple, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
     for p in params:
         each = optim.optim_objs.get(p)
-        inner = each.optimizer if each is not None and is_scheduler(each) else each
+        inner: Any = each.optimizer if each is not None and is_scheduler(each) else each
         if not _is_plain(inner, p):
             alone.append(p)
             continue

@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -195,7 +196,7 @@ def _is_leaf(each: object) -> bool:
         return True
     if isinstance(each, (types.ModuleType, types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
         return True
-    if isinstance(each, (torch.optim.Optimizer, pyro.optim.PyroOptim)) or each is pyro.get_param_store():
+    if isinstance(each, (torch.optim.Optimizer, PyroOptim)) or each is pyro.get_param_store():
         return True
     return isinstance(each, type) and is_library(each.__module__)
 
