@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributions import Distribution, constraints
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -90,7 +91,7 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
 
     aliases = {id(x): x.detach() for x in tensors}
     try:
-        with unvalidated(judge):
+        with unvalidated(judge), _undescribed():
             graph = make_fx(watched)(*(aliases[id(x)] for x in tensors))
         if judge.verdicts and not valid:
             raise InvalidData("observed values are outside of the support of their distribution")
@@ -140,7 +141,7 @@ def trace_graph(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Grap
         return found
 
     watch = _Watch()
-    with unvalidated():
+    with unvalidated(), _undescribed():
         return make_fx(flat)(*(x.detach() for x in tensors))
 
 
@@ -186,6 +187,22 @@ def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
                 yield
         finally:
             Distribution.__init__, Distribution._validate_sample = begin, validate
+
+
+@contextlib.contextmanager
+def _undescribed() -> Iterator[None]:
+    """Context: nodes of graphs traced in this thread say nothing of shapes, which nobody reads and which take most of
+    the time."""
+    this, usual = threading.get_ident(), proxy_tensor.set_meta
+
+    def described(proxy, value):
+        return proxy if threading.get_ident() == this else usual(proxy, value)
+
+    proxy_tensor.set_meta = described
+    try:
+        yield
+    finally:
+        proxy_tensor.set_meta = usual
 
 
 def _lifted(graph: GraphModule, watch: "_Watch") -> tuple[GraphModule, list[Tensor]]:
