@@ -33,6 +33,8 @@ class Program(NamedTuple):
     """So many steps are an epoch, after which the scheduler steps; None: there is no scheduler."""
     before: Callable[[int], object] | None = None
     """What a script does before each step, of which it gets the number."""
+    plain: Callable[[], Any] | None = None
+    """Another loss by which Pyro runs it for comparison: torch.jit draws random numbers of its own."""
     compiled: bool = True
     """Whether its steps must become a graph; if not, they run through Pyro, after one warning."""
     told: str | None = None

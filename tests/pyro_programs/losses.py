@@ -15,6 +15,7 @@ from pyro.infer import (
     ReweightedWakeSleep,
     Trace_ELBO,
     Trace_MMD,
+    TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
@@ -288,7 +289,7 @@ def differentiable_loss():
 def by_jit():
     """The bound that Pyro compiles by ``torch.jit``."""
     loss = partial(JitTrace_ELBO, ignore_jit_warnings=True)
-    return Program(linear, AutoNormal(linear), loss, same(*linear_data()))
+    return Program(linear, AutoNormal(linear), loss, same(*linear_data()), plain=Trace_ELBO)
 
 
 def enumerated_by_jit():
@@ -302,7 +303,8 @@ def enumerated_by_jit():
 
     guide = AutoNormal(poutine.block(model, expose=["loc"]))
     loss = partial(JitTraceEnum_ELBO, max_plate_nesting=1, ignore_jit_warnings=True)
-    return Program(model, guide, loss, same(torch.randn(5)))
+    plain = partial(TraceEnum_ELBO, max_plate_nesting=1)
+    return Program(model, guide, loss, same(torch.randn(5)), plain=plain)
 
 
 PROGRAMS = (
