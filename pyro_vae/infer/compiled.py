@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro.infer import ELBO as PyroELBO
+from pyro.ops.provenance import detach_provenance
 from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
@@ -88,10 +89,14 @@ class CompiledSVI:
         self.compiler: Literal["auto", "inductor", "none"] = compiler
         self._forget()
 
-    model = property(lambda self: self._steps.model, doc="The model.")
-    guide = property(lambda self: self._steps.guide, doc="The guide.")
-    optim = property(lambda self: self._steps.optim, doc="The optimizer.")
+    model = property(lambda self: self._steps.model, lambda self, it: self._change(model=it), doc="The model.")
+    guide = property(lambda self: self._steps.guide, lambda self, it: self._change(guide=it), doc="The guide.")
+    optim = property(lambda self: self._steps.optim, lambda self, it: self._change(optim=it), doc="The optimizer.")
     loss = property(lambda self: self._steps.loss, doc="The loss.")
+
+    def _change(self, **parts: Any) -> None:
+        self._steps = self._steps.with_other(**parts)
+        self._forget()
 
     def _forget(self) -> None:
         self._calls = Calls((self.model, self.guide, self.loss))
@@ -213,7 +218,7 @@ class CompiledSVI:
 
     def _apply(self, graph: Graph, result: Result) -> None:
         """What follows a run: the optimizer's step, and the entries of the store that the programs set."""
-        store = pyro.get_param_store()
+        store, params = pyro.get_param_store(), graph.met()
         for name, value in zip(graph.replaced, result.replaced, strict=True):
             store._params[name] = value.detach().requires_grad_()
             store._param_to_name[store._params[name]] = name
@@ -222,7 +227,7 @@ class CompiledSVI:
             (p, gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient))
             for p, gradient in zip(graph.trained, result.gradients, strict=True)
         ]
-        self._steps.update(graph.params, pairs)
+        self._steps.update(params, pairs)
         if isinstance(self.optim, PyroOptim) and isinstance(self.loss, PyroELBO) and isinstance(result.loss, Tensor):
             warn_if_nan(result.loss, "loss")
 
@@ -294,7 +299,8 @@ class CompiledSVI:
                 raise ContractError("they take parameters out of the store")
             met.append((Outline(leaves, spec, params, [p for p, _ in gradients], replaced), gradients))
             values = [now[name].detach() for name in replaced]
-            return [*(x for x in leaves if isinstance(x, Tensor)), *(gradient for _, gradient in gradients), *values]
+            found = [*(x for x in leaves if isinstance(x, Tensor)), *(gradient for _, gradient in gradients), *values]
+            return [detach_provenance(x) for x in found]  # wrapped in what says which sites they come from
 
         with uncounted(self.loss), torch.enable_grad() if call.train else nullcontext():
             traced = trace(run, call.tensors)

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from pyro_vae.infer.compiling import likeness
 from pyro_vae.infer.graphs import Graph, Record
-from pyro_vae.infer.watching import PLAIN, Snapshot
+from pyro_vae.infer.watching import PLAIN, Snapshot, exact
 
 MOST_STATES = 8
 """So many states of the programs' Python are kept with their graphs, such as those of training and evaluation."""
@@ -113,6 +113,8 @@ class Calls:
             return ambient
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
             return "a parameter has hooks on its gradient"
+        if train and not torch.is_grad_enabled():
+            return "gradients are switched off around the step"
         lifted = self._numbers(leaves, spec)
         tensors: list[Tensor] = []
         parts: list[object] = []
@@ -131,7 +133,9 @@ class Calls:
                 parts.append((slice, leaf.start, leaf.stop, leaf.step))
             elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
                 parts.append((leaf.shape, leaf.dtype.str, leaf.tobytes()))
-            elif isinstance(leaf, (*PLAIN, np.generic)):
+            elif isinstance(leaf, (float, np.generic)):
+                parts.append((type(leaf), exact(leaf)))
+            elif isinstance(leaf, PLAIN):
                 parts.append((type(leaf), leaf))
             else:
                 parts.append((type(leaf), id(leaf)))
@@ -180,6 +184,8 @@ def _ambient() -> tuple | str:
     modes = [type(each).__name__ for each in torch.overrides._get_current_function_mode_stack()]
     if any(name != "DeviceContext" for name in modes) or torch._C._len_torch_dispatch_stack():
         return "a mode of torch is around the step"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks for saved tensors are around the step"
     if torch.is_inference_mode_enabled():
         return "inference mode is around the step"
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")

@@ -45,9 +45,7 @@ def split_looks(graph: GraphModule, num_results: int) -> tuple[GraphModule, Grap
 
 def _changed(node: Node) -> list[Node]:
     """The arguments that a node changes in place."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return []
-    return list(written(node.target, node.args, node.kwargs, Node))
+    return list(written(node.target, node.args, node.kwargs, Node)) if isinstance(node.target, OpOverload) else []
 
 
 def _roots(graph: GraphModule) -> dict[Node, Node]:

@@ -93,6 +93,11 @@ class Steps:
         self._pyros = optim if isinstance(optim, PyroOptim) else None
         self._zeros: dict[int, tuple[Tensor, int]] = {}
 
+    def with_other(self, **parts: Any) -> "Steps":
+        """The same with another model, guide or optimizer."""
+        own = {"model": self.model, "guide": self.guide, "optim": self.optim, "loss": self.loss, **parts}
+        return Steps(**own, max_norm=self._max_norm, precision=self._precision)
+
     @property
     def held(self) -> list[Tensor]:
         """The tensors that the optimizer knows and that need gradients."""
@@ -182,10 +187,11 @@ class Steps:
     def _gradients(self, losses: list[Tensor], params: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Those of the optimizer's tensors, or of the parameters met."""
         held = self.held if self._pyros is None else list(params.values())
+        losses = [loss for loss in losses if loss.requires_grad]
+        held += _leaves(losses) if self._pyros is not None else []  # in whose ``grad`` Pyro leaves gradients as well
         ids = {id(p) for p in held}
         beside = {name: p for name, p in params.items() if id(p) not in ids}
         asked = list({id(p): p for p in (*held, *beside.values()) if p.requires_grad}.values())
-        losses = [loss for loss in losses if loss.requires_grad]
         if not losses or not asked:
             found: Sequence[Tensor | None] = [None] * len(asked)
         else:
@@ -220,6 +226,18 @@ def _with_a_param(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _parameters(optim: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optim.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _leaves(losses: list[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass would leave gradients in."""
+    found, seen, todo = [], set(), [loss.grad_fn for loss in losses]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            todo += [each for each, _ in node.next_functions]
+    return found
 
 
 def detached(loss: Any) -> Any:

@@ -307,6 +307,10 @@ _BY_VALUES = {
 """Operations whose result has a shape, or is read by kernels as one, that depends on the values of this argument."""
 
 
+_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
+"""Operations that change their running means and do not say so."""
+
+
 def _shaping(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors whose values make shapes."""
     if func is aten.index.Tensor:
@@ -317,9 +321,10 @@ def _shaping(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
 
 def written(func: OpOverload, args: tuple, kwargs: dict, kind: type = Tensor) -> Iterator[Any]:
     """The tensors, or nodes, that an operation changes."""
-    if func._schema.is_mutable:
+    if func._schema.is_mutable or func in _NORMS:
         for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or (func in _NORMS and argument.name in ("running_mean", "running_var")):
                 given = args[place] if place < len(args) else kwargs.get(argument.name)
                 yield from (x for x in tree_leaves(given) if isinstance(x, kind))
 

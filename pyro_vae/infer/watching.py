@@ -50,9 +50,14 @@ def alike(a: object, b: object) -> bool:
     if isinstance(a, (tuple, list)):
         other: Any = b
         return len(a) == len(other) and all(map(alike, a, other))
-    if isinstance(a, (*PLAIN, np.generic)):
-        return bool(a == b) or (a != a and b != b)
-    return False
+    if isinstance(a, (float, np.generic)):
+        return exact(a) == exact(b)
+    return isinstance(a, PLAIN) and a == b
+
+
+def exact(number: Any) -> object:
+    """What tells a floating-point number from all others: 0 from -0, and no NaN from itself."""
+    return number.tobytes() if isinstance(number, np.generic) else number.hex()
 
 
 def is_library(name: object) -> bool:
@@ -76,12 +81,20 @@ class Snapshot:
         self._seen: dict[int, object] = {}  # kept alive, so that no id is taken twice
         self._slots = 0
         self.generators: list[torch.Generator | np.random.Generator | np.random.RandomState | random.Random] = []
+        self._names: set[str] = set()  # in the code of functions: of modules these are watched
+        modules: list[types.ModuleType] = []
         todo = deque((root, getattr(root, "__name__", type(root).__name__)) for root in roots)
         while todo and self._slots < MOST_SLOTS:
             each, label = todo.popleft()
             if id(each) not in self._seen and not _is_leaf(each):
                 self._seen[id(each)] = each
-                todo.extend(self._visit(each, label))
+                if isinstance(each, types.ModuleType):
+                    modules.append(each)
+                else:
+                    todo.extend(self._visit(each, label))
+            while modules and not todo:
+                module = modules.pop()
+                todo.extend(self._some(vars(module), self._names, module.__name__))
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -154,16 +167,15 @@ class Snapshot:
         names = each.__code__.co_freevars
         if cells:
             yield from self._hold(_Cells(cells, label, names))
-        yield from ((value, label) for value in (each.__defaults__ or ()))
-        yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
         yield from self._whole(each.__dict__, label)
-        if not is_library(each.__module__):
+        if is_library(each.__module__):
+            yield from ((value, label) for value in (each.__defaults__ or ()))
+            yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
+        else:
+            yield from self._hold(_Slots(each, label, ["__code__", "__defaults__", "__kwdefaults__"]))
             used = set(_names(each.__code__))
+            self._names |= used
             yield from self._some(each.__globals__, used, "global")
-            for name in used:
-                module = each.__globals__.get(name)
-                if isinstance(module, types.ModuleType) and not is_library(module.__name__):
-                    yield from self._some(vars(module), used, name)
 
     def _class(self, each: type) -> Iterator[tuple[object, str]]:
         """What the user's classes hold: attributes, and what their methods reach."""
@@ -194,8 +206,10 @@ def _is_leaf(each: object) -> bool:
     """What holds nothing to watch, or is watched elsewhere."""
     if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, weakref.ref, poutine.Trace, constraints.Constraint)):
         return True
-    if isinstance(each, (types.ModuleType, types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
+    if isinstance(each, (types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
         return True
+    if isinstance(each, types.ModuleType):
+        return is_library(each.__name__)
     if isinstance(each, (torch.optim.Optimizer, PyroOptim)) or each is pyro.get_param_store():
         return True
     return isinstance(each, type) and is_library(each.__module__)
