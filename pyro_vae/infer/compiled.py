@@ -58,8 +58,8 @@ class CompiledSVI:
         precision: ``bfloat16`` rounds what matrix products and convolutions of float32 take and give to 8 significant
             bits, in forward and backward pass; all else, such as log-probabilities, parameters and the optimizer,
             keeps its type. ``float32`` leaves the programs as they are.
-        compiler: ``inductor`` compiles a graph before its first use; ``auto`` after it has run as long uncompiled as
-            compiling takes, and on a GPU at once; ``none`` runs traced graphs as they are.
+        compiler: ``inductor`` compiles a graph before its first use; ``auto`` after so many uses that compiling has
+            been worth its seconds, some 4,000 to 10,000, and on a GPU at once; ``none`` runs traced graphs as they are.
         cuda_graph: whether steps on a GPU are recorded and replayed.
         fallback: whether what cannot be compiled runs through Pyro; else it is refused.
 
@@ -178,7 +178,7 @@ class CompiledSVI:
         randomness = Randomness(call.devices) if graph.speculates else None
         kept = [(x, x.clone()) for x in graph.written] if graph.judges else []
         try:
-            result = graph.timed(call.tensors)
+            result = graph.run(call.tensors)
         except RuntimeError:
             if randomness is None:
                 raise

@@ -1,6 +1,5 @@
 """The step of one kind of call as a graph: when it holds, what it gives, and on a GPU its record."""
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,9 +14,11 @@ from pyro_vae.infer.parting import split_looks
 from pyro_vae.infer.steps import Derivatives
 from pyro_vae.infer.tracing import Look, Traced, first_line, looked
 
-SECONDS_TO_COMPILE = 2.0
-SECONDS_PER_NODE = 0.01
-"""About what inductor takes on a CPU; a graph has cost as much uncompiled before ``auto`` compiles it."""
+SECONDS_TO_COMPILE = 2.0, 0.01
+"""About what inductor takes on a CPU: for a graph, and for each of its nodes."""
+SECONDS_GAINED = 3e-6
+"""About what a compiled node saves at each use. ``auto`` compiles after as many uses as make good for compiling; it
+does not measure, so that a seed gives the same numbers, to the last digit, on every run of one machine."""
 
 
 class Result(NamedTuple):
@@ -89,7 +90,6 @@ class Graph:
         self._run: Callable[..., Sequence[Tensor]] = self._traced
         self.compiled = False
         self.uses = self.misses = 0
-        self.seconds = 0.0
         self.checked = 0
 
     @property
@@ -153,21 +153,15 @@ class Graph:
         if compiler == "none" or self.compiled:
             return
         on_gpu = any(x.is_cuda for x in (*tensors, *self.constants))
-        worth = SECONDS_TO_COMPILE + SECONDS_PER_NODE * len(self._traced.graph.nodes)
-        if compiler == "inductor" or on_gpu or self.seconds > worth:
+        nodes = len(self._traced.graph.nodes)
+        worth = (SECONDS_TO_COMPILE[0] + SECONDS_TO_COMPILE[1] * nodes) / (SECONDS_GAINED * nodes)
+        if compiler == "inductor" or on_gpu or self.uses > worth:
             self._run = compile_graph(self._traced, [*tensors, *self._constants()])
             self.compiled = True
 
     def uncompile(self) -> None:
         """Go on with the traced graph."""
         self._run = self._traced
-
-    def timed(self, tensors: Sequence[Tensor]) -> Result:
-        """A run whose seconds are counted."""
-        start = time.perf_counter()
-        result = self.run(tensors)
-        self.seconds += time.perf_counter() - start
-        return result
 
     def _constants(self) -> list[Tensor]:
         if not self._from_store:
