@@ -18,9 +18,10 @@ from pyro_vae.errors import ContractError, check_choice
 from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference
 from pyro_vae.infer.kinds import Call, Calls, Kind
 from pyro_vae.infer.objectives import Objective, uncounted
+from pyro_vae.infer.randomness import Randomness
 from pyro_vae.infer.steps import Derivatives, Loss, Steps
 from pyro_vae.infer.tracing import ONE_AT_A_TIME, InvalidData, first_line, trace
-from pyro_vae.infer.watching import PLAIN, Randomness
+from pyro_vae.infer.watching import PLAIN
 
 MOST_KINDS = 256
 """So many kinds of calls of one state of the programs' Python are remembered."""

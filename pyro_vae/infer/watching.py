@@ -1,14 +1,13 @@
 """What Python holds that programs may read: seen once, and compared at every step, so that no graph outlives it."""
 
 import enum
-import pickle
 import random
-import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -20,14 +19,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.infer.naming import Names, is_library, names_in, names_of_libraries
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range, torch.Size, torch.dtype, torch.device)
 MOST_SLOTS = 5000
 """So many places are watched at the most; what lies beyond is left to the spot checks."""
 MOST_ENTRIES = 1000
 """Larger containers and arrays are compared by identity and length alone."""
-_LIBRARIES = frozenset(("torch", "pyro", "numpy", "zuko", "opt_einsum", "pyro_vae", *sys.stdlib_module_names)) - {
-    "__main__"
-}
 _UNSEEN = frozenset(("_steps_taken", "_pyro_context", "__weakref__", "__dict__"))
 _UNSEEN_IN_LIBRARIES = (
     "_cache",
@@ -39,6 +37,11 @@ _UNSEEN_IN_LIBRARIES = (
     "_prototype_frames",
 )
 """Attributes, and beginnings of such, that change while programs run and that are none of their settings."""
+_METHODS = (types.FunctionType, staticmethod, classmethod, property)
+_UNCALLED = frozenset(
+    ("__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__getstate__", "__setstate__")
+)
+"""Methods that run at other times than those of steps."""
 
 
 def alike(a: object, b: object) -> bool:
@@ -60,16 +63,12 @@ def exact(number: Any) -> object:
     return number.tobytes() if isinstance(number, np.generic) else number.hex()
 
 
-def is_library(name: object) -> bool:
-    """Whether a module of this name is the library's own, torch's or Pyro's, whose code holds no settings."""
-    return isinstance(name, str) and name.split(".", 1)[0] in _LIBRARIES and not name.startswith("pyro_vae.parts")
-
-
 class Snapshot:
     """The attributes, closures, globals and containers that objects and their code can reach, at one moment.
 
     What was replaced, added or removed since is found by identity, and numbers, strings and NumPy scalars by value.
-    The contents of tensors do not count, since a graph reads them anew; which tensor it is does.
+    The contents of tensors do not count, since a graph reads them anew; which tensor it is does. Nor do attributes of
+    the user's classes that no code reached names, such as the losses that a method for training keeps.
 
     Args:
         roots: programs, losses and other objects.
@@ -81,20 +80,19 @@ class Snapshot:
         self._seen: dict[int, object] = {}  # kept alive, so that no id is taken twice
         self._slots = 0
         self.generators: list[torch.Generator | np.random.Generator | np.random.RandomState | random.Random] = []
-        self._names: set[str] = set()  # in the code of functions: of modules these are watched
-        modules: list[types.ModuleType] = []
+        self._code = Names()
+        self._methods: dict[str, list[tuple[object, str]]] = {}  # of the user's classes, until code names them
+        self._objects: list[_Object] = []
         todo = deque((root, getattr(root, "__name__", type(root).__name__)) for root in roots)
         while todo and self._slots < MOST_SLOTS:
             each, label = todo.popleft()
             if id(each) not in self._seen and not _is_leaf(each):
                 self._seen[id(each)] = each
-                if isinstance(each, types.ModuleType):
-                    modules.append(each)
-                else:
-                    todo.extend(self._visit(each, label))
-            while modules and not todo:
-                module = modules.pop()
-                todo.extend(self._some(vars(module), self._names, module.__name__))
+                todo.extend(self._visit(each, label))
+            if not todo:
+                todo.extend(self._named())
+        for each in self._objects:
+            self._hold(_Named(each.held, each.label, [*each.visited, *each.missing(self._code)]))
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -141,10 +139,20 @@ class Snapshot:
             yield from ((f, label) for f in (each.fget,) if f is not None)
         elif isinstance(each, types.FunctionType):
             yield from self._function(each, label)
+        elif isinstance(each, types.ModuleType):
+            self._objects.append(_Object(vars(each), each.__name__))
         elif isinstance(each, type):
             yield from self._class(each)
         else:
             yield from self._object(each)
+
+    def _named(self) -> list[tuple[object, str]]:
+        """The methods and attributes that code reached by now names, and that were not visited."""
+        found = [each for name in self._code.read & self._methods.keys() for each in self._methods.pop(name)]
+        for each in self._objects:
+            found += [(each.held[name], each.label) for name in each.visit(self._code)]
+        self._slots += len(found)
+        return found
 
     def _hold(self, holder: "_Holder") -> Iterator[tuple[object, str]]:
         self._holders.append(holder)
@@ -173,18 +181,29 @@ class Snapshot:
             yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
         else:
             yield from self._hold(_Slots(each, label, ["__code__", "__defaults__", "__kwdefaults__"]))
-            used = set(_names(each.__code__))
-            self._names |= used
-            yield from self._some(each.__globals__, used, "global")
+            code = names_in(each.__code__)
+            self._code.add(code)
+            yield from self._some(each.__globals__, code.of_globals, "global")
 
     def _class(self, each: type) -> Iterator[tuple[object, str]]:
-        """What the user's classes hold: attributes, and what their methods reach."""
+        """What the user's classes hold: attributes, and what their methods reach as soon as code names them."""
         for base in each.__mro__:
-            if (not is_library(base.__module__) and id(base) not in self._seen) or base is each:
-                self._seen[id(base)] = base
-                if not is_library(base.__module__) and not issubclass(base, enum.Enum):
-                    names = [name for name in vars(base) if not name.startswith("__") or name == "__call__"]
-                    yield from self._some(vars(base), names, base.__name__)
+            if is_library(base.__module__) or (id(base) in self._seen and base is not each):
+                continue
+            self._seen[id(base)] = base
+            if issubclass(base, enum.Enum):
+                continue
+            methods = [name for name, value in vars(base).items() if isinstance(value, _METHODS)]
+            others = [name for name in vars(base) if not name.startswith("__") and name not in methods]
+            yield from self._some(vars(base), others, base.__name__)
+            methods = [name for name in methods if name not in _UNCALLED]
+            self._hold(_Named(vars(base), base.__name__, methods))
+            for name in methods:
+                method = vars(base)[name], base.__name__
+                if name.startswith("__") or name in names_of_libraries(each):
+                    yield method
+                else:
+                    self._methods.setdefault(name, []).append(method)
 
     def _object(self, each: Any) -> Iterator[tuple[object, str]]:
         kind = type(each)
@@ -193,7 +212,9 @@ class Snapshot:
         if isinstance(held, dict):
             own = [base for base in kind.__mro__ if is_library(base.__module__) and base is not object]
             skip = _UNSEEN | {name for name in held if own and name.startswith(_UNSEEN_IN_LIBRARIES)}
-            if skip.isdisjoint(held):
+            if not is_library(kind.__module__):
+                self._objects.append(_Object(held, kind.__name__, kind, skip))
+            elif skip.isdisjoint(held):
                 yield from self._whole(held, kind.__name__)
             else:
                 yield from self._some(held, [name for name in held if name not in skip], kind.__name__)
@@ -215,16 +236,31 @@ def _is_leaf(each: object) -> bool:
     return isinstance(each, type) and is_library(each.__module__)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The globals and attributes that code names, also within the functions that it makes."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+class _Object:
+    """An object of a user's class, or a module, of whose attributes those count that code names."""
+
+    def __init__(self, held: dict[str, Any], label: str, kind: type = object, skip: Collection[str] = ()):
+        self.held, self.label, self.kind, self.skip = held, label, kind, skip
+        self.visited: dict[str, None] = {}
+
+    def visit(self, code: Names) -> list[str]:
+        """The attributes that are named, and were not when this was asked before."""
+        named = self.held.keys() if code.is_dynamic else self.held.keys() & (code.read | names_of_libraries(self.kind))
+        new = [name for name in self.held if name in named and name not in self.visited and name not in self.skip]
+        self.visited.update(dict.fromkeys(new))
+        return new
+
+    def missing(self, code: Names) -> list[str]:
+        """Attributes that it has not yet, and that would count: code sets or asks for them, or its class has them."""
+        of_class = {name for base in self.kind.__mro__ if not is_library(base.__module__) for name in vars(base)}
+        return [name for name in sorted(code.written | (code.read & of_class)) if name not in self.held]
 
 
 def _as_tuple(slots: object) -> tuple:
     return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
+
+
+_ABSENT = object()
 
 
 class _Holder:
@@ -295,12 +331,12 @@ class _Named(_Holder):
 
     __slots__ = ("keys",)
 
-    def __init__(self, of: Mapping, label: str, keys: list[str]):
+    def __init__(self, of: Any, label: str, keys: list[str]):
         self.keys = keys
         super().__init__(of, label)
 
     def now(self) -> Iterable[Any]:
-        return map(self.of.get, self.keys)
+        return map(self.of.get, self.keys, repeat(_ABSENT))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -310,7 +346,11 @@ class _Named(_Holder):
 
     def restore(self) -> None:
         if isinstance(self.of, dict):
-            self.of.update(zip(self.keys, self.values, strict=True))
+            for name, value in zip(self.keys, self.values, strict=True):
+                if value is not _ABSENT:
+                    self.of[name] = value
+                else:
+                    self.of.pop(name, None)
 
 
 class _Slots(_Named):
@@ -391,49 +431,3 @@ class _Array(_Holder):
 
     def restore(self) -> None:
         self.of[...] = self.copy
-
-
-class Randomness:
-    """The states of all random number generators that a step may use: torch's, Python's, NumPy's.
-
-    Args:
-        devices: GPUs whose generators count.
-        generators: further ones, that programs hold.
-    """
-
-    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()):
-        self._torch = [_Generator(torch.get_rng_state, torch.set_rng_state)]
-        for device in devices:
-            self._torch.append(
-                _Generator(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
-            )
-        self._others = [
-            _Generator(random.getstate, random.setstate),
-            _Generator(partial(np.random.get_state, legacy=False), np.random.set_state),
-        ]
-        for each in generators:
-            if isinstance(each, torch.Generator):
-                self._torch.append(_Generator(each.get_state, each.set_state))
-            elif isinstance(each, random.Random):
-                self._others.append(_Generator(each.getstate, each.setstate))
-            elif isinstance(each, np.random.RandomState):
-                self._others.append(_Generator(partial(each.get_state, legacy=False), each.set_state))
-            else:
-                bits = each.bit_generator
-                self._others.append(_Generator(partial(getattr, bits, "state"), partial(setattr, bits, "state")))
-
-    def restore(self) -> None:
-        """Put all of them back."""
-        for each in (*self._torch, *self._others):
-            each.write(each.state)
-
-    def is_drawn_elsewhere(self) -> bool:
-        """Whether random numbers have been drawn since that are not torch's."""
-        return any(pickle.dumps(each.read()) != pickle.dumps(each.state) for each in self._others)
-
-
-class _Generator:
-    """One generator of random numbers, with the state that it had."""
-
-    def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]):
-        self.read, self.write, self.state = read, write, read()

@@ -15,7 +15,6 @@ from pyro.optim import Adam  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.infer import CompiledSVI
-from pyro_vae.infer.graphs import Graph
 
 X = torch.tensor([0.0, 20.0, 40.0])
 
@@ -30,8 +29,8 @@ def trained(make, calls, loss, **settings):
         pytest.MonkeyPatch.context() as m,
     ):
         warnings.simplefilter("always")
-        alone, timed = [], Graph.timed
-        m.setattr(Graph, "timed", lambda *args: alone.append(1) or timed(*args))
+        alone, applied = [], CompiledSVI._apply
+        m.setattr(CompiledSVI, "_apply", lambda *args: alone.append(1) or applied(*args))
         losses = calls(engine(*make(), Adam({"lr": 0.05}), loss))
         params = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     return losses, params, [str(each.message) for each in caught], len(alone), torch.rand(())
@@ -127,3 +126,111 @@ def test_a_handler_that_hides_all_is_none():
     assert len(caught) == 1
     assert "a handler is around the step, BlockMessenger" in caught[0]
     assert not alone
+
+
+LOSSES = []
+epoch = 0
+
+
+class Trainer:
+    """Programs and their training in one class, as people write it."""
+
+    base = 1.0
+
+    def __init__(self):
+        self.scale, self.losses, self.epoch, self.lazy = 10.0, [], 0, {"never": 0}
+
+    def loc(self):
+        return self.base * pyro.param("loc", torch.zeros(()))
+
+    def model(self, x):
+        if not hasattr(self, "half"):
+            self.half = torch.tensor(0.5)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc() * self.half, self.width()), obs=x)
+
+    def width(self):
+        return self.scale
+
+    def guide(self, x):
+        pass
+
+    def fit(self, svi, num_steps=12):
+        global epoch
+        for _ in range(num_steps):
+            self.losses.append(svi.step(X))
+            LOSSES.append(self.losses[-1])
+            self.epoch = epoch = epoch + 1
+            self.lazy["never"] += 1
+        return list(self.losses)
+
+
+class DynamicTrainer(Trainer):
+    """All of its attributes count."""
+
+    def width(self):
+        return self.scale * getattr(self, "factor", 1.0)
+
+
+class ModuleTrainer(torch.nn.Module):
+    """The same as a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.losses, self.epoch = torch.nn.Linear(1, 1), [], 0
+        torch.nn.init.constant_(self.layer.weight, 0.5)
+
+    def forward(self, x):
+        pyro.module("layer", self.layer)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.layer(x[:, None])[:, 0], 10.0), obs=x)
+
+    def fit(self, svi):
+        for self.epoch in range(12):
+            self.losses.append(svi.step(X))
+        return self.losses
+
+
+def nothing(x):
+    pass
+
+
+def programs_of(kind):
+    trainer = kind()
+    return (trainer, nothing) if isinstance(trainer, torch.nn.Module) else (trainer.model, trainer.guide)
+
+
+def trainer_of(svi):
+    return getattr(svi.model, "__self__", svi.model)
+
+
+@pytest.mark.parametrize("kind", [Trainer, ModuleTrainer])
+def test_what_training_keeps_is_no_setting_of_the_programs(kind):
+    caught, alone = as_pyro(partial(programs_of, kind), lambda svi: trainer_of(svi).fit(svi))
+    assert not caught
+    assert alone >= 5
+
+
+@pytest.mark.parametrize("kind", [Trainer, DynamicTrainer])
+def test_what_the_programs_code_names_is_watched(kind):
+    def calls(svi):
+        trainer = trainer_of(svi)
+        losses = trainer.fit(svi, 4)
+        trainer.scale = 5.0
+        losses += trainer.fit(svi, 4)
+        trainer.base = 2.0  # hides the attribute of the class
+        losses += trainer.fit(svi, 4)
+        trainer.loc = lambda: pyro.param("loc") + 1.0  # hides the method
+        losses += trainer.fit(svi, 4)
+        trainer.factor = 3.0  # which only getattr knows
+        losses += trainer.fit(svi, 4)
+        del trainer.half  # made anew by the model
+        losses += trainer.fit(svi, 4)
+        trainer.half = torch.tensor(0.25)
+        losses += trainer.fit(svi, 4)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(Trainer, "loc", lambda self: pyro.param("loc") - 1.0)
+            del trainer.loc
+            return losses + trainer.fit(svi, 4)
+
+    as_pyro(partial(programs_of, kind), calls)

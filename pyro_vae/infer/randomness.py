@@ -1,0 +1,56 @@
+"""The random number generators that a step may use."""
+
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Randomness:
+    """The states of all random number generators that a step may use: torch's, Python's, NumPy's.
+
+    Args:
+        devices: GPUs whose generators count.
+        generators: further ones, that programs hold.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()):
+        self._torch = [_Generator(torch.get_rng_state, torch.set_rng_state)]
+        for device in devices:
+            self._torch.append(
+                _Generator(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
+            )
+        self._others = [
+            _Generator(random.getstate, random.setstate),
+            _Generator(partial(np.random.get_state, legacy=False), np.random.set_state),
+        ]
+        for each in generators:
+            if isinstance(each, torch.Generator):
+                self._torch.append(_Generator(each.get_state, each.set_state))
+            elif isinstance(each, random.Random):
+                self._others.append(_Generator(each.getstate, each.setstate))
+            elif isinstance(each, np.random.RandomState):
+                self._others.append(_Generator(partial(each.get_state, legacy=False), each.set_state))
+            else:
+                bits = each.bit_generator
+                self._others.append(_Generator(partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for each in (*self._torch, *self._others):
+            each.write(each.state)
+
+    def is_drawn_elsewhere(self) -> bool:
+        """Whether random numbers have been drawn since that are not torch's."""
+        return any(pickle.dumps(each.read()) != pickle.dumps(each.state) for each in self._others)
+
+
+class _Generator:
+    """One generator of random numbers, with the state that it had."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]):
+        self.read, self.write, self.state = read, write, read()
