@@ -261,7 +261,7 @@ class CompiledSVI:
         if randomness.is_drawn_elsewhere():
             kind.reason = "the programs draw random numbers that are not torch's"
         elif call.state.snapshot.holds() and store._params.keys() == before[0].keys():
-            self._keep(kind, Graph(traced, outline, before[0]), call)
+            self._keep(kind, Graph(traced, outline, before[0], call.state.snapshot), call)
         # else: what came into being or changed belongs to the next kind
         if kind.reason:
             kind.graphs = []
@@ -380,7 +380,11 @@ class CompiledSVI:
 
     def _recorder(self, graph: Graph, call: Call) -> Record | None:
         tensors = (*graph.trained, *call.tensors, *graph.constants)
-        possible = self.cuda_graph and call.train and not (graph.speculates or graph.replaced or graph.written)
+        possible = (
+            self.cuda_graph
+            and call.train
+            and not (graph.speculates or graph.replaced or graph.written or graph.exchanges)
+        )
         if not (possible and graph.trained and all(x.is_cuda for x in tensors)):
             return None
         return Record(graph, lambda result: self._apply(graph, result), bool(self._groups()))

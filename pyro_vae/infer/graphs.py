@@ -13,6 +13,7 @@ from pyro_vae.infer.compiling import compile_graph
 from pyro_vae.infer.parting import split_looks
 from pyro_vae.infer.steps import Derivatives
 from pyro_vae.infer.tracing import Look, Traced, first_line, looked
+from pyro_vae.infer.watching import Place, Snapshot
 
 SECONDS_TO_COMPILE = 2.0, 0.01
 """About what inductor takes on a CPU: for a graph, and for each of its nodes."""
@@ -65,7 +66,7 @@ class Graph:
         uses: how often it was run.
     """
 
-    def __init__(self, traced: Traced, outline: Outline, store: dict[str, Tensor]):
+    def __init__(self, traced: Traced, outline: Outline, store: dict[str, Tensor], snapshot: Snapshot):
         self.params, self.trained, self.replaced = outline.params, outline.trained, outline.replaced
         self._leaves, self._spec = outline.leaves, outline.spec
         self.written, self._judged = traced.written, traced.judged
@@ -80,6 +81,7 @@ class Graph:
             for name, value in store.items()
             if name not in self.replaced and (id(value) in places or id(value) in held)
         ]
+        self._exchange(*snapshot.places())
         self._needs = [(p, p.requires_grad) for p in (*self.params.values(), *self.trained, *self.constants)]
         num_losses = sum(isinstance(leaf, Tensor) for leaf in self._leaves)
         self._ends = [num_losses, num_losses + len(self.trained)]
@@ -91,6 +93,26 @@ class Graph:
         self.compiled = False
         self.uses = self.misses = 0
         self.checked = 0
+
+    def _exchange(self, free: list[Place], fixed: set[int]) -> None:
+        """Find the constants that are taken, in each run, from where programs find them; pin those that cannot be."""
+        self._places: dict[int, Place] = {}
+        self._pinned: list[tuple[Place, Tensor]] = []
+        changed = {_lies(x)[0] for x in self.written}
+        for place in free:
+            tensor = place.tensor()
+            lies = _lies(tensor)
+            sharing = [i for i, x in enumerate(self.constants) if x is tensor or _lies(x)[0] == lies[0]]
+            plain = all(_lies(self.constants[i]) == lies and i not in self._places for i in sharing)
+            if plain and id(tensor) not in fixed and lies[0] not in changed:
+                self._places.update(dict.fromkeys(sharing, place))
+            elif sharing:
+                self._pinned.append((place, tensor))
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether a run reads tensors that may be others than in the run before."""
+        return bool(self._places)
 
     @property
     def speculates(self) -> bool:
@@ -118,6 +140,8 @@ class Graph:
         if any(name not in params for name in self.replaced):
             return False
         if any(p.requires_grad is not needed for p, needed in self._needs):
+            return False
+        if any(place.tensor() is not tensor for place, tensor in self._pinned):
             return False
         if self._first is None:
             return True
@@ -164,13 +188,20 @@ class Graph:
         self._run = self._traced
 
     def _constants(self) -> list[Tensor]:
-        if not self._from_store:
+        if not self._from_store and not self._places:
             return self.constants
         params = pyro.get_param_store()._params
         constants = list(self.constants)
+        for i, place in self._places.items():
+            constants[i] = place.tensor()
         for place, name in self._from_store:
             constants[place] = params[name]
         return constants
+
+
+def _lies(x: Tensor) -> tuple:
+    """Where a tensor lies in memory."""
+    return x.untyped_storage().data_ptr() if x.numel() else id(x), x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _equal(found: Tensor, look: Look) -> bool:

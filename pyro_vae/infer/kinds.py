@@ -172,6 +172,11 @@ class Calls:
                 if i:
                     self._states.insert(0, self._states.pop(i))
                 return state
+        for i, state in enumerate(self._states):
+            if state.ids == ids and state.snapshot.release():
+                state.kinds.clear()  # their graphs hold the tensors that were there
+                self._states.insert(0, self._states.pop(i))
+                return state
         state = State(ids, Snapshot((*self._roots, *objects)))
         self._states = [state, *self._states[: MOST_STATES - 1]]
         return state

@@ -7,9 +7,9 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -104,6 +104,31 @@ class Snapshot:
         if grown is not None:
             return "a container that was empty"
         return next((holder.changed() for holder in self._holders if not holder.holds()), "")
+
+    def release(self) -> bool:
+        """Whether nothing was replaced but tensors by others like them; these may be exchanged from now on."""
+        changed = [holder for holder in self._holders if not holder.holds()]
+        if any(self._empty) or not changed:
+            return False
+        released = []
+        for holder in changed:
+            found = tuple(holder.now())
+            if len(found) != len(holder.values):
+                return False
+            places = holder.exchanged(found)
+            pairs = enumerate(zip(found, holder.values, strict=True))
+            if not places or not all(alike(a, b) or i in places | holder.free for i, (a, b) in pairs):
+                return False
+            released.append((holder, places, found))
+        for holder, places, found in released:
+            holder.free, holder.values = holder.free | places, found
+        return True
+
+    def places(self) -> tuple[list["Place"], set[int]]:
+        """Where tensors may be exchanged; and the ids of the tensors that may not."""
+        free = [Place(holder, i) for holder in self._holders for i in sorted(holder.free)]
+        pairs = ((i in holder.free, x) for holder in self._holders for i, x in enumerate(holder.values))
+        return free, {id(x) for is_free, x in pairs if not is_free and isinstance(x, Tensor)}
 
     def restore(self) -> None:
         """Put back what was replaced, added or removed."""
@@ -223,6 +248,17 @@ class Snapshot:
             yield from self._hold(_Slots(each, kind.__name__, [name for name in slots if hasattr(each, name)]))
 
 
+class Place(NamedTuple):
+    """Where programs find a tensor."""
+
+    holder: "_Holder"
+    index: int
+
+    def tensor(self) -> Tensor:
+        """The tensor that is there now."""
+        return self.holder.at(self.index)
+
+
 def _is_leaf(each: object) -> bool:
     """What holds nothing to watch, or is watched elsewhere."""
     if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, weakref.ref, poutine.Trace, constraints.Constraint)):
@@ -263,14 +299,21 @@ def _as_tuple(slots: object) -> tuple:
 _ABSENT = object()
 
 
+def _are_exchangeable(a: object, b: object) -> bool:
+    if not (type(a) is Tensor and type(b) is Tensor) or a.requires_grad or b.requires_grad:
+        return False
+    return (a.shape, a.stride(), a.dtype, a.device, a.layout) == (b.shape, b.stride(), b.dtype, b.device, b.layout)
+
+
 class _Holder:
     """Values that one object holds, as they were."""
 
-    __slots__ = ("label", "of", "values")
+    __slots__ = ("free", "label", "of", "values")
 
     def __init__(self, of: Any, label: str):
         self.of, self.label = of, label
         self.values: tuple = tuple(self.now())
+        self.free: frozenset[int] = frozenset()  # the places of tensors that may be exchanged for others like them
 
     def now(self) -> Iterable[Any]:
         raise NotImplementedError
@@ -286,10 +329,21 @@ class _Holder:
         if all(map(is_, now, self.values)) and len(self) == len(self.values):
             return True
         found = tuple(self.now())
-        if len(found) != len(self.values) or not all(map(alike, found, self.values)):
+        if len(found) != len(self.values) or self.exchanged(found) - self.free:
+            return False
+        if not all(alike(a, b) or i in self.free for i, (a, b) in enumerate(zip(found, self.values, strict=True))):
             return False
         self.values = found  # equal numbers, but other objects: found by identity the next time
         return True
+
+    def exchanged(self, found: tuple) -> set[int]:
+        """The places whose tensor is another, like the one before."""
+        pairs = enumerate(zip(found, self.values, strict=True))
+        return {i for i, (a, b) in pairs if a is not b and _are_exchangeable(a, b)}
+
+    def at(self, place: int) -> Any:
+        """What is there now."""
+        return next(islice(self.now(), place, None), None)
 
     def __len__(self) -> int:
         return len(self.of)

@@ -742,3 +742,39 @@ def test_a_gradient_is_used_once():
         found.append((first.item(), second.item()))
     assert found[0] == pytest.approx((0.4, 0.64))
     assert found[1] == pytest.approx(found[0])
+
+
+def test_data_that_are_attributes_may_be_exchanged():
+    """As those of a Gaussian process by set_data: the graph takes whatever lies there, and sees which are one."""
+
+    class Held:
+        def __init__(self):
+            self.x = self.y = torch.randn(8, 3, dtype=torch.float64)
+            self.calls = itertools.count()
+
+        def model(self):
+            next(self.calls)
+            weight = pyro.sample("weight", dist.Normal(self.x.new_zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", 8):
+                pyro.sample("y", dist.Normal(self.x @ weight, 1.0), obs=self.y[:, 0])
+
+        def guide(self):
+            loc = pyro.param("loc", lambda: torch.ones(3, dtype=torch.float64))
+            pyro.sample("weight", dist.Normal(loc, 0.1).to_event(1))
+
+    found = []
+    for engine in (SVI, CompiledSVI):
+        torch.manual_seed(0)
+        with pyro.get_param_store().scope():
+            held = Held()
+            svi = engine(held.model, held.guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+            losses = []
+            for step in range(40):
+                if step % 3 == 0:
+                    held.x = torch.randn(8, 3, dtype=torch.float64)
+                if step % 5 == 0:
+                    held.y = held.x  # one tensor in two places
+                losses.append(svi.step())
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert next(held.calls) < 20
