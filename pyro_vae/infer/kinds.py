@@ -4,7 +4,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def _ambient() -> tuple | str:
     modes = [type(each).__name__ for each in torch.overrides._get_current_function_mode_stack()]
     if any(name != "DeviceContext" for name in modes) or torch._C._len_torch_dispatch_stack():
         return "a mode of torch is around the step"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks for saved tensors are around the step"
     if torch.is_inference_mode_enabled():
         return "inference mode is around the step"

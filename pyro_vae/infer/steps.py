@@ -89,13 +89,14 @@ class Steps:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        self._max_norm, self._precision = max_norm, precision
+        self._max_norm = max_norm
+        self._precision: Literal["float32", "bfloat16"] = precision
         self._pyros = optim if isinstance(optim, PyroOptim) else None
         self._zeros: dict[int, tuple[Tensor, int]] = {}
 
     def with_other(self, **parts: Any) -> "Steps":
         """The same with another model, guide or optimizer."""
-        own = {"model": self.model, "guide": self.guide, "optim": self.optim, "loss": self.loss, **parts}
+        own: dict[str, Any] = {"model": self.model, "guide": self.guide, "optim": self.optim, "loss": self.loss} | parts
         return Steps(**own, max_norm=self._max_norm, precision=self._precision)
 
     @property
@@ -235,7 +236,7 @@ def _leaves(losses: list[Tensor]) -> list[Tensor]:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            found += [node.variable] if hasattr(node, "variable") else []
+            found += [cast(Any, node).variable] if hasattr(node, "variable") else []
             todo += [each for each, _ in node.next_functions]
     return found
 
