@@ -176,15 +176,16 @@ class CompiledSVI:
             loss = kind.record.step(call.tensors, self._recorded(graph))
             self._stepped(call)
             return loss
-        randomness = Randomness(call.devices) if graph.speculates else None
+        undoes = graph.speculates or (graph.judges and not call.devices)
+        randomness = Randomness(call.devices, call.state.snapshot.generators, others=False) if undoes else None
         kept = [(x, x.clone()) for x in graph.written] if graph.judges else []
         try:
             result = graph.run(call.tensors)
         except RuntimeError:
-            if randomness is None:
+            if not graph.speculates:
                 raise
             result = None  # other draws make other shapes
-        if result is not None and graph.valid(result) and (randomness is None or graph.foreseen(result)):
+        if result is not None and graph.valid(result) and graph.foreseen(result):
             if call.train:
                 self._apply(graph, result)
                 self._stepped(call)
@@ -193,9 +194,9 @@ class CompiledSVI:
         _put_back(kept)
         if randomness is not None:
             randomness.restore()
-            if graph.misses > 4 and 4 * graph.misses > graph.uses:
-                kind.reason = graph.looked()
-                return self._refuse(kind.reason, call.args, call.kwargs, call.train)
+        if graph.speculates and graph.misses > 4 and 4 * graph.misses > graph.uses:
+            kind.reason = graph.looked()
+            return self._refuse(kind.reason, call.args, call.kwargs, call.train)
         return self._run_pyro(call.args, call.kwargs, call.train)  # which says what is wrong with data
 
     def _run_pyro(self, args: tuple, kwargs: dict, train: bool) -> Any:

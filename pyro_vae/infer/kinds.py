@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from pyro_vae.infer.compiling import likeness
@@ -195,7 +196,8 @@ def _ambient() -> tuple | str:
         return "inference mode is around the step"
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     types = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else ()
-    return torch.is_grad_enabled(), autocast, types, torch.get_default_dtype(), str(torch.get_default_device())
+    judged = Distribution._validate_args
+    return torch.is_grad_enabled(), judged, autocast, types, torch.get_default_dtype(), str(torch.get_default_device())
 
 
 def _hides_all(handler: object) -> bool:

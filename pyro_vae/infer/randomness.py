@@ -16,26 +16,33 @@ class Randomness:
     Args:
         devices: GPUs whose generators count.
         generators: further ones, that programs hold.
+        others: whether those count that are not torch's, which takes a while.
     """
 
-    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()):
+    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = (), others: bool = True):
         self._torch = [_Generator(torch.get_rng_state, torch.set_rng_state)]
         for device in devices:
             self._torch.append(
                 _Generator(partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device))
             )
+        self._others = []
+        for each in generators:
+            if isinstance(each, torch.Generator):
+                self._torch.append(_Generator(each.get_state, each.set_state))
+        if others:
+            self._add_others(generators)
+
+    def _add_others(self, generators: Iterable[Any]) -> None:
         self._others = [
             _Generator(random.getstate, random.setstate),
             _Generator(partial(np.random.get_state, legacy=False), np.random.set_state),
         ]
         for each in generators:
-            if isinstance(each, torch.Generator):
-                self._torch.append(_Generator(each.get_state, each.set_state))
-            elif isinstance(each, random.Random):
+            if isinstance(each, random.Random):
                 self._others.append(_Generator(each.getstate, each.setstate))
             elif isinstance(each, np.random.RandomState):
                 self._others.append(_Generator(partial(each.get_state, legacy=False), each.set_state))
-            else:
+            elif not isinstance(each, torch.Generator):
                 bits = each.bit_generator
                 self._others.append(_Generator(partial(getattr, bits, "state"), partial(setattr, bits, "state")))
 
