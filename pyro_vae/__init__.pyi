@@ -43,6 +43,8 @@ from .parts import priors as priors
 from .parts.likelihoods import Bernoulli as Bernoulli
 from .parts.likelihoods import Gaussian as Gaussian
 from .parts.likelihoods import Likelihood as Likelihood
+from .parts.missing import Incomplete as Incomplete
+from .parts.mixed import Mixed as Mixed
 from .parts.networks import MLP as MLP
 from .parts.networks import Network as Network
 from .parts.posteriors import MeanField as MeanField

@@ -55,32 +55,38 @@ class LinearGaussianVAE(nn.Module):
         self.register_buffer("mean", mean)
         self.scale = scale
 
-    def model(self, x: Tensor) -> Tensor:
-        """p(x, z) for observations ``x``, shape ``(B, X)``."""
+    def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """p(x, z) for observations ``x``, and booleans of what was ``seen`` of them, shape ``(B, X)``; None: all."""
         size = self.weight.new_zeros(self.weight.shape[1])
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", dist.Normal(size, 1.0).to_event(1))
-            return pyro.sample("x", dist.Normal(z @ self.weight.mT + self.mean, self.scale).to_event(1), obs=x)
+            entries = dist.Normal(z @ self.weight.mT + self.mean, self.scale)
+            if seen is not None:
+                x, entries = torch.where(seen, x, self.mean), entries.mask(seen)
+            return pyro.sample("x", entries.to_event(1), obs=x)
 
-    def guide(self, x: Tensor) -> Tensor:
-        """The exact posterior of observations ``x``, shape ``(B, X)``."""
+    def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The exact posterior of observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
-            return pyro.sample("z", self.posterior(x))
+            return pyro.sample("z", self.posterior(x, seen))
 
-    def posterior(self, x: Tensor) -> dist.MultivariateNormal:
-        """p(z | x), batch shape ``(*)``, for ``x`` of shape ``(*, X)``."""
-        precision = self._precision()
-        loc = torch.linalg.solve(self._m(), self.weight.mT @ (x - self.mean).unsqueeze(-1)).squeeze(-1)
-        return dist.MultivariateNormal(loc, precision_matrix=precision)
+    def posterior(self, x: Tensor, seen: Tensor | None = None) -> dist.MultivariateNormal:
+        """p(z | x), batch shape ``(*)``, for ``x`` and what was ``seen`` of it, of shape ``(*, X)``."""
+        residual, m = x - self.mean, self._m(seen)
+        residual = residual if seen is None else torch.where(seen, residual, 0.0)
+        loc = torch.linalg.solve(m, self.weight.mT @ residual.unsqueeze(-1)).squeeze(-1)
+        return dist.MultivariateNormal(loc, precision_matrix=m / self.scale**2)
 
-    def log_px(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, shape ``(*)``, for ``x`` of shape ``(*, X)``.
+    def log_px(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """log p(x) in nats, shape ``(*)``, for ``x``, and what was ``seen`` of it, of shape ``(*, X)``.
 
         By the matrix determinant lemma and Woodbury's identity, in O(X D) per observation.
         """
         size, latent = self.weight.shape
         residual = x - self.mean
-        m = self._m()
+        if seen is not None:
+            size, residual = seen.to(residual).sum(-1), torch.where(seen, residual, 0.0)
+        m = self._m(seen)
         projected = residual @ self.weight
         solved = torch.linalg.solve(m, projected.unsqueeze(-1)).squeeze(-1)
         mahalanobis = (residual.square().sum(-1) - (projected * solved).sum(-1)) / self.scale**2
@@ -131,7 +137,8 @@ class LinearGaussianVAE(nn.Module):
         """P, the inverse of the posterior's covariance, which is the same for every x."""
         return self._m() / self.scale**2
 
-    def _m(self) -> Tensor:
-        return self.weight.mT @ self.weight + self.scale**2 * torch.eye(
+    def _m(self, seen: Tensor | None = None) -> Tensor:
+        known = self.weight if seen is None else self.weight * seen.unsqueeze(-1)
+        return known.mT @ self.weight + self.scale**2 * torch.eye(
             self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device
         )

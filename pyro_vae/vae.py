@@ -1,5 +1,6 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.supports import innermost, into_support, is_whole_space
 from pyro_vae.parts.likelihoods import Likelihood
+from pyro_vae.parts.missing import Incomplete, check_seen, of_seen, without_gaps
 from pyro_vae.parts.networks import Network
 from pyro_vae.parts.posteriors import Posterior
 from pyro_vae.parts.priors import Prior
@@ -75,8 +77,14 @@ class Conditional(nn.Module, Generic[Head]):
         return made
 
     def initialize(self, x: Tensor) -> None:
-        """Start the network at the outputs that suit ``x``, shape ``(N, X)``, where the head knows them."""
-        if isinstance(self.head, Likelihood) and (outputs := self.head.marginal(x)) is not None:
+        """Start from training data ``x``, shape ``(N, X)``, of which NaN was not seen: the head; the encoder; or the
+        decoder at the outputs that suit x, where the head knows them."""
+        if not isinstance(self.head, Likelihood):
+            self.network.initialize(x)
+            return
+        x = without_gaps(x)
+        self.head.initialize(x)
+        if (outputs := self.head.marginal(x)) is not None:
             self.network.start_at(torch.cat(outputs))
 
 
@@ -104,6 +112,10 @@ class VAE(nn.Module):
         p(x, z) = prior(z) likelihood(x | z)        q(z | x) = posterior(z | x)
 
     Where the prior's support is not the whole space, the guide maps the posterior into it.
+
+    Both take booleans ``seen``, shape ``(B, X)``, beside the observations: what is false there was not seen, and counts
+    for nothing; the encoder sees zeros instead. With an encoder that is :class:`pyro_vae.Incomplete`, NaN was not seen
+    either. log p(x) and every bound are of what was seen then (Mattei & Frellsen 2019: IWAE is MIWAE).
 
     ``prior``, ``likelihood`` and ``posterior`` can be replaced at any time; nothing of them is remembered. An optimizer
     or a :class:`pyro_vae.CompiledSVI` made before trains the parts it was made with: make a new one.
@@ -139,14 +151,16 @@ class VAE(nn.Module):
     def _prior(self) -> dist.TorchDistribution:
         return check_made(self.prior, self.prior(self.posterior), (), self.prior.latent_dim)
 
-    def model(self, x: Tensor) -> Tensor:
-        """p(x, z) for observations ``x``, shape ``(B, X)``."""
+    def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """p(x, z) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
+        x, seen = _scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", self._prior())
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            return pyro.sample("x", of_seen(self.likelihood(z), seen, self.likelihood.head), obs=x)
 
-    def guide(self, x: Tensor) -> Tensor:
-        """q(z | x) for observations ``x``, shape ``(B, X)``."""
+    def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """q(z | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
+        x = _encoded(x, seen, self.posterior)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", _into_support(self.posterior(x), self.prior, self._prior))
 
@@ -204,15 +218,17 @@ class TwoLayerVAE(nn.Module):
         made = self.prior(lambda x: self.top_posterior(_mean(self.posterior(x))))
         return check_made(self.prior, made, (), self.prior.latent_dim)
 
-    def model(self, x: Tensor) -> Tensor:
-        """p(x, z1, z2) for observations ``x``, shape ``(B, X)``."""
+    def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """p(x, z1, z2) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
+        x, seen = _scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z2 = pyro.sample("z2", self._prior())
             z1 = pyro.sample("z1", self.latent(z2))
-            return pyro.sample("x", self.likelihood(z1), obs=x)
+            return pyro.sample("x", of_seen(self.likelihood(z1), seen, self.likelihood.head), obs=x)
 
-    def guide(self, x: Tensor) -> Tensor:
-        """q(z1, z2 | x) for observations ``x``, shape ``(B, X)``."""
+    def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """q(z1, z2 | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
+        x = _encoded(x, seen, self.posterior)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z1 = pyro.sample("z1", self.posterior(x))
             return pyro.sample("z2", _into_support(self.top_posterior(z1), self.prior, self._prior))
@@ -221,6 +237,25 @@ class TwoLayerVAE(nn.Module):
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         for part in (self.posterior, self.likelihood, self.prior):
             part.initialize(x)
+
+
+def _scored(
+    x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], likelihood: Conditional[Likelihood]
+) -> tuple[Tensor, Tensor | None]:
+    """What the likelihood scores, and which entries of it count, None if all do; the others are possible values."""
+    if isinstance(posterior.network, Incomplete):
+        known = ~x.isnan()
+        seen = known if seen is None else check_seen(x, seen) & known
+    elif seen is not None:
+        check_seen(x, seen)
+    return (x, None) if seen is None else (torch.where(seen, x, likelihood.head.filler), seen)
+
+
+def _encoded(x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior]) -> Tensor:
+    """What the encoder is shown: NaN where nothing was seen, if it knows what that means, otherwise zero."""
+    if seen is None:
+        return x
+    return torch.where(check_seen(x, seen), x, math.nan if isinstance(posterior.network, Incomplete) else 0.0)
 
 
 def _mean(posterior: dist.TorchDistribution) -> Tensor:

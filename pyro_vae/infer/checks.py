@@ -47,14 +47,11 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
             latent site, or its prior is improper, or p(x | z) or q(z | x) of a datum depends on other data.
     """
     data_size(data)
-    for path, leaf in named_tensors(data):
-        if leaf.isnan().any():
-            count = leaf.isnan().reshape(len(leaf), -1).any(1).sum().item()
-            raise ContractError(
-                f"{count} of {len(leaf)} observations hold NaN ({path}): fill in what was not seen, and mask it"
-            )
+    gaps = [(path, leaf) for path, leaf in named_tensors(data) if leaf.isnan().any()]
     with torch.no_grad(), pyro.validation_enabled(False):
         both = traces(model, guide, data, num_samples=2)
+        for path, leaf in gaps:
+            _check_gaps(both, path, leaf)
         _check_latent_supports(both)
         check_latent_masks(both)
         observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
@@ -64,6 +61,28 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
         _check_unseen(model, both, data)
         if neighbours:
             _check_rows(model, guide, both, data)
+
+
+def _check_gaps(both: Traces, path: str, leaf: Tensor) -> None:
+    """Refuse data with NaN unless they are those of an observed site, which masks them, and no number is NaN."""
+    sites = [site_of(trace, name) for trace in both for name in sample_sites(trace)]
+    hidden = not any(site[what].isnan().any() for site in sites for what in ("value", "log_prob"))
+    observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
+    if hidden and any(_masks_gaps(both.model, name, leaf.flatten()) for name in observed):
+        return
+    count = leaf.isnan().reshape(len(leaf), -1).any(1).sum().item()
+    raise ContractError(
+        f"{count} of {len(leaf)} observations hold NaN ({path}): fill in what was not seen, and mask it"
+    )
+
+
+def _masks_gaps(trace: poutine.Trace, name: str, leaf: Tensor) -> bool:
+    """Whether an observed site holds a tensor of the data, and masks its NaN."""
+    value = _flat(trace, name, "value")
+    if value.shape != leaf.shape:
+        return False
+    gaps = leaf.isnan()
+    return bool(((value == leaf.to(value)) | gaps).all()) and not (_flat(trace, name, "seen") & gaps).any()
 
 
 def _check_latent_supports(both: Traces) -> None:

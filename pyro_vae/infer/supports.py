@@ -183,7 +183,8 @@ class Latents:
             leaf, value = leaves[place], site_of(trace, name)["value"][0]
             if drawn[place] is not leaf:
                 raise ContractError(f"site '{name}' observes a tensor of the data that another site observes too")
-            drawn[place] = value.expand(len(leaf), *value.shape[1:]).to(leaf.dtype).reshape(leaf.shape)
+            value = value.expand(len(leaf), *value.shape[1:]).to(leaf.dtype).reshape(leaf.shape)
+            drawn[place] = torch.where(leaf.isnan(), leaf, value)  # what nobody saw stays so
         data, u = tree_unflatten(drawn, spec), self._read(trace)
         self._check_simulated(self.of(data)._run_model(u)[0], trace)
         return data, u[0]
@@ -193,7 +194,7 @@ class Latents:
         equal = [
             place
             for place, leaf in enumerate(leaves)
-            if value.numel() == leaf.numel() and torch.equal(value.reshape(leaf.shape).to(leaf), leaf)
+            if value.numel() == leaf.numel() and ((value.reshape(leaf.shape).to(leaf) == leaf) | leaf.isnan()).all()
         ]
         same = [place for place in equal if leaves[place].data_ptr() == value.data_ptr()]
         if len(same or equal) == 1:

@@ -175,6 +175,131 @@ def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     return result.sub_(torch.clamp(logits, min=0, out=buffer).sum(-1))
 
 
+class Scaled(TorchDistribution):
+    """loc + scale y, with y from a distribution of real numbers without event dimensions.
+
+    Args:
+        base: that of y, batch shape ``(*)``.
+        loc: broadcasts with ``(*)``.
+        scale: positive, likewise.
+    """
+
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, base: Any, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
+        self.base, self.loc, self.scale = base, loc, scale
+        super().__init__(base.batch_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        low, high = (getattr(self.base.support, name, None) for name in ("lower_bound", "upper_bound"))
+        if low is None and high is None:
+            return constraints.real
+        ends = [
+            self.loc + self.scale * (end if end is not None else sign * float("inf"))
+            for end, sign in ((low, -1), (high, 1))
+        ]
+        return constraints.interval(*ends)
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.has_rsample
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Scaled":
+        return Scaled(self.base.expand(batch_shape), self.loc, self.scale, self._validate_args)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(x)
+        return self.base.log_prob((x - self.loc) / self.scale) - self.scale.log()
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.loc + self.scale * self.base.sample(sample_shape)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.loc + self.scale * self.base.rsample(sample_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc + self.scale * self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.scale.square() * self.base.variance
+
+
+class _ColumnSupport(constraints.Constraint):
+    """Each column in the support of its own distribution; discrete if all are, since else log p(x) is a density."""
+
+    event_dim = 0
+
+    def __init__(self, columns: "Columns"):
+        self.columns = columns
+
+    @property
+    def is_discrete(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(part.support.is_discrete for part in self.columns.parts)
+
+    def check(self, value: Tensor) -> Tensor:
+        pairs = zip(self.columns.parts, self.columns.split(value), strict=True)
+        return self.columns.join([part.support.check(mine) for part, mine in pairs])
+
+
+class Columns(TorchDistribution):
+    """Columns of several distributions, side by side along the last batch dimension.
+
+    Args:
+        parts: of batch shapes ``(*, n_i)`` and no event dimension.
+        order: which columns of x they are, one after the other, shape ``(sum n_i,)``.
+    """
+
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, parts: Sequence[Any], order: Tensor, validate_args: bool | None = None):
+        self.parts, self.order = tuple(parts), order
+        self.widths = [part.batch_shape[-1] for part in parts]
+        super().__init__(torch.Size([*parts[0].batch_shape[:-1], sum(self.widths)]), validate_args=validate_args)
+
+    @constraints.dependent_property(event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return _ColumnSupport(self)
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(part.has_rsample for part in self.parts)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The columns of each part, ``(*, n_i)``."""
+        return x[..., self.order].split(self.widths, -1)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What :meth:`split` splits."""
+        return torch.cat(list(parts), -1)[..., self.order.argsort()]
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Columns":
+        parts = [part.expand((*batch_shape[:-1], n)) for part, n in zip(self.parts, self.widths, strict=True)]
+        return Columns(parts, self.order, self._validate_args)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(x)
+        return self.join([part.log_prob(mine) for part, mine in zip(self.parts, self.split(x), strict=True)])
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.join([part.sample(sample_shape) for part in self.parts])
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.join([part.rsample(sample_shape) for part in self.parts])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.join([part.mean for part in self.parts])
+
+    @property
+    def variance(self) -> Tensor:
+        return self.join([part.variance for part in self.parts])
+
+
 class FlowDistribution(TorchDistribution):
     """loc + exp(log_scale) * y with y from a zuko flow, given a context: what Pyro asks of a distribution.
 

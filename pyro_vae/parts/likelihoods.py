@@ -30,6 +30,8 @@ class Likelihood(nn.Module, ABC):
         encoding: what the observations must be; None if any will do that lie in the distribution's support.
         levels: how many values a whole number can take; None if any.
         is_density: whether log p(x) is a density (else a probability mass); None for a score that is neither.
+        filler: a value in the support, which stands where nothing was seen, and counts for nothing; a number, or one of
+            each entry, ``(X,)``.
 
     Raises:
         ValueError: if ``event_size`` is below 1.
@@ -39,6 +41,7 @@ class Likelihood(nn.Module, ABC):
     encoding: Encoding | None = None
     levels: int | None = None
     is_density: bool | None = False
+    filler: float | Tensor = 0.0
 
     def __init__(self, event_size: int):
         super().__init__()
@@ -56,6 +59,9 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def forward(self, *parameters: Tensor) -> TorchDistribution:
         """The distribution of x given raw outputs ``(*, n_i)``."""
+
+    def initialize(self, x: Tensor) -> None:
+        """Start the head's own numbers from training data ``x``, shape ``(N, X)``. Default: nothing."""
 
     def marginal(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Raw outputs ``(n_i,)`` under which the head alone describes ``x``, shape ``(N, X)``, well.
@@ -194,6 +200,7 @@ class Beta(Likelihood):
 
     encoding = "dequantized"
     is_density = True
+    filler = 0.5
 
     def __init__(self, event_size: int):
         super().__init__(event_size)

@@ -39,6 +39,9 @@ class Network(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Map ``(*, in_features)`` to ``(*, out_features)``."""
 
+    def initialize(self, x: Tensor) -> None:
+        """Of an encoder: start from training data ``x``, shape ``(N, X)``. Default: nothing."""
+
     def start_at(self, output: Tensor) -> None:
         """Make the untrained network's output lie around ``output``, shape ``(out_features,)``. Default: nothing."""
 
