@@ -171,6 +171,8 @@ def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
     def begun(self, batch_shape=_EMPTY, event_shape=_EMPTY, validate_args=None):
         if threading.get_ident() != this:
             return begin(self, batch_shape, event_shape, validate_args)
+        if validate_args is None and isinstance(getattr(type(self), "_validate_args", None), property):
+            return begin(self, batch_shape, event_shape)  # Pyro's Independent does what its base does
         begin(self, batch_shape, event_shape, False)
         self._validate_args = judge is not None and bool(usual if validate_args is None else validate_args)
         return None

@@ -234,3 +234,20 @@ def test_what_the_programs_code_names_is_watched(kind):
             return losses + trainer.fit(svi, 4)
 
     as_pyro(partial(programs_of, kind), calls)
+
+
+def grey_pixels():
+    """The Bernoulli likelihood of numbers between 0 and 1, which validation would refuse."""
+
+    def model(x):
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x.expand(4, 3) / 50)
+
+    return model, nothing
+
+
+def test_validation_that_a_distribution_switches_off_stays_off():
+    caught, alone = as_pyro(grey_pixels)
+    assert not caught
+    assert alone == 12 - 6
