@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -93,14 +93,24 @@ class CompiledSVI:
     model = property(lambda self: self._steps.model, lambda self, it: self._change(model=it), doc="The model.")
     guide = property(lambda self: self._steps.guide, lambda self, it: self._change(guide=it), doc="The guide.")
     optim = property(lambda self: self._steps.optim, lambda self, it: self._change(optim=it), doc="The optimizer.")
-    loss = property(lambda self: self._steps.loss, doc="The loss.")
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """The loss as a function of model, guide and their arguments, as ``SVI`` has it."""
+        loss: Any = self._steps.loss
+        return loss.loss if isinstance(self._steps.loss, PyroELBO) else loss
+
+    @property
+    def loss_and_grads(self) -> Callable[..., Any]:
+        """The loss of an ELBO of Pyro as a function that also adds to the gradients, as ``SVI`` has it."""
+        return cast(Any, self._steps.loss).loss_and_grads
 
     def _change(self, **parts: Any) -> None:
         self._steps = self._steps.with_other(**parts)
         self._forget()
 
     def _forget(self) -> None:
-        self._calls = Calls((self.model, self.guide, self.loss))
+        self._calls = Calls((self.model, self.guide, self._steps.loss))
         self._number = self._strange = self._rest = 0
         self._pause = 4 * PATIENCE
         self._last: Call | None = None
@@ -230,12 +240,16 @@ class CompiledSVI:
             for p, gradient in zip(graph.trained, result.gradients, strict=True)
         ]
         self._steps.update(params, pairs)
-        if isinstance(self.optim, PyroOptim) and isinstance(self.loss, PyroELBO) and isinstance(result.loss, Tensor):
+        if (
+            isinstance(self.optim, PyroOptim)
+            and isinstance(self._steps.loss, PyroELBO)
+            and isinstance(result.loss, Tensor)
+        ):
             warn_if_nan(result.loss, "loss")
 
     def _stepped(self, call: Call) -> None:
-        if call.train and isinstance(self.loss, Objective):
-            self.loss.stepped()
+        if call.train and isinstance(self._steps.loss, Objective):
+            self._steps.loss.stepped()
 
     # Tracing
 
@@ -304,7 +318,7 @@ class CompiledSVI:
             found = [*(x for x in leaves if isinstance(x, Tensor)), *(gradient for _, gradient in gradients), *values]
             return [detach_provenance(x) for x in found]  # wrapped in what says which sites they come from
 
-        with uncounted(self.loss), torch.enable_grad() if call.train else nullcontext():
+        with uncounted(self._steps.loss), torch.enable_grad() if call.train else nullcontext():
             traced = trace(run, call.tensors)
         return traced, *met[0]
 

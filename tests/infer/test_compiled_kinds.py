@@ -251,3 +251,11 @@ def test_validation_that_a_distribution_switches_off_stays_off():
     caught, alone = as_pyro(grey_pixels)
     assert not caught
     assert alone == 12 - 6
+
+
+def test_the_loss_is_a_function_as_svi_has_it():
+    def calls(svi):
+        found = [svi.loss(svi.model, svi.guide, X) for _ in range(2)]
+        return [*found, svi.loss_and_grads(svi.model, svi.guide, X), svi.step(X), *(svi.step(X) for _ in range(4))]
+
+    as_pyro(two_components, calls)
