@@ -1,6 +1,8 @@
 """Every test starts from the same seed, and must leave Pyro's global state as it found it."""
 
+import contextlib
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: small tensors gain nothing from threads, which
 # wait for each other where other programs run; the runs that tests start inherit it
@@ -11,6 +13,7 @@ import torch
 from torch.distributions import Distribution
 
 from pyro_vae.infer import compiling, graphs
+from pyro_vae.runs import figures, training
 
 compile_graph = compiling.compile_graph
 
@@ -29,6 +32,28 @@ def inductor(request, monkeypatch):
     if request.node.get_closest_marker("inductor"):
         for module in (graphs, compiling):
             monkeypatch.setattr(module, "compile_graph", compile_graph)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """The figures of a run take as long as all the rest of a small one: whoever looks at them asks for ``drawing``."""
+    none = {name: lambda *args: None for name in ("training_curve", "evidence", "pictures")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "figures", SimpleNamespace(**none))
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing():
+    """Where ``with drawing():`` stands, runs are drawn."""
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "figures", figures)
+            yield
+
+    return context
 
 
 @pytest.fixture(autouse=True)

@@ -94,14 +94,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    for name in ("training_curve", "evidence", "pictures"):
-        monkeypatch.setattr(figures, name, lambda *args: None)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, drawing):
     """A run with all its files, and the model as it was trained."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     trained = []
@@ -111,7 +105,7 @@ def finished(tmp_path_factory):
         return original(config, vae, data)
 
     original = runs.score_test
-    with pytest.MonkeyPatch.context() as patch:
+    with drawing(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "score_test", evaluate)
         assert cli.train([*TINY, "--run_dir", str(run_dir), "--tensorboard"]).path == run_dir
     return run_dir, trained[0]
@@ -214,7 +208,7 @@ def test_evidence_is_that_of_the_result(finished):
         assert 0 < difference.mean() < 1
 
 
-def test_the_annealed_estimate_can_be_left_out_or_serve_all_images(tmp_path, no_figures, capsys):
+def test_the_annealed_estimate_can_be_left_out_or_serve_all_images(tmp_path, capsys):
     run_dir = run(tmp_path / "none", "--evidence.annealed_images", "0")
     found = result(run_dir)
     assert (found["annealed_log_likelihood"], found["annealed_images"]) == (None, 0)
@@ -280,7 +274,7 @@ def test_tensorboard_has_the_history(finished):
         assert [event.value for event in scalars] == pytest.approx([float(row[name]) for row in metrics(run_dir)])
 
 
-def test_output_ends_with_a_table_and_the_directory(tmp_path, capsys, no_figures):
+def test_output_ends_with_a_table_and_the_directory(tmp_path, capsys):
     run(tmp_path / "run")
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("Digits, dynamic binarization: 1,200 training, 200 validation, 397 test images on cpu")
@@ -297,7 +291,7 @@ def test_nothing_is_left_in_pyros_parameter_store(finished):
 
 
 @pytest.mark.slow
-def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path, no_figures):
+def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path):
     run_dir, _ = finished
     torch.manual_seed(5)
     run(tmp_path / "same")
@@ -309,7 +303,7 @@ def test_same_seed_same_run_and_other_seed_other_run(finished, tmp_path, no_figu
 
 
 @pytest.mark.slow
-def test_config_repeats_the_run(finished, tmp_path, no_figures):
+def test_config_repeats_the_run(finished, tmp_path):
     run_dir, _ = finished
     cli.train(["--config", str(run_dir / "config.yaml"), "--run_dir", str(tmp_path / "new")])
     assert_same_run(tmp_path / "new", run_dir)
@@ -317,7 +311,7 @@ def test_config_repeats_the_run(finished, tmp_path, no_figures):
 
 
 @pytest.mark.slow
-def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures):
+def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = [cli.train(TINY).path for _ in range(2)]
     assert made[0] != made[1]
@@ -330,7 +324,7 @@ def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch, no_figures
 # Choices
 
 
-def test_pyro_gives_the_same_run(finished, tmp_path, no_figures):
+def test_pyro_gives_the_same_run(finished, tmp_path):
     """The noise is the same, and so are all numbers but for rounding."""
     theirs, ours = result(run(tmp_path / "run", "--engine", "pyro")), result(finished[0])
     for name in ("test_elbo", "test_log_likelihood", "annealed_log_likelihood"):
@@ -339,7 +333,7 @@ def test_pyro_gives_the_same_run(finished, tmp_path, no_figures):
         assert float(row["train_elbo"]) == pytest.approx(float(reference["train_elbo"]), rel=1e-5)
 
 
-def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
+def test_only_a_long_run_is_compiled(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(training, "CompiledSVI", lambda *args, **given: made.append(given) or PyroSVI(*args))
     monkeypatch.setattr(training, "WORTH_COMPILING", 5)
@@ -367,8 +361,9 @@ def test_only_a_long_run_is_compiled(tmp_path, monkeypatch, no_figures):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_choices(tmp_path, argv, changed):
-    run_dir = run(tmp_path / "run", *argv)
+def test_choices(tmp_path, drawing, argv, changed):
+    with drawing():
+        run_dir = run(tmp_path / "run", *argv)
     found = result(run_dir)
     assert {name: found[name] for name in changed} == changed
     assert math.isfinite(found["test_log_likelihood"])
@@ -407,7 +402,7 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     ],
     ids=lambda argv: argv[0],
 )
-def test_objectives_train_and_the_plain_elbo_is_logged(finished, tmp_path, no_figures, argv):
+def test_objectives_train_and_the_plain_elbo_is_logged(finished, tmp_path, argv):
     run_dir = run(tmp_path / "run", "--objective", *argv)
     *_, last = metrics(run_dir)
     assert float(last["train_elbo"]) == pytest.approx(float(last["validation_elbo"]), abs=2)
@@ -415,7 +410,7 @@ def test_objectives_train_and_the_plain_elbo_is_logged(finished, tmp_path, no_fi
     assert result(run_dir)["annealed_log_likelihood"] == pytest.approx(usual, abs=0.5)
 
 
-def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
+def test_best_weights_are_evaluated(tmp_path, monkeypatch):
     values = iter([-3.0, -1.0, -2.0])
     monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
     run(tmp_path / "run", "--weights", "best")
@@ -426,7 +421,7 @@ def test_best_weights_are_evaluated(tmp_path, no_figures, monkeypatch):
 
 
 @pytest.mark.slow
-def test_patience_ends_training(tmp_path, no_figures, monkeypatch):
+def test_patience_ends_training(tmp_path, monkeypatch):
     values = iter([-3.0, -1.0, -2.0, -2.0])
     monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
     run(tmp_path / "run", "--epochs", "9", "--patience", "2")
@@ -436,10 +431,11 @@ def test_patience_ends_training(tmp_path, no_figures, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 5, 4), (2, 4, 5), (2, 2)], ids=str)
-def test_images_of_other_shapes(tmp_path, shape):
+def test_images_of_other_shapes(tmp_path, drawing, shape):
     generator = np.random.default_rng(0)
     np.savez(tmp_path / "images.npz", train=generator.random((30, *shape)), test=generator.random((2, *shape)))
-    run_dir = run(tmp_path / "run", "--dataset", "Npz", "--dataset.path", str(tmp_path / "images.npz"))
+    with drawing():
+        run_dir = run(tmp_path / "run", "--dataset", "Npz", "--dataset.path", str(tmp_path / "images.npz"))
     assert {path.name for path in run_dir.iterdir()} == FILES
     size = math.prod(shape)
     assert runs.load_model(run_dir).likelihood.head.event_size == size
@@ -503,7 +499,7 @@ def in_the_evaluation(patch):
 
 
 def in_the_figures(patch):
-    patch.setattr(figures, "pictures", ctrl_c)
+    patch.setattr(training.figures, "pictures", ctrl_c)
 
 
 @pytest.mark.slow
@@ -517,7 +513,7 @@ def in_the_figures(patch):
         (in_the_figures, 0),
     ],
 )
-def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monkeypatch, capsys, interrupt, steps_left):
+def test_resume_gives_the_uninterrupted_run(finished, tmp_path, monkeypatch, capsys, interrupt, steps_left):
     run_dir = tmp_path / "a run"
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch)
@@ -537,7 +533,7 @@ def test_resume_gives_the_uninterrupted_run(finished, tmp_path, no_figures, monk
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_epoch(finished, tmp_path, no_figures):
+def test_ctrl_c_before_the_first_epoch(finished, tmp_path):
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledSVI, "step", ctrl_c)

@@ -35,6 +35,7 @@ QUICK = [
     "--evidence.num_samples=25",
     "--latent_dim=3",
     "--evidence.annealed_images=4",
+    "--evidence.annealing.num_temperatures=4",
 ]
 
 
