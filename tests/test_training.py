@@ -596,12 +596,16 @@ def fresh(seed=3):
     return small_vae()
 
 
+ENGINES = {"PyroSVI": PyroSVI, "CompiledSVI": partial(CompiledSVI, compiler="none")}
+SCHEDULES, LOSSES = ("one_cycle", "constant", "stages"), (None, IWAE(3))
+TRAJECTORIES = [(schedule, "PyroSVI", loss) for schedule in SCHEDULES for loss in LOSSES]
+TRAJECTORIES += [("one_cycle", "CompiledSVI", None), ("stages", "CompiledSVI", IWAE(3))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [None, IWAE(3)], ids=["Trace_ELBO", "IWAE"])
-@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
-@pytest.mark.parametrize("schedule", ["one_cycle", "constant", "stages"])
+@pytest.mark.parametrize(("schedule", "engine", "loss"), TRAJECTORIES, ids=str)
 def test_trajectories_are_those_of_version_0_1_0(tmp_path, schedule, engine, loss):
-    x, validation, path = binary(50), binary(30), tmp_path / "checkpoint.pt"
+    x, validation, path, engine = binary(50), binary(30), tmp_path / "checkpoint.pt", ENGINES[engine]
     plain = Plain(fresh(), schedule, 5 * 3, 3, 0.05, engine, loss)
     for _ in range(5):
         plain.epoch(Shuffled(x), validation)

@@ -477,14 +477,14 @@ def test_difference_estimate_from_diagnostics_by_brute_force():
 
 
 def planar(scale):
-    """A decoder of two latent variables with bends, and 200 data of it."""
+    """A decoder of two latent variables with bends, and 120 data of it."""
     generator = torch.Generator().manual_seed(3)
     first, second = (torch.randn(*shape, generator=generator).double() for shape in ((2, 8), (8, 20)))
 
     def likelihood(z):
         return dist.Bernoulli(logits=scale * (z @ first).tanh() @ second).to_event(1)
 
-    z = torch.randn(200, 2, generator=generator).double()
+    z = torch.randn(120, 2, generator=generator).double()
     x = torch.bernoulli(likelihood(z).base_dist.probs, generator=generator)
     return *programs(standard(2), likelihood, lambda x: dist.Normal(0 * x[..., :2], 1.0).to_event(1)), x
 

@@ -15,10 +15,12 @@ pytestmark = pytest.mark.slow
 
 QUICK = [
     "--dataset=Digits",
+    "--engine=pyro",
     "--epochs=1",
     "--evidence.num_samples=30",
     "--evidence.annealed_images=9",
     "--evidence.annealing.num_temperatures=2",
+    "--evidence.annealing.num_checked=0",
     "--encoder.hidden=[16]",
     "--decoder.hidden=[16]",
 ]

@@ -36,6 +36,7 @@ QUICK = [
     "--latent_dim=3",
     "--evidence.annealed_images=4",
     "--evidence.annealing.num_temperatures=4",
+    "--evidence.annealing.num_checked=0",
 ]
 
 
