@@ -63,6 +63,9 @@ class CompiledSVI:
             been worth its seconds, some 4,000 to 10,000, and on a GPU at once; ``none`` runs traced graphs as they are.
         cuda_graph: whether steps on a GPU are recorded and replayed.
         fallback: whether what cannot be compiled runs through Pyro; else it is refused.
+        loss_and_grads: for a loss that is a function: a function like it that adds to the gradients as well. Default:
+            one that calls the loss, and ``backward``.
+        num_samples, num_steps: what ``SVI.run`` takes, which Pyro will remove and which is none here: ignored.
 
     Raises:
         TypeError: if optimizer or loss is none, or steps with a closure.
@@ -82,10 +85,14 @@ class CompiledSVI:
         compiler: Literal["auto", "inductor", "none"] = "auto",
         cuda_graph: bool = True,
         fallback: bool = True,
+        *,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
     ):
         check_choice("precision", precision, ("float32", "bfloat16"))
         check_choice("compiler", compiler, ("auto", "inductor", "none"))
-        self._steps = Steps(model, guide, optim, loss, max_norm, precision)
+        self._steps = Steps(model, guide, optim, loss, max_norm, precision, loss_and_grads)
         self.precision, self.cuda_graph, self.fallback = precision, cuda_graph, fallback
         self.compiler: Literal["auto", "inductor", "none"] = compiler
         self._forget()

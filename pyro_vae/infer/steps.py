@@ -63,6 +63,7 @@ class Steps:
         model, guide, optim, loss: as :class:`pyro_vae.CompiledSVI` takes them.
         max_norm: the norm of all gradients together is clipped to this; None: not.
         precision: of matrix products and convolutions.
+        loss_and_grads: in place of a loss that is a function; it calls ``backward`` itself.
 
     Raises:
         TypeError: if optimizer or loss is none, or steps with a closure.
@@ -77,6 +78,7 @@ class Steps:
         loss: Loss | None,
         max_norm: float | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
+        loss_and_grads: Callable[..., Any] | None = None,
     ):
         loss = Trace_ELBO() if loss is None else loss
         if not isinstance(optim, (torch.optim.Optimizer, PyroOptim)) or isinstance(optim, torch.optim.LBFGS):
@@ -89,7 +91,7 @@ class Steps:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        self._max_norm = max_norm
+        self._max_norm, self._own = max_norm, loss_and_grads
         self._precision: Literal["float32", "bfloat16"] = precision
         self._pyros = optim if isinstance(optim, PyroOptim) else None
         self._zeros: dict[int, tuple[Tensor, int]] = {}
@@ -97,7 +99,7 @@ class Steps:
     def with_other(self, **parts: Any) -> "Steps":
         """The same with another model, guide or optimizer."""
         own: dict[str, Any] = {"model": self.model, "guide": self.guide, "optim": self.optim, "loss": self.loss} | parts
-        return Steps(**own, max_norm=self._max_norm, precision=self._precision)
+        return Steps(**own, max_norm=self._max_norm, precision=self._precision, loss_and_grads=self._own)
 
     @property
     def held(self) -> list[Tensor]:
@@ -175,6 +177,8 @@ class Steps:
                 loss.__dict__ = vars(self.loss)
             model = _with_a_param(self.model) if self._pyros is None else self.model
             return loss.loss_and_grads(model, self.guide, *args, **kwargs)
+        if self._own is not None:
+            return self._own(self.model, self.guide, *args, **kwargs)
         value = self._called(args, kwargs)
         if getattr(value, "requires_grad", False):
             value.backward(retain_graph=True)

@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
-from pyro.optim import Adam  # pyright: ignore[reportAttributeAccessIssue]
+from pyro.optim import SGD, Adam  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.infer import CompiledSVI
@@ -259,3 +259,25 @@ def test_the_loss_is_a_function_as_svi_has_it():
         return [*found, svi.loss_and_grads(svi.model, svi.guide, X), svi.step(X), *(svi.step(X) for _ in range(4))]
 
     as_pyro(two_components, calls)
+
+
+def test_arguments_of_svi_that_few_give():
+    def loss(model, guide, x):
+        return Trace_ELBO().differentiable_loss(model, guide, x)
+
+    def loss_and_grads(model, guide, x):
+        value = loss(model, guide, x)
+        (2 * value).backward()
+        return value
+
+    def make():
+        return Trainer().model, nothing
+
+    steps = {}
+    for engine in (SVI, partial(CompiledSVI, compiler="none")):
+        with pyro.get_param_store().scope(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            svi = engine(*make(), SGD({"lr": 1.0}), loss, loss_and_grads=loss_and_grads, num_samples=3, num_steps=2)
+            steps[engine] = torch.tensor([svi.step(X) for _ in range(8)])
+    torch.testing.assert_close(*steps.values())
+    assert steps[SVI][0] > steps[SVI][1] + 1
