@@ -280,4 +280,4 @@ def test_arguments_of_svi_that_few_give():
             svi = engine(*make(), SGD({"lr": 1.0}), loss, loss_and_grads=loss_and_grads, num_samples=3, num_steps=2)
             steps[engine] = torch.tensor([svi.step(X) for _ in range(8)])
     torch.testing.assert_close(*steps.values())
-    assert steps[SVI][0] > steps[SVI][1] + 1
+    assert steps[SVI][0] > steps[SVI][1] + 0.15  # 0.09 if the gradient were not doubled
