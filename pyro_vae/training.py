@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -17,13 +17,14 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_vae.errors import CheckpointError, NonFiniteError, check_at_least_one
-from pyro_vae.infer.checks import check_program
-from pyro_vae.infer.diagnostics import estimate_elbo
+from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, check_at_least_one
+from pyro_vae.infer.batches import Watch, explained
+from pyro_vae.infer.checks import check_data, check_program
+from pyro_vae.infer.diagnostics import mean_log_weights
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
-from pyro_vae.infer.programs import Program, evaluating, find_non_finite
-from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor, split
+from pyro_vae.infer.programs import Program, evaluating
+from pyro_vae.infer.trees import Data, check_same_structure, concatenate, first_tensor
 from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
 FORMAT = "pyro_vae.training/3"  # of a checkpoint; another layout gets another number
@@ -290,7 +291,7 @@ class Training:
         self._settings = {"optimizer": name_of(optimizer), "schedule": name_of(schedule), "lr": lr}
         if schedule not in ("constant", "stages"):  # these do not depend on when a training ends
             self._settings["steps"] = epochs * len(train)
-        self._stopped = False
+        self._stopped, self._watch = False, cast(Watch | None, None)
 
     def stop(self) -> None:
         """End the training with the epoch that is done."""
@@ -371,6 +372,9 @@ class Training:
         switch((self.optimizer,), "train")
         try:
             objective, rate, recent = self._steps(svi, loss, bar)
+        except ContractError:  # a mini-batch was refused, after steps on a GPU that nobody waited for
+            self.module.load_state_dict(good)
+            raise
         except NonFiniteError as error:
             if self._is_finite():
                 raise
@@ -389,8 +393,8 @@ class Training:
         if self.validation is not None:
             validation_elbo = _validation_elbo(self._programs, self.validation)
             if not math.isfinite(validation_elbo):
-                raise _non_finite(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
-        train_elbo = estimate_elbo(*self._programs, recent).mean().item()
+                raise explained(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
+        train_elbo = mean_log_weights(*self._programs, recent).mean().item()
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
 
     def _is_finite(self) -> bool:
@@ -398,20 +402,20 @@ class Training:
 
     def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
         """One pass over the mini-batches: minus the loss per datum, the last learning rate, and the last data."""
-        total, size, rate, first = 0.0, 0, math.nan, None
+        total, size, rate, first, watch = 0.0, 0, math.nan, None, None
         recent: deque[tuple[int, Data]] = deque()
         before, num_recent = len(self.history) * len(self.train), 0
         for number, batch in enumerate(self.train):
             if before == number == 0:
                 with evaluating(*self._programs):
                     check_program(*self._programs, batch)
-                if self.validation is not None:
-                    check_same_structure(self.validation, batch, "the first mini-batch")
+            self._watch = watch = self._watch or self._begin(batch)
             first = batch if first is None else first
             check_same_structure(batch, first, "the first mini-batch")
+            watch.look(batch, f"mini-batch {number + 1} of epoch {len(self.history) + 1}")
             if isinstance(loss, Objective):
                 loss.advance(before + number)
-            value = _step(svi, self._programs, batch)
+            value = watch.step(svi.step, batch)
             if isinstance(value, tuple):
                 raise ValueError(f"{type(loss).__name__} has several values; fit needs a loss that has one")
             count = len(first_tensor(batch))
@@ -424,33 +428,23 @@ class Training:
             rate = self.scheduler.get_last_lr()[0]
             self.scheduler.step()
             bar.update()
-        if size == 0:
+        if watch is None:
             raise ValueError(f"train gave no mini-batch in epoch {len(self.history) + 1}: is it an iterator, used up?")
+        watch.finish()
         return -float(total) / size, float(rate), concatenate([batch for _, batch in recent])
+
+    def _begin(self, batch: Data) -> Watch:
+        """Check validation data, and in a training that is resumed the first mini-batch, in full."""
+        if self.history:
+            check_data(*self._programs, batch)
+        if self.validation is not None:
+            check_same_structure(self.validation, batch, "the first mini-batch")
+            try:
+                check_data(*self._programs, self.validation)
+            except ContractError as error:
+                raise ContractError(f"validation: {error}") from error
+        return Watch(*self._programs, batch)
 
 
 def _validation_elbo(programs: tuple[Program, Program], data: Data) -> float:
-    return estimate_elbo(*programs, data).mean().item()
-
-
-def _step(svi: Engine, programs: tuple[Program, Program], batch: Data) -> float | Tensor:
-    """One step; where it meets a NaN, or Pyro's own validation refuses one, say at which site."""
-    try:
-        value = call(svi.step, batch)
-    except NonFiniteError as error:
-        raise _non_finite(programs, batch, str(error)) from error
-    except ValueError as error:
-        if find_non_finite(*programs, batch) is None:
-            raise
-        raise _non_finite(programs, batch, "Pyro refuses a value") from error
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _non_finite(programs, batch, f"the training loss is {value}")
-    return value
-
-
-def _non_finite(programs: tuple[Program, Program], data: Data, what: str) -> NonFiniteError:
-    """The error that says where the NaN is, as far as a look at the data can tell."""
-    sites = (find_non_finite(*programs, part) for part in split(data, 1000))
-    site = next((site for site in sites if site), None)
-    place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
-    return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")
+    return mean_log_weights(*programs, data).mean().item()

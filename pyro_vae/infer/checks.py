@@ -14,6 +14,7 @@ from pyro_vae.errors import ContractError, reason_of
 from pyro_vae.infer.programs import (
     Program,
     Traces,
+    evaluating,
     latent_sites,
     particle_trace,
     sample_sites,
@@ -23,7 +24,7 @@ from pyro_vae.infer.programs import (
 )
 from pyro_vae.infer.scales import base_of
 from pyro_vae.infer.supports import innermost
-from pyro_vae.infer.trees import Data, data_size, named_tensors, select, tensors
+from pyro_vae.infer.trees import Data, data_size, named_tensors, select, split, tensors
 
 MOST_ALONE = 8
 """Data that are scored without the others, at most: in a small batch the neighbours that are missing count for more."""
@@ -46,33 +47,53 @@ def check_program(model: Program, guide: Program, data: Data, neighbours: bool =
             observed site holds something else than the data, or model and guide disagree about the support of a
             latent site, or its prior is improper, or p(x | z) or q(z | x) of a datum depends on other data.
     """
+    check_part(model, guide, data, neighbours)
+
+
+def check_part(model: Program, guide: Program, data: Data, neighbours: bool, start: int = 0) -> None:
+    """:func:`check_program` of data that are the rows from ``start`` on of others."""
     data_size(data)
     gaps = [(path, leaf) for path, leaf in named_tensors(data) if leaf.isnan().any()]
     with torch.no_grad(), pyro.validation_enabled(False):
         both = traces(model, guide, data, num_samples=2)
         for path, leaf in gaps:
-            _check_gaps(both, path, leaf)
+            _check_gaps(both, path, leaf, start)
         _check_latent_supports(both)
         check_latent_masks(both)
         observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
         for name in observed:
-            _check_observed(name, site_of(both.model, name), data)
+            _check_observed(name, site_of(both.model, name), data, start)
         _check_observed_once(both.model, observed, data)
         _check_unseen(model, both, data)
         if neighbours:
             _check_rows(model, guide, both, data)
 
 
-def _check_gaps(both: Traces, path: str, leaf: Tensor) -> None:
+def check_data(model: Program, guide: Program, data: Data, neighbours: bool = True, size: int = 1000) -> None:
+    """:func:`check_program` of all data, ``size`` at a time, in evaluation mode; no random number is used up.
+
+    ``neighbours`` are looked at in the first part.
+
+    Raises:
+        ContractError: as :func:`check_program`.
+    """
+    devices = sorted({leaf.device for leaf in tensors(data) if isinstance(leaf, Tensor) and leaf.is_cuda}, key=str)
+    with torch.random.fork_rng(devices), evaluating(model, guide):
+        for number, part in enumerate(split(data, size)):
+            check_part(model, guide, part, neighbours and number == 0, number * size)
+
+
+def _check_gaps(both: Traces, path: str, leaf: Tensor, start: int) -> None:
     """Refuse data with NaN unless they are those of an observed site, which masks them, and no number is NaN."""
     sites = [site_of(trace, name) for trace in both for name in sample_sites(trace)]
     hidden = not any(site[what].isnan().any() for site in sites for what in ("value", "log_prob"))
     observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
     if hidden and any(_masks_gaps(both.model, name, leaf.flatten()) for name in observed):
         return
-    count = leaf.isnan().reshape(len(leaf), -1).any(1).sum().item()
+    rows = leaf.isnan().reshape(len(leaf), -1).any(1)
     raise ContractError(
-        f"{count} of {len(leaf)} observations hold NaN ({path}): fill in what was not seen, and mask it"
+        f"{rows.sum()} of {len(leaf)} observations hold NaN ({path}, {_first_row(rows, start)}): fill in what was not "
+        "seen, and mask it"
     )
 
 
@@ -114,7 +135,7 @@ def check_latent_masks(both: Traces) -> None:
             )
 
 
-def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
+def _check_observed(name: str, site: dict[str, Any], data: Data, start: int) -> None:
     """Refuse an observed site that scores something else than the data, or values outside its support."""
     value, size = site["value"], len(tensors(data)[0])
     if value.numel() == 0:
@@ -135,15 +156,21 @@ def _check_observed(name: str, site: dict[str, Any], data: Data) -> None:
             f"the observed site '{name}' holds something else than the observations that the model was given, so that "
             "its density is not theirs: observe a tensor of the data, or columns of it, as it is"
         )
-    valid = constraint.check(value)
+    valid, finite = constraint.check(value), value.isfinite()  # torch counts infinity among the reals
+    valid = valid & (finite.flatten(-constraint.event_dim).all(-1) if constraint.event_dim else finite)
     invalid = ~valid & _reduced(seen, value, constraint.event_dim)
     if invalid.any():
-        count = _last(invalid.reshape(*valid.shape, *[1] * constraint.event_dim), found, rows).any(1).sum().item()
+        outside = _last(invalid.reshape(*valid.shape, *[1] * constraint.event_dim), found, rows).any(1)
         raise ContractError(
-            f"{count} observations of site '{name}' lie outside the support of {type(site['fn']).__name__}, "
-            f"{site['fn'].support}: its log_prob of them is no log-likelihood; binarize the data or choose a "
-            "likelihood for its values"
+            f"{outside.sum()} observations of site '{name}' lie outside the support of {type(site['fn']).__name__}, "
+            f"{site['fn'].support}, {_first_row(outside, start)}: its log_prob of them is no log-likelihood; binarize "
+            "the data or choose a likelihood for its values"
         )
+
+
+def _first_row(wrong: Tensor, start: int) -> str:
+    """Which row is the first of the wrong ones, ``(B,)``, as an index tells it."""
+    return f"{'first ' if wrong.sum() > 1 else ''}row {start + int(wrong.nonzero()[0])}"
 
 
 def _check_observed_once(trace: poutine.Trace, observed: list[str], data: Data) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.checks import check_latent_masks, seen_entries
+from pyro_vae.infer.checks import check_data, check_latent_masks, seen_entries
 from pyro_vae.infer.programs import (
     Program,
     added,
@@ -131,7 +131,19 @@ def estimate_elbo(model: Program, guide: Program, data: Data, num_samples: int =
         data: likewise.
         num_samples: K, at least 1.
         batch_size: observations at a time.
+
+    Raises:
+        ValueError: as :func:`pyro_vae.traces`.
+        ContractError: as :func:`pyro_vae.check_program`.
     """
+    check_data(model, guide, data)
+    return mean_log_weights(model, guide, data, num_samples, batch_size)
+
+
+def mean_log_weights(
+    model: Program, guide: Program, data: Data, num_samples: int = 1, batch_size: int = 1000
+) -> Tensor:
+    """:func:`estimate_elbo` of data that have been checked."""
     with scoring(model, guide):
         return torch.cat([log_weights(model, guide, part, num_samples).mean(0) for part in split(data, batch_size)])
 
@@ -198,7 +210,9 @@ def kl_divergence(
 
     Raises:
         ValueError: as :func:`pyro_vae.traces`.
+        ContractError: as :func:`pyro_vae.check_program`.
     """
+    check_data(model, guide, data)
     totals: dict[str, Tensor] = {}
     with scoring(model, guide):
         for part in split(data, batch_size):
@@ -271,10 +285,11 @@ def mutual_information(model: Program, guide: Program, data: Data, num_samples: 
 
     Raises:
         ValueError: if there are fewer than 2 observations, or as :func:`pyro_vae.traces`.
-        ContractError: if a latent site is masked.
+        ContractError: if a latent site is masked, or as :func:`pyro_vae.check_program`.
     """
     if data_size(data) < 2:
         raise ValueError(f"an aggregated posterior needs at least 2 observations, got {data_size(data)}")
+    check_data(model, guide, data)
     log_q, log_p = [], []
     draws: dict[str, list[Tensor]] = {}
     with scoring(model, guide):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_vae.data.images import ENCODINGS, Data, Dataset
 from pyro_vae.errors import ContractError, DataError, RunError
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_part
 from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.programs import evaluating
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import MeanField
@@ -115,9 +116,10 @@ def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], b
     """
     size = 1000 if ENCODINGS[binarization] == "binary" else None
     try:
-        for x in observations:
-            for part in x[:size].split(1000):
-                check_program(vae.model, vae.guide, part)
+        with evaluating(vae.model, vae.guide):
+            for x in observations:
+                for number, part in enumerate(x[:size].split(1000)):
+                    check_part(vae.model, vae.guide, part, True, 1000 * number)
     except OTHERS_ERRORS as error:
         problem = refusal(error)
         parts = {"prior": vae.prior, "likelihood": vae.likelihood.head, "posterior": vae.posterior.head}
@@ -133,7 +135,7 @@ def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tensor) -> 
     """
     gpus = [x.device] if x.is_cuda else []
     try:
-        with torch.random.fork_rng(gpus):
+        with torch.random.fork_rng(gpus), evaluating(vae.model, vae.guide):
             objective(vae.model, vae.guide, x)
     except ContractError as error:
         raise RunError(f"--objective {type(objective).__name__}: {as_options(error)}") from error

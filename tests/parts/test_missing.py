@@ -210,7 +210,7 @@ def test_nan_that_no_mask_covers_is_refused():
     model = linear_gaussian()
     x = torch.zeros(3, 7, dtype=torch.float64)
     x[1, 2] = math.nan
-    with pytest.raises(ContractError, match=r"1 of 3 observations hold NaN \(data\)"):
+    with pytest.raises(ContractError, match=r"1 of 3 observations hold NaN \(data, row 1\)"):
         check_program(model.model, model.guide, x)
 
 

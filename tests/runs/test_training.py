@@ -24,6 +24,7 @@ from pyro_vae import (
     CompiledSVI,
     Evidence,
     Likelihood,
+    Network,
     PyroSVI,
     cli,
     log_weights,
@@ -84,6 +85,17 @@ class Grey(Likelihood):
 
     def forward(self, mean):
         return pyro.distributions.Normal(mean, self.scale).to_event(1)
+
+
+class Normed(Network):
+    """A layer with batch normalization."""
+
+    def __init__(self, in_features: int, out_features: int, image_shape=None):
+        super().__init__(in_features, out_features)
+        self.norm, self.layer = torch.nn.BatchNorm1d(in_features), torch.nn.Linear(in_features, out_features)
+
+    def forward(self, features):
+        return self.layer(self.norm(features.flatten(0, -2))).unflatten(0, features.shape[:-1])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -754,7 +766,7 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch):
 def test_nan_ends_the_run_in_one_line(tmp_path, part, name, capsys):
     run_dir = tmp_path / "run"
     # the first calls check the program, then each epoch has 5 steps and a validation: it breaks down in the second
-    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "26", "--engine", "pyro"]
+    argv = [f"--{part}", f"{__name__}.{name}", f"--{part}.calls", "31", "--engine", "pyro"]
     with pytest.raises(SystemExit) as caught:
         cli.guarded(lambda: run(run_dir, *argv))
     assert caught.value.code == 2
@@ -897,3 +909,12 @@ def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
     assert content["optimizer"]["param_groups"][0]["momentum"] == 0.9
     again = runs.load(made).settings.optimizer
     assert again.func is torch.optim.SGD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["pyro", "compiled"])
+def test_training_touches_only_training_batches(tmp_path, no_figures, engine):
+    argv = [*TINY[:2], "--encoder", f"{__name__}.Normed", "--decoder", f"{__name__}.Normed", *TINY[6:], "--run_dir"]
+    run = cli.train([*argv, str(tmp_path / "run"), "--engine", engine])
+    for part in (run.model.posterior, run.model.likelihood):
+        assert part.network.norm.num_batches_tracked == 3 * 5

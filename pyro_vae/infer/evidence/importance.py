@@ -16,7 +16,7 @@ from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, 
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.evidence.weights import reduce_log_weights
-from pyro_vae.infer.programs import Program, log_weights, scoring
+from pyro_vae.infer.programs import Program, evaluating, log_weights, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
@@ -182,7 +182,7 @@ def _bytes_per_sample(model: Program, guide: Program, data: Data) -> int:
     """Bytes of intermediate results that one more sample of z brings, an upper bound of what it holds at a time."""
     sizes = []
     for num_samples in (64, 128):
-        with _CountBytes() as count:
+        with evaluating(model, guide), _CountBytes() as count:
             log_weights(model, guide, data, num_samples)
         sizes.append(count.total)
     return max(1, (sizes[1] - sizes[0]) // 64)

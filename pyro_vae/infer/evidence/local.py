@@ -78,10 +78,10 @@ class LocalPosterior(NamedTuple):
         if data_size(data) != len(self.loc):
             raise ValueError(f"the posterior is one of {len(self.loc)} observations, got {data_size(data)}")
         draws = []
-        for among in _slices(data_size(data), batch_size):
-            part, own = Latents(model, guide, select(data, among)), self.select(among)
-            draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
         with evaluating(model, guide):
+            for among in _slices(data_size(data), batch_size):
+                part, own = Latents(model, guide, select(data, among)), self.select(among)
+                draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
             return mean_log_weight(draws, num_samples)
 
 
