@@ -226,7 +226,8 @@ def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: b
     slack = 10.0 if graph.compiled else 1.0
     of_loss, of_gradient = (0.01, 0.1) if rounded else (1e-5 * slack, 1e-3 * slack)
     for a, b in zip(tree_leaves(mine.loss), tree_leaves(loss), strict=True):
-        if not _close(torch.as_tensor(a), torch.as_tensor(b), of_loss, rounded, at_least=1.0):
+        ours, pyros = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (a, b))
+        if not _close(ours, pyros, of_loss, rounded, at_least=1.0):
             return f"a loss of {float(a):.6g}, not {float(b):.6g}"
     found = {id(p): gradient for p, gradient in zip(graph.trained, mine.gradients, strict=True)}
     largest = max([float(gradient.norm()) for _, gradient in gradients], default=0.0)
@@ -238,7 +239,7 @@ def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: b
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: float) -> bool:
-    if a.dtype == torch.float64 and not rounded:
+    if a.dtype == b.dtype == torch.float64 and not rounded:
         tolerance = tolerance * 1e-4
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     finite = a.isfinite() & b.isfinite()
