@@ -28,6 +28,9 @@ MOST_KINDS = 256
 PATIENCE = 16
 """After so many calls in a row of a kind never seen before, Pyro runs a while without asking."""
 
+NODES_PER_CALL = 2000
+"""A kind of call is traced once it has come up again so often, for each so many nodes that graphs have had before."""
+
 
 class CompiledSVI:
     """Pyro's stochastic variational inference, whose steps are compiled graphs; a drop-in for ``pyro.infer.SVI``.
@@ -118,7 +121,7 @@ class CompiledSVI:
 
     def _forget(self) -> None:
         self._calls = Calls((self.model, self.guide, self._steps.loss))
-        self._number = self._strange = self._rest = 0
+        self._number = self._strange = self._rest = self._nodes = 0
         self._pause = 4 * PATIENCE
         self._last: Call | None = None
         self._said: set[str] = set()
@@ -165,6 +168,10 @@ class CompiledSVI:
         if kind.reason:
             return self._run_pyro(args, kwargs, train)
         graph = next((graph for graph in kind.graphs if graph.holds(call.tensors)), None)
+        if graph is None and kind.waited < self._nodes // NODES_PER_CALL:
+            kind.waited += 1
+            self._strange = 0
+            return self._run_pyro(args, kwargs, train)
         if graph is None:
             return self._trace(kind, call)
         self._strange, self._pause = 0, 4 * PATIENCE
@@ -280,6 +287,7 @@ class CompiledSVI:
             self._steps.update(outline.params, gradients)
             self._stepped(call)
         loss = tree_unflatten(outline.leaves, outline.spec)
+        self._nodes = max(self._nodes, len(traced.graph.graph.nodes))
         if randomness.is_drawn_elsewhere():
             kind.reason = "the programs draw random numbers that are not torch's"
         elif call.state.snapshot.holds() and store._params.keys() == before[0].keys():

@@ -31,13 +31,14 @@ class Kind:
         reason: why it has none, if it must have none.
         traces: how often it was traced.
         mismatches: how often Pyro gave something else.
+        waited: calls that came before it was worth tracing.
     """
 
     def __init__(self):
         self.graphs: list[Graph] = []
         self.record: Record | None = None
         self.reason = ""
-        self.traces = self.mismatches = 0
+        self.traces = self.mismatches = self.waited = 0
 
 
 class State:

@@ -281,3 +281,14 @@ def test_arguments_of_svi_that_few_give():
             steps[engine] = torch.tensor([svi.step(X) for _ in range(8)])
     torch.testing.assert_close(*steps.values())
     assert steps[SVI][0] > steps[SVI][1] + 0.15  # 0.09 if the gradient were not doubled
+
+
+def test_kinds_of_a_large_graph_are_traced_later(monkeypatch):
+    def calls(svi):
+        return [svi.step(X[:n]) for n in (3, 3, 3, 3, *(2,) * 9)]
+
+    _, alone = as_pyro(lambda: (Trainer().model, nothing), calls)
+    monkeypatch.setattr("pyro_vae.infer.compiled.NODES_PER_CALL", 10)
+    caught, later = as_pyro(lambda: (Trainer().model, nothing), calls)
+    assert not caught
+    assert 1 <= later < alone
