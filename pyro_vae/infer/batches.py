@@ -21,6 +21,7 @@ from pyro_vae.infer.programs import (
     site_of,
     traces,
 )
+from pyro_vae.infer.supports import innermost
 from pyro_vae.infer.trees import Data, call, first_tensor, named_tensors, split, tensors
 
 
@@ -55,9 +56,8 @@ class Watch:
         doubtful = torch.ones((), dtype=torch.bool)
         if self._known is not None:
             leaves = tensors(data)
-            observed = {i for i, _ in self._known}
-            good = [(leaf.isfinite() if i in observed else leaf == leaf).all() for i, leaf in enumerate(leaves)]
-            good += [support.check(leaves[i]).all() for i, support in self._known]
+            # a sum is finite only if all of it is, and takes a tenth of the time
+            good = [leaf.sum().isfinite() for leaf in leaves] + [_all_in(leaves[i], where) for i, where in self._known]
             doubtful = ~torch.stack(good).all()
         self._waiting.append((name, data, doubtful))
         if not doubtful.is_cuda or len(self._waiting) >= self.MOST_WAITING:
@@ -110,6 +110,20 @@ def _observed_as_they_are(
             return None
         known.append((place, site["fn"].support))
     return known
+
+
+def _all_in(value: Tensor, support: constraints.Constraint) -> Tensor:
+    """Whether all of a finite value is in a support, shape ``()``; ``support.check`` takes ten times as long."""
+    base: Any = innermost(support)
+    if base is constraints.real:
+        return torch.ones((), dtype=torch.bool, device=value.device)
+    if base is constraints.boolean and value.is_floating_point():
+        return (value * value).ne_(value).sum() == 0
+    if base.is_discrete and hasattr(base, "lower_bound") and value.is_floating_point():
+        low, high = value.aminmax()
+        inside = (low >= base.lower_bound) & (high <= getattr(base, "upper_bound", math.inf))
+        return inside & (value.floor().ne_(value).sum() == 0)
+    return support.check(value).all()
 
 
 def _is_masked(site: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from oracles import binary, small_vae
 from pyro.infer import Trace_ELBO
 from torch import nn
+from torch.distributions import constraints
 
 from pyro_vae import (
     ELBO,
@@ -41,7 +42,7 @@ from pyro_vae import (
     smc,
     thermodynamic_integration,
 )
-from pyro_vae.infer.batches import Watch
+from pyro_vae.infer.batches import Watch, _all_in
 from pyro_vae.infer.diagnostics import kl_divergence, mutual_information
 from pyro_vae.infer.evidence import (
     SMC,
@@ -232,6 +233,29 @@ def test_a_bernoulli_vae_is_looked_at_without_running_it():
     watch = Watch(vae.model, vae.guide, x)
     vae.likelihood.network.register_forward_hook(lambda *_: pytest.fail("the decoder has run"))
     watch.look(binary(4), "second")
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        constraints.boolean,
+        constraints.real,
+        constraints.nonnegative_integer,
+        constraints.positive_integer,
+        constraints.integer_interval(0, 3),
+        constraints.unit_interval,
+        constraints.positive,
+        constraints.independent(constraints.boolean, 1),
+        constraints.independent(constraints.integer_interval(0, 1), 1),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("value", [-1.0, -0.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_quick_look_at_values_agrees_with_torch(support, value, dtype):
+    x = torch.ones(3, 2).to(dtype)
+    x[2, 1] = value
+    assert bool(_all_in(x, support)) == bool(support.check(x).all())
 
 
 def test_values_that_no_bernoulli_scores_are_no_bound():
