@@ -285,10 +285,10 @@ def test_arguments_of_svi_that_few_give():
 
 def test_kinds_of_a_large_graph_are_traced_later(monkeypatch):
     def calls(svi):
-        return [svi.step(X[:n]) for n in (3, 3, 3, 3, *(2,) * 9)]
+        return [svi.step(X[:n]) for n in (3, 3, 3, 3, *(2,) * 20)]
 
     _, alone = as_pyro(lambda: (Trainer().model, nothing), calls)
-    monkeypatch.setattr("pyro_vae.infer.compiled.NODES_PER_CALL", 10)
+    monkeypatch.setattr("pyro_vae.infer.compiled.NODES_PER_CALL", 20)
     caught, later = as_pyro(lambda: (Trainer().model, nothing), calls)
     assert not caught
     assert 1 <= later < alone
