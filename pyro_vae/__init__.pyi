@@ -18,10 +18,12 @@ from .infer.evidence.annealed import annealed_importance_sampling as annealed_im
 from .infer.evidence.annealed import bidirectional_monte_carlo as bidirectional_monte_carlo
 from .infer.evidence.annealing import Annealing as Annealing
 from .infer.evidence.bridge import bridge_sampling as bridge_sampling
+from .infer.evidence.conditional import log_conditional as log_conditional
 from .infer.evidence.distortion import rate_distortion as rate_distortion
 from .infer.evidence.exact import quadrature as quadrature
 from .infer.evidence.gaps import inference_gaps as inference_gaps
 from .infer.evidence.importance import importance_sampling as importance_sampling
+from .infer.evidence.imputation import impute as impute
 from .infer.evidence.result import Evidence as Evidence
 from .infer.evidence.reverse import sandwich as sandwich
 from .infer.evidence.smc import smc as smc

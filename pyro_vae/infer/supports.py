@@ -137,6 +137,10 @@ class Latents:
         run = self._run_model(u)
         return *self._split(*run), self._score_guide(*run)
 
+    def trace_at(self, u: Tensor) -> poutine.Trace:
+        """The model's trace at u ``(K, B, D)``, inside a plate of K particles at dimension -2."""
+        return self._run_model(u)[0]
+
     def sample_guide(self, num_samples: int) -> Tensor:
         """Draws of u ~ q(u | x), shape ``(K, B, D)``, without gradients."""
         with torch.no_grad(), pyro.validation_enabled(False):

@@ -7,10 +7,12 @@ from pyro_vae.infer.evidence.annealed import (
 )
 from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017, Annealing
 from pyro_vae.infer.evidence.bridge import bridge_sampling
+from pyro_vae.infer.evidence.conditional import log_conditional
 from pyro_vae.infer.evidence.distortion import RateDistortion, Tempering, rate_distortion
 from pyro_vae.infer.evidence.exact import enumeration, quadrature
 from pyro_vae.infer.evidence.gaps import InferenceGaps, inference_gaps
 from pyro_vae.infer.evidence.importance import importance_sampling
+from pyro_vae.infer.evidence.imputation import Imputation, impute
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
 from pyro_vae.infer.evidence.particles import SMC
@@ -30,6 +32,7 @@ __all__ = [
     "BayesFactor",
     "Coordinates",
     "Evidence",
+    "Imputation",
     "InferenceGaps",
     "LocalPosterior",
     "PosteriorChains",
@@ -44,10 +47,12 @@ __all__ = [
     "difference_estimate",
     "enumeration",
     "importance_sampling",
+    "impute",
     "inference_gaps",
     "laplace_approximation",
     "local_flow",
     "local_mean_field",
+    "log_conditional",
     "model_evidence",
     "quadrature",
     "rate_distortion",

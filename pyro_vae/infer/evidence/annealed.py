@@ -121,9 +121,9 @@ def evidence_of(found: Found, settings: Annealing) -> Evidence:
 def _there_only(latents: Latents, settings: Annealing, rows: int, compiled: bool, bar: tqdm) -> tuple[Evidence, Tensor]:
     """Unbiased estimates with a given number of temperatures, from a start on one mode, if it is laplace."""
     results = []
-    for path, betas, steps in _paths(latents, settings, rows, compiled):
+    for path, betas, steps in paths(latents, settings, rows, compiled):
         log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(settings.num_chains)), steps)
-        results.append(_one_way(log_w, acceptance, path))
+        results.append(one_way(log_w, acceptance, path))
         bar.update(log_w.shape[1])
     evidence = concatenate(results)
     return evidence, torch.zeros_like(evidence.log_px)
@@ -180,7 +180,7 @@ def bidirectional_monte_carlo(
     first, count = 0, settings.num_chains
     bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing")
     with bar, evaluating(model, guide):
-        for path, betas, steps in _paths(latents.of(data), settings, rows, compiled):
+        for path, betas, steps in paths(latents.of(data), settings, rows, compiled):
             size = path.latents.size
             below, above = enclosed(path, betas, steps, posterior_draws[first : first + size].expand(count, -1, -1))
             lower.append(below)
@@ -193,15 +193,15 @@ def bidirectional_monte_carlo(
 def enclosed(path: Path, betas: Tensor, steps: Tensor, drawn: Tensor) -> tuple[Evidence, Evidence]:
     """Evidence from chains to the posterior, and from as many back from u drawn of it, ``(C, B, D)``."""
     log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(len(drawn))), steps)
-    lower = _one_way(log_w, acceptance, path)
+    lower = one_way(log_w, acceptance, path)
     log_w, _, acceptance = anneal(
         path, betas.flip(0), path.evaluate(path.coordinates.from_latents(drawn)), steps.flip(0)
     )
-    inverse = _one_way(log_w, acceptance, path)
+    inverse = one_way(log_w, acceptance, path)
     return lower, inverse._replace(log_px=-inverse.log_px)
 
 
-def _one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
+def one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
     """Evidence of chains that went one way; reliable if none of them alone makes up the average."""
     evidence = reduce_log_weights([log_w], len(log_w))
     mc_se = torch.maximum(evidence.mc_se * t_factor(len(log_w) - 1), rounding(evidence.log_px, path.latents.like.dtype))
@@ -210,7 +210,7 @@ def _one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
     return evidence._replace(acceptance=acceptance, mc_se=mc_se, reliable=known, evaluations=cost)
 
 
-def _paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> Iterator[tuple[Path, Tensor, Tensor]]:
+def paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> Iterator[tuple[Path, Tensor, Tensor]]:
     """For each chunk of observations its path, temperatures ``(T + 1,)``, and step sizes ``(T - 1, B)`` of its own."""
     kind = kind_of(latents, settings.start)
     evaluate = evaluator(latents, kind, compiled)

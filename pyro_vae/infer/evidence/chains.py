@@ -199,13 +199,17 @@ def warm_up(path: Path, betas: Tensor, num_chains: int, longest: float, target: 
     return torch.stack(steps) if steps else step.new_zeros(0, len(step))
 
 
-def resample(log_w: Tensor) -> Tensor:
-    """Systematic resampling: numbers of chains ``(C, B)``, each as often as its share of the weights tells."""
+def resample(log_w: Tensor, num: int | None = None) -> Tensor:
+    """Systematic resampling: numbers of chains ``(num, B)``, each as often as its share of the weights tells.
+
+    ``num`` is how many are wanted; None: as many as there are.
+    """
+    num = num or len(log_w)
     share = (log_w - log_w.amax(0)).exp()
     share = torch.where(share.sum(0).isfinite() & (share.sum(0) > 0), share, torch.ones_like(share))
     edges = (share / share.sum(0)).cumsum(0)
-    comb = torch.arange(len(log_w), device=log_w.device).unsqueeze(1) + torch.rand_like(log_w[:1])
-    found = torch.searchsorted(edges.T.contiguous(), (comb / len(log_w)).T.contiguous()).T
+    comb = torch.arange(num, device=log_w.device).unsqueeze(1) + torch.rand_like(log_w[:1])
+    found = torch.searchsorted(edges.T.contiguous(), (comb / num).T.contiguous()).T
     return found.clamp(max=len(log_w) - 1)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.evidence.annealed import Sandwich, _paths, enclosed
+from pyro_vae.infer.evidence.annealed import Sandwich, enclosed, paths
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.importance import rows_per_chunk
@@ -88,7 +88,7 @@ def estimate(
     """:func:`sandwich` of one chunk of data; ``evaluate`` is for the posterior's chains."""
     posterior = posterior_chains(latents, chains, evaluate or evaluator(latents, "normal", compiled))
     rows = latents.size * settings.num_chains  # one path for all
-    ((path, betas, steps),) = _paths(latents, settings, rows, compiled)
+    ((path, betas, steps),) = paths(latents, settings, rows, compiled)
     lower, upper = enclosed(path, betas, steps, spread_draws(posterior, settings.num_chains))
     apart = (upper.log_px - lower.log_px).abs() > 4 * torch.hypot(upper.mc_se, lower.mc_se)
     sound = posterior.converged & ~apart
