@@ -107,7 +107,7 @@ def test_every_listed_name_is_there_and_none_is_old():
     names = [name for name in pyro_vae.__all__ if isinstance(getattr(pyro_vae, name), type) or name.islower()]
     assert set(names) == set(pyro_vae.__all__)
     modules = [name for name in names if isinstance(getattr(pyro_vae, name), type(sys))]
-    assert len(names) - len(modules) <= 45
+    assert len(names) - len(modules) <= 50
     assert set(SHORT) <= set(modules)
     assert list(_moved.SHORT) == SHORT
     assert not set(pyro_vae.__all__) & set(_moved.NAMES)
