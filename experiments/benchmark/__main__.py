@@ -402,7 +402,7 @@ def compiled_svi(
 ) -> Step:
     """This library's."""
     vae = make_vae()
-    return CompiledSVI(vae.model, vae.guide, adam(vae), loss, precision=precision).step
+    return CompiledSVI(vae.model, vae.guide, adam(vae), loss, precision=precision, compiler="inductor").step
 
 
 def plain_program(program: Program) -> Callable[..., object]:

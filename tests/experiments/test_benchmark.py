@@ -4,12 +4,14 @@ import json
 import sys
 from functools import partial
 
+import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from torch.nn.utils import parameters_to_vector
 
 from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark.programs import PROGRAMS
 from pyro_vae import runs
 
 pytestmark = pytest.mark.slow
@@ -22,17 +24,18 @@ def test_every_contender_is_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)  # no other libraries
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor is slow,
     monkeypatch.setattr(
-        "pyro_vae.infer.compiled.compile_graph", lambda graph, tensors: graph
+        "pyro_vae.infer.graphs.compile_graph", lambda graph, tensors: graph
     )  # and compiles in other tests
     # steps of the epoch's batch size, whose graphs are then compiled but once
     argv = "--repeats 3 --steps 1 --batch_sizes [256] --models [K=50] --model_batch_size 4 --epoch_images 300"
-    argv += f" --num_images 2 --num_samples 20 --device cpu --run_dir={tmp_path / 'run'}"
+    argv += f" --programs [VAE] --num_images 2 --num_samples 20 --device cpu --run_dir={tmp_path / 'run'}"
     benchmark.main(argv.split())
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     tables = capsys.readouterr().out.split("\n\n")
     for part, title, group, least in (
         ("step", "training step", "batch of 256", COMPILED),
         ("models", "step of another model", "K=50, batch of 4", {PYRO, "Pyro ELBOModule, torch Adam", "CompiledSVI"}),
+        ("programs", "step of a small program", "VAE", {"Pyro SVI", "CompiledSVI, as traced", "CompiledSVI"}),
         ("epoch", "epoch", "256 images", COMPILED),
         ("evidence", "importance sampling", "2 images, K = 20", {"pyro_vae importance_sampling", "Pyro Importance"}),
     ):
@@ -49,11 +52,14 @@ def test_every_contender_is_timed(tmp_path, capsys, monkeypatch):
         for name, each in contenders.items():
             assert 0 < each["low"] <= each["median"] <= each["high"]
             assert each["first"] > 0
-            base = contenders["bare matrix products" if part == "evidence" else PYRO]["median"]
+            base = contenders[{"evidence": "bare matrix products", "programs": "Pyro SVI"}.get(part, PYRO)]["median"]
             if part == "evidence":  # speeds
                 assert cells[name][:3:2] == [f"{1 / each['median']:,.0f}", f"{base / each['median']:.3g}"]
             else:
                 assert cells[name][:3:2] == [f"{1e3 * each['median']:.3g}", f"{each['median'] / base:.3g}"]
+    steps = found["programs"]["VAE"]
+    (summary,) = (each for each in tables if each.lstrip().startswith("| of Pyro SVI, 1 programs "))
+    assert f"| {steps['CompiledSVI']['median'] / steps['Pyro SVI']['median']:.3g} " in summary
     assert "numpyro" not in found["versions"]
     assert (tmp_path / "run" / "benchmark.png").stat().st_size > 1000
 
@@ -74,6 +80,21 @@ def test_contenders_take_the_same_steps():
     expected = trained.pop(benchmark.by_hand)
     for found in trained.values():
         assert (found - expected).norm() < 1e-2 * (expected - start).norm()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_compiled_programs_take_pyros_steps(name):
+    store, trained = pyro.get_param_store(), []
+    for engine in (benchmark.plain_program, partial(benchmark.compiled_program, compiler="none")):
+        torch.manual_seed(0)
+        with store.scope():
+            program = PROGRAMS[name](torch.device("cpu"))
+            step = engine(program)
+            for _ in range(7):
+                step(*program.args)
+            trained.append({key: value.detach().clone() for key, value in store.items()})
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=2e-4)  # Adam enlarges rounding
+    assert trained[0]
 
 
 def test_other_libraries_that_cannot_be_imported_are_left_out(monkeypatch, capsys):
