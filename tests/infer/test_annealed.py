@@ -19,6 +19,7 @@ from pyro_vae import (
     Conditional,
     ContractError,
     Evidence,
+    LinearGaussianVAE,
     MeanField,
     StandardNormal,
     TwoLayerVAE,
@@ -32,7 +33,7 @@ from pyro_vae.infer.evidence import annealed
 from pyro_vae.infer.evidence.annealed import Sandwich
 from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.importance import reduce_log_weights
-from pyro_vae.infer.evidence.laplace import laplace_approximation
+from pyro_vae.infer.evidence.laplace import laplace_approximation, observations_at_once
 from pyro_vae.infer.evidence.result import difference_estimate, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of
 from pyro_vae.infer.supports import Latents
@@ -837,3 +838,21 @@ def test_difference_estimate_of_single_precision():
     assert difference_estimate(rough, fine, torch.arange(10))[0] == pytest.approx(
         rough[0].double().item() + 1, abs=1e-9
     )
+
+
+@pytest.mark.slow
+def test_a_thousand_dimensions():
+    weight = 3 * torch.randn(20, 1000, dtype=torch.float64) / 1000**0.5
+    vae = LinearGaussianVAE(weight, torch.zeros(20, dtype=torch.float64), scale=0.5)
+    x = torch.randn(1, 1000, dtype=torch.float64) @ weight.mT + 0.5 * torch.randn(1, 20, dtype=torch.float64)
+    settings = Annealing(error=0.5, num_climbs=0, num_checked=0)
+    evidence = annealed_importance_sampling(vae.model, vae.guide, x, settings, compiled=False)
+    assert ((evidence.log_px - vae.log_px(x)).abs() < 4 * evidence.mc_se).all()
+    assert (evidence.mc_se < 0.5).all()
+    assert evidence.reliable is not None
+    assert evidence.reliable.all()
+
+
+def test_matrices_of_many_dimensions_are_made_of_few_observations_at_once():
+    assert [observations_at_once(300, dim) for dim in (2, 50, 1000, 10**5)] == [300, 300, 16, 1]
+    assert observations_at_once(0, 2) == 1

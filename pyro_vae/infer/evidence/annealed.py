@@ -14,7 +14,7 @@ from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
 from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, warm_up
 from pyro_vae.infer.evidence.importance import rows_per_chunk
-from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
+from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost, observations_at_once
 from pyro_vae.infer.evidence.opinion import check_start, checked
 from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
 from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, kind_of, longest_step
@@ -228,8 +228,9 @@ def paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> I
         few = torch.randperm(latents.size)[:32].to(latents.like.device)
         num = _pilot(path_of(latents.select(few)), settings)
     betas = settings.temperatures(num).to(latents.like)
-    for first in range(0, latents.size, rows):
-        whole = path_of(latents.select(slice(first, first + rows)))
+    at_once = observations_at_once(rows, latents.dim)
+    for first in range(0, latents.size, at_once):
+        whole = path_of(latents.select(slice(first, first + at_once)))
         for start in range(0, whole.latents.size, size):
             path = whole.select(slice(start, start + size))
             path.evaluations = whole.evaluations

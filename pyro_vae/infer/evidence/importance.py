@@ -12,7 +12,13 @@ from tqdm import tqdm
 
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.compiling import Compiled
-from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost, whitened_log_joint
+from pyro_vae.infer.evidence.laplace import (
+    Coordinates,
+    laplace_approximation,
+    laplace_cost,
+    observations_at_once,
+    whitened_log_joint,
+)
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.evidence.weights import reduce_log_weights
@@ -135,7 +141,9 @@ def _from_laplace(
         return whitened_log_joint(latents.of(data), Coordinates(*coordinates), e) - base.log_prob(e)
 
     weigh = _per_number(weights, compiled)
-    for part in split(data, max(1, rows // 3)):  # a gradient keeps what a forward pass would drop
+    for part in split(
+        data, observations_at_once(rows // 3, latents.dim)
+    ):  # a gradient keeps what a forward pass would drop
         check_program(model, guide, part, neighbours=False)
         approximation = laplace_approximation(latents.of(part))
         for first in range(0, data_size(part), size):

@@ -11,6 +11,9 @@ from torch import Tensor
 from pyro_vae.infer.programs import added
 from pyro_vae.infer.supports import Latents
 
+NUMBERS = 2**24
+"""Entries of the matrices ``(B, D, D)`` that are made at once."""
+
 
 class Coordinates(NamedTuple):
     """Whitened coordinates e of B observations: u = loc + factor e. Densities of e count log \\|du / de\\|.
@@ -89,6 +92,11 @@ def laplace_approximation(
 def laplace_cost(dim: int, num_steps: int = 20) -> int:
     """Evaluations that :func:`laplace_approximation` takes by default, after ``num_steps`` of its climb."""
     return 2 * num_steps + 2 * 5 + 2 * dim + 2 + 2 * 9 * 16
+
+
+def observations_at_once(rows: int, dim: int) -> int:
+    """``rows``, or fewer where there are many dimensions: an observation has matrices ``(D, D)`` of its own."""
+    return max(1, min(rows, NUMBERS // dim**2))
 
 
 def prior_location_and_width(latents: Latents) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from pyro_vae.infer.evidence.laplace import (
     Coordinates,
     laplace_approximation,
     laplace_cost,
+    observations_at_once,
     prior_location_and_width,
 )
 from pyro_vae.infer.evidence.opinion import check_start
@@ -120,7 +121,7 @@ def in_chunks(
         check_program(model, guide, next(split(data, 1000)))
         rows = rows_per_chunk(model, guide, data, memory)
         latents = Latents(model, guide, data, gaussian=True)
-    size = max(1, rows // 3 // num_chains)  # a gradient keeps what a forward pass would drop
+    size = observations_at_once(rows // 3 // num_chains, latents.dim)  # a gradient keeps what a forward pass would drop
     if draws:
         kept = 4 * draws * num_chains * latents.dim * latents.like.element_size()  # with what is made of them
         size = max(1, min(size, (memory or _free_memory(first_tensor(data).device)) // kept))

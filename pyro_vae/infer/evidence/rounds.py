@@ -11,7 +11,13 @@ from tqdm import tqdm
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
-from pyro_vae.infer.evidence.laplace import Coordinates, diagonal, log_joint, prior_location_and_width
+from pyro_vae.infer.evidence.laplace import (
+    Coordinates,
+    diagonal,
+    log_joint,
+    observations_at_once,
+    prior_location_and_width,
+)
 from pyro_vae.infer.evidence.modes import ELSEWHERE, FEW, Starts, find_starts
 from pyro_vae.infer.evidence.particles import SMC, sample_particles, typical_ladder
 from pyro_vae.infer.evidence.result import t_factor
@@ -55,8 +61,9 @@ def adaptive(
     num, steps = sampler.pilot(few)
     bar.set_postfix(temperatures=num)
     parts = []
-    for first in range(0, latents.size, BLOCK):
-        block = latents.select(slice(first, first + BLOCK))
+    size = observations_at_once(BLOCK, latents.dim)
+    for first in range(0, latents.size, size):
+        block = latents.select(slice(first, first + size))
         parts.append(sampler.block(block, num, steps))
         bar.update(block.size)
     return Found(*(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -68,7 +75,7 @@ class _Sampler:
     def __init__(self, latents: Latents, settings: Annealing, start: str, rows: int, compiled: bool):
         self.settings, self.start = settings, start
         self.kind: Start = kind_of(latents, start)
-        self.rows = max(1, rows // settings.num_chains)
+        self.rows = observations_at_once(rows // settings.num_chains, latents.dim)
         # compiling takes longer than a few chunks do
         compiled = compiled and latents.size > MANY_CHUNKS * self.rows
         self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
@@ -78,7 +85,9 @@ class _Sampler:
         """Where the chains of some observations start."""
         settings, parts = self.settings, []
         at_once = ELSEWHERE if self.start == "laplace" and self.num_climbs else 32
-        rows = max(1, 3 * self.rows * settings.num_chains // at_once)  # of which no gradients are taken
+        rows = observations_at_once(
+            3 * self.rows * settings.num_chains // at_once, latents.dim
+        )  # of which no gradients are taken
         for first in range(0, latents.size, rows):
             part = latents.select(slice(first, first + rows))
             if self.start == "laplace":
