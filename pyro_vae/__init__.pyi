@@ -18,6 +18,7 @@ from .infer.evidence.annealed import annealed_importance_sampling as annealed_im
 from .infer.evidence.annealed import bidirectional_monte_carlo as bidirectional_monte_carlo
 from .infer.evidence.annealing import Annealing as Annealing
 from .infer.evidence.bridge import bridge_sampling as bridge_sampling
+from .infer.evidence.classes import class_posterior as class_posterior
 from .infer.evidence.conditional import log_conditional as log_conditional
 from .infer.evidence.distortion import rate_distortion as rate_distortion
 from .infer.evidence.exact import quadrature as quadrature
@@ -56,6 +57,7 @@ from .parts.priors import StandardNormal as StandardNormal
 from .training import fit as fit
 from .vae import VAE as VAE
 from .vae import Conditional as Conditional
+from .vae import ConditionalVAE as ConditionalVAE
 from .vae import TwoLayerVAE as TwoLayerVAE
 
 __version__: str

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
-from pyro_vae.errors import ContractError
+from pyro_vae.errors import ContractError, check_at_least_one
 from pyro_vae.infer.supports import innermost, into_support, is_whole_space
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.missing import Incomplete, check_seen, of_seen, without_gaps
@@ -237,6 +237,121 @@ class TwoLayerVAE(nn.Module):
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         for part in (self.posterior, self.likelihood, self.prior):
             part.initialize(x)
+
+
+class ConditionalVAE(nn.Module):
+    """A VAE of x given a condition c, such as a label or columns of a table (Sohn, Lee & Yan 2015).
+
+        p(x, z | c) = prior(z | c) likelihood(x | z, c)        q(z | x, c) = posterior(z | x, c)
+
+    Each part may see c, or not: the decoder does if its network reads D + C features, z first; the encoder if it reads
+    X + C, x first; the prior if it is a ``Conditional`` of C features with a posterior's head. Missing values are those
+    of a :class:`VAE`; c is known.
+
+    Args:
+        prior: p(z), or p(z | c).
+        likelihood: p(x | z), or p(x | z, c).
+        posterior: q(z | x), or q(z | x, c).
+        condition_dim: C, numbers of one condition: the classes, if c is one of them as 0 and 1.
+
+    Raises:
+        ValueError: if the parts disagree about the number of latent dimensions, or a network reads a number of features
+            that fits neither with c nor without, or if no part sees c.
+
+    >>> from pyro_vae import MLP, Bernoulli, MeanField, StandardNormal
+    >>> vae = ConditionalVAE(
+    ...     StandardNormal(2),
+    ...     likelihood=Conditional(MLP(2 + 10, 784), Bernoulli(784)),
+    ...     posterior=Conditional(MLP(784, 4), MeanField(2)),
+    ...     condition_dim=10,
+    ... )
+    >>> vae.guide(torch.zeros(3, 784), torch.eye(10)[:3]).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        prior: Prior | Conditional[Posterior],
+        likelihood: Conditional[Likelihood],
+        posterior: Conditional[Posterior],
+        condition_dim: int,
+    ):
+        super().__init__()
+        check_at_least_one(condition_dim=condition_dim)
+        _check_latent_dims(prior=prior.latent_dim, posterior=posterior.latent_dim)
+        self.condition_dim = condition_dim
+        self.decoder_sees = _sees("decoder", likelihood, posterior.latent_dim, condition_dim)
+        self.encoder_sees = _sees("encoder", posterior, likelihood.head.event_size, condition_dim)
+        self.prior_sees = isinstance(prior, Conditional) and _sees("prior", prior, 0, condition_dim)
+        if not (self.decoder_sees or self.encoder_sees or self.prior_sees):
+            raise ValueError(f"no part reads the {condition_dim} numbers of the condition beside its own")
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+
+    def model(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
+        """p(x, z | c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
+        self._check(x, c)
+        x, seen = _scored(x, seen, self.posterior, self.likelihood)
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
+            z = pyro.sample("z", self._prior(c))
+            made = self.likelihood(_beside(z, c) if self.decoder_sees else z)
+            return pyro.sample("x", of_seen(made, seen, self.likelihood.head), obs=x)
+
+    def guide(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
+        """q(z | x, c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
+        self._check(x, c)
+        x = _encoded(x, seen, self.posterior)
+        with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
+            made = self.posterior(_beside(x, c) if self.encoder_sees else x)
+            if isinstance(self.prior, Prior):
+                made = _into_support(made, self.prior, lambda: self._prior(c))
+            return pyro.sample("z", made)
+
+    def sample(self, c: Tensor) -> Tensor:
+        """One draw of x for each condition: ``(*, C) -> (*, X)``."""
+        with torch.no_grad():
+            prior = self._prior(c)
+            z = prior.sample() if self.prior_sees else prior.sample(c.shape[:-1])
+            return self.likelihood(_beside(z, c) if self.decoder_sees else z).sample()
+
+    def initialize(self, x: Tensor, c: Tensor) -> None:
+        """Start every part from training data, ``(N, X)`` and ``(N, C)``. Call once, before making the optimizer."""
+        self.posterior.initialize(x)
+        self.likelihood.initialize(x)
+        self.prior.initialize(c if self.prior_sees else x)
+
+    def _prior(self, c: Tensor) -> dist.TorchDistribution:
+        if not isinstance(self.prior, Prior):
+            return self.prior(c)
+        made = self.prior(_without_condition if self.encoder_sees else self.posterior)
+        return check_made(self.prior, made, (), self.prior.latent_dim)
+
+    def _check(self, x: Tensor, c: Tensor) -> None:
+        if c.shape != (len(x), self.condition_dim):
+            raise ContractError(
+                f"the condition of {len(x)} observations must be of shape {(len(x), self.condition_dim)}, it is of "
+                f"{tuple(c.shape)}"
+            )
+
+
+def _sees(name: str, part: Conditional, own: int, condition_dim: int) -> bool:
+    """Whether a network reads the condition after ``own`` features."""
+    read = part.network.in_features
+    if read not in (own, own + condition_dim):
+        raise ValueError(f"the {name} reads {read} features, it must be {own}, or {own + condition_dim} to see c")
+    return read != own
+
+
+def _beside(x: Tensor, c: Tensor) -> Tensor:
+    return torch.cat([x, c.to(x).expand(*x.shape[:-1], c.shape[-1])], -1)
+
+
+def _without_condition(x: Tensor) -> dist.TorchDistribution:
+    raise ContractError(
+        "a prior made of posteriors, such as the VampPrior, takes q(z | x), but this encoder sees a condition too: "
+        "choose another prior, or an encoder that reads x alone"
+    )
 
 
 def _scored(

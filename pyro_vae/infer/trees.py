@@ -39,6 +39,15 @@ def as_data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Data:
     return args[0] if len(args) == 1 else args
 
 
+def with_arguments(data: Data, **more: Tensor) -> Data:
+    """The data with which :func:`call` passes arguments of these names as well."""
+    if isinstance(data, Mapping):
+        return {**data, **more}
+    if isinstance(data, Arguments):
+        return Arguments(data.args, {**data.kwargs, **more})
+    return Arguments(tuple(data) if isinstance(data, tuple | list) else (data,), more)
+
+
 def tensors(data: Data) -> list[Tensor]:
     """The tensors of the tree, in its order."""
     return tree_flatten(data)[0]

@@ -7,6 +7,7 @@ from pyro_vae.infer.evidence.annealed import (
 )
 from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017, Annealing
 from pyro_vae.infer.evidence.bridge import bridge_sampling
+from pyro_vae.infer.evidence.classes import ClassPosterior, class_posterior
 from pyro_vae.infer.evidence.conditional import log_conditional
 from pyro_vae.infer.evidence.distortion import RateDistortion, Tempering, rate_distortion
 from pyro_vae.infer.evidence.exact import enumeration, quadrature
@@ -30,6 +31,7 @@ __all__ = [
     "WU_2017",
     "Annealing",
     "BayesFactor",
+    "ClassPosterior",
     "Coordinates",
     "Evidence",
     "Imputation",
@@ -44,6 +46,7 @@ __all__ = [
     "bayes_factor",
     "bidirectional_monte_carlo",
     "bridge_sampling",
+    "class_posterior",
     "difference_estimate",
     "enumeration",
     "importance_sampling",

@@ -20,7 +20,7 @@ from pyro_vae.infer.evidence.result import Evidence, rounding
 from pyro_vae.infer.evidence.rounds import ARRIVED, LEAST_OF_FEW, Found, there_and_back
 from pyro_vae.infer.programs import Program, evaluating, sample_sites, scoring, site_of, traces
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.trees import Arguments, Data, first_tensor, select
+from pyro_vae.infer.trees import Data, first_tensor, select, with_arguments
 
 
 def log_conditional(
@@ -62,7 +62,7 @@ def log_conditional(
     """
     x = first_tensor(data)
     target, given = _checked_masks(x, target, given)
-    whole, part = with_seen(data, target | given), with_seen(data, given)
+    whole, part = with_arguments(data, seen=target | given), with_arguments(data, seen=given)
     with scoring(model, guide):
         for each, seen in ((whole, target | given), (part, given)):
             _check_heeded(model, guide, each, seen)
@@ -77,15 +77,6 @@ def log_conditional(
         found = _chained(latents, whole, settings, rows, compiled, enough)
     result = _joined(of_whole, of_part, found, settings, latents.like.dtype)
     return _exact_where_empty(result, of_whole, target, given)
-
-
-def with_seen(data: Data, seen: Tensor) -> Data:
-    """The data with which a program is passed ``seen`` by that name."""
-    if isinstance(data, dict):
-        return {**data, "seen": seen}
-    if isinstance(data, Arguments):
-        return Arguments(data.args, {**data.kwargs, "seen": seen})
-    return Arguments(tuple(data) if isinstance(data, tuple | list) else (data,), {"seen": seen})
 
 
 def _checked_masks(x: Tensor, target: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
