@@ -4,10 +4,11 @@ Validation images are the last of the training images. Binarized validation and 
 seed of the data set's own, so that runs with different seeds share them.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -104,6 +105,7 @@ class Data:
         train_pixels: training images as stored, ``(N, X)``.
         validation: observations ``(N, X)``, float32, fixed.
         test: observations ``(N, X)``, float32, fixed.
+        fingerprint: of the content read, whatever file it came from: equal for equal pixels and labels alone.
         train_labels: class of each training image, ``(N,)``, or None.
         test_labels: class of each test image, ``(N,)``, or None.
     """
@@ -143,6 +145,7 @@ class Data:
         train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
         self.train_labels = None if train_labels is None else train_labels[:-held_out]
         self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
+        self.fingerprint = fingerprint(train, test, images.max_value, train_labels, self.test_labels)
 
     def observe(self, index: Tensor) -> Tensor:
         """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
@@ -230,6 +233,20 @@ def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
     if images.min() < 0 or images.max() > max_value:
         raise DataError(f"{what}: pixels must be in 0..{max_value}, they are in {images.min()}..{images.max()}")
     return images.astype(np.float32 if np.issubdtype(images.dtype, np.floating) else np.uint8)
+
+
+def fingerprint(*content: Any) -> str:
+    """A short hash of arrays, tensors and plain values, of what they hold and not of how it is stored."""
+    known = hashlib.sha256()
+    for each in content:
+        if isinstance(each, Tensor):
+            each = each.cpu().numpy()
+        if isinstance(each, np.ndarray):
+            known.update(f"{each.dtype.str} {each.shape}".encode())
+            known.update(np.ascontiguousarray(each).data)
+        else:
+            known.update(repr(each).encode())
+    return known.hexdigest()[:16]
 
 
 def _check_labels(labels: np.ndarray | None, size: int, what: str) -> Tensor | None:

@@ -16,6 +16,7 @@ from pyro_vae.data.images import Data
 from pyro_vae.errors import RunError
 from pyro_vae.runs.build import build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
+from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
@@ -128,10 +129,14 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
     """The data set of a run.
 
     Raises:
-        RunError: if it cannot be had.
+        RunError: if it cannot be had, or is another one than the run was trained on.
     """
-    settings = load_settings(directory)
-    return load_dataset(make("dataset", settings.dataset, settings.data_dir or cache_folder()), device)
+    settings, directory = load_settings(directory), Path(directory)
+    dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
+    find_again(directory, dataset)
+    data = load_dataset(dataset, device)
+    check_same_data(directory, dataset, data)
+    return data
 
 
 class Finished(NamedTuple):

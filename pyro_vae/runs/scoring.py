@@ -240,6 +240,30 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
     )
 
 
+MOST_VALIDATION = 1000
+"""Validation images of which log p(x) is estimated: choices among models need no more, and all are scored often."""
+
+
+def score_validation(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> dict[str, Any]:
+    """The entries of result.json that models are chosen by: what a test set is asked once, these are asked often.
+
+    The ELBO is that of all validation images; log p(x), by importance sampling, that of some, the same in every run.
+    """
+    torch.manual_seed(run.seed + 2)  # whatever the test set took
+    settings, everything = run.evidence, data.validation
+    x = everything[some(len(everything), min(MOST_VALIDATION, len(everything))).to(everything.device)]
+    evidence = importance_sampling(vae.model, vae.guide, x, settings.num_samples, progress=True, num_checked=0)
+    log_likelihood, over_images, monte_carlo = evidence.mean()
+    return {
+        "validation_elbo": estimate_elbo(vae.model, vae.guide, everything, num_samples=10).mean().item(),
+        "validation_log_likelihood": log_likelihood,
+        "validation_log_likelihood_se": over_images,
+        "validation_mc_se": monte_carlo,
+        "validation_reliable": reliable(share_doubted(evidence)),
+        "num_validation_images": len(x),
+    }
+
+
 MORE_ELSEWHERE = "not to be believed: chains from the prior find more of p(x)"
 MANY = 0.1
 """Share of images with a bad Pareto k above which an importance-sampled log-likelihood is called unreliable."""
@@ -352,6 +376,7 @@ def report_run(run_dir: Path) -> None:
             rows.append(("  reliable images", f"{share:.1%}", f"not to be believed: {unreliable(share)}"))
     rows += [
         ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
+        *_of_validation(result),
         ("active units", str(result["active_units"]), "latent units that vary with the image"),
         ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]
@@ -360,6 +385,14 @@ def report_run(run_dir: Path) -> None:
     if result["num_invalid"]:
         rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
     print(f"\n{table(rows)}\n\n{run_dir}")
+
+
+def _of_validation(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What models are chosen by; earlier versions did not write it."""
+    if (log_likelihood := result.get("validation_log_likelihood")) is None:
+        return []
+    how = f"importance sampling, {result['num_validation_images']:,} images: choose models by this, not by the test set"
+    return [("validation", number(log_likelihood, 2), how)]
 
 
 def unreliable(share: float) -> str:

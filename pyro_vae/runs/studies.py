@@ -86,6 +86,9 @@ class Summary(NamedTuple):
         active_units: mean over seeds.
         seconds: of training, mean over seeds.
         bits_per_dim: mean over seeds; None where it makes no sense.
+        validation: log-likelihood of validation data by importance sampling, mean over seeds: what to choose by. NaN in
+            studies of earlier versions.
+        validation_seed_error: of ``validation``, over seeds.
     """
 
     name: str
@@ -104,6 +107,8 @@ class Summary(NamedTuple):
     active_units: float
     seconds: float
     bits_per_dim: float | None
+    validation: float = math.nan
+    validation_seed_error: float | None = None
 
 
 class Study(NamedTuple):
@@ -113,6 +118,11 @@ class Study(NamedTuple):
     run_dir: Path
     directories: dict[str, list[Path]]
     summaries: list[Summary]
+
+    @property
+    def best(self) -> Summary:
+        """The contender that the validation data choose, of those that can be compared with the first one."""
+        return best_by_validation(self.summaries)
 
 
 def study(
@@ -228,6 +238,7 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
         paired = difference(pairs, estimator)
         key = "annealed_log_likelihood" if estimator == "annealed" else "test_log_likelihood"
         likelihoods = _values(results, key)
+        chosen = _values([{"v": each.get("validation_log_likelihood")} for each in results], "v")
         summaries.append(
             Summary(
                 name=name,
@@ -243,6 +254,8 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
                 active_units=_mean(results, "active_units"),
                 seconds=_mean(results, "train_seconds"),
                 bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
+                validation=statistics.fmean(chosen),
+                validation_seed_error=standard_error(chosen),
             )
         )
     return summaries
@@ -268,10 +281,32 @@ def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | No
         "a bad Pareto k.",
         "",
         summary_table(summaries, more),
+        *_choice(summaries),
         *(["", remarks] if remarks else []),
     ]
     write_study(run_dir, "\n".join(lines), summaries, directories)
     return run_dir
+
+
+def best_by_validation(summaries: Sequence[Summary]) -> Summary:
+    """The summary of the highest validation log-likelihood among those with the reference of the first one.
+
+    Raises:
+        RunError: if a study of an earlier version knows none.
+    """
+    known = [s for s in summaries if s.reference == summaries[0].reference and math.isfinite(s.validation)]
+    if not known:
+        raise RunError("no run of this study has validation numbers, which earlier versions did not write")
+    return max(known, key=lambda s: s.validation)
+
+
+def _choice(summaries: Sequence[Summary]) -> list[str]:
+    """The line that says which contender the validation data choose, if they are known."""
+    if len(summaries) < 2 or not all(math.isfinite(s.validation) for s in summaries):
+        return []
+    best = best_by_validation(summaries)
+    spread = "" if best.validation_seed_error is None else f" +- {best.validation_seed_error:.2f} over seeds"
+    return ["", f"The validation data choose {best.name}: log p(x) {best.validation:.2f}{spread}."]
 
 
 def estimators(summaries: Sequence[Summary]) -> str:
@@ -309,6 +344,8 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
     reference = summaries[0].reference
     header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
     header += ["bad k", "active units", "train s"]
+    validated = all(math.isfinite(s.validation) for s in summaries)
+    header += ["validation"] * validated
     bits = any(s.bits_per_dim is not None for s in summaries)
     rows = [header + ["bits/dim"] * bits]
     for s in summaries:
@@ -319,6 +356,7 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
         else:
             row += [f"{s.difference:+.2f}", number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
         row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
+        row += [f"{s.validation:.2f}"] * validated
         rows.append(row + [number(s.bits_per_dim)] * bits)
     for name, cells in (more or {}).items():
         rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
@@ -371,7 +409,9 @@ def _summary(content: dict[str, Any]) -> Summary:
     """A summary as it was written; before there were annealed estimates, there was one log-likelihood alone."""
     estimator = "annealed" if "importance_sampled" in content else "importance"
     content = {"estimator": estimator, "importance_sampled": content["log_likelihood"]} | content
-    absent = ("seed_error", "difference_seed_error", "bits_per_dim")  # may be None; for others JSON has null for NaN
+    # these may be None; for others JSON has null for NaN
+    absent = ("seed_error", "difference_seed_error", "bits_per_dim", "validation_seed_error")
+    content = Summary._field_defaults | content
     values = {name: content[name] for name in Summary._fields}
     known: dict[str, Any] = {n: math.nan if v is None and n not in absent else v for n, v in values.items()}
     return Summary(**known)

@@ -40,10 +40,12 @@ from pyro_vae.runs.directory import (
     write_evidence,
     write_json,
     write_weights,
+    writing,
 )
 from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.memory import check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
-from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test
+from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
 from pyro_vae.runs.settings import Settings
 from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training, fit
 from pyro_vae.vae import VAE, TwoLayerVAE
@@ -76,9 +78,16 @@ def train(settings: Settings, text: str | None = None) -> Run:
 
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
+    if settings.resume:
+        find_again(run_dir, dataset)
     data = load_dataset(dataset, device)
+    if settings.resume:
+        check_same_data(run_dir, dataset, data, "--resume: ")
     vae = prepare(settings, dataset, data, objective)
     open_run(run_dir, text, settings.resume, _reread)
+    if not settings.resume:
+        with writing(f"--run_dir {run_dir}"):
+            remember(run_dir, dataset, data)
     num_parameters = sum(p.numel() for p in vae.parameters())
     print(
         f"{name}, {dataset.binarization} binarization: {len(data.train_pixels):,} training, "
@@ -140,12 +149,14 @@ def finish(
     metadata = {"image_shape": json.dumps(data.image_shape)}
     write_weights(run_dir / "model.safetensors", vae.state_dict(), metadata)
     result, evidence, annealed = score_test(settings, vae, data)
+    result |= score_validation(settings, vae, data)
     result |= {
         "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
         "train_seconds": sum(e.seconds for e in history),
         "epochs": len(history),
         "weights": settings.weights,
         "seed": settings.seed,
+        "data": data.fingerprint,
         **about,
         **provenance(data.test.device),
     }

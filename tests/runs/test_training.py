@@ -45,7 +45,7 @@ FIGURES = [
     *("training", "log_px", "pareto_k", "reconstructions", "samples", "interpolation", "latent_space"),
 ]
 FILES = {
-    *("config.yaml", "metrics.csv", "result.json", "evidence.nc", "model.safetensors", "checkpoint.pt"),
+    *("config.yaml", "data.json", "metrics.csv", "result.json", "evidence.nc", "model.safetensors", "checkpoint.pt"),
     *(f"{name}.png" for name in FIGURES),
 }
 

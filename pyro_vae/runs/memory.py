@@ -1,0 +1,60 @@
+"""What a run remembers of its data: what they were, and where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyro_vae.data.images import Data, Dataset
+from pyro_vae.errors import RunError
+from pyro_vae.runs.directory import write_json
+
+FILE = "data.json"
+
+
+def remember(run_dir: Path, dataset: Dataset, data: Data) -> None:
+    """Write the fingerprint of the data to the run's directory, and its relative paths as absolute ones."""
+    write_json(run_dir / FILE, {"fingerprint": data.fingerprint, "paths": _absolute(dataset)})
+
+
+def find_again(run_dir: Path, dataset: Dataset) -> None:
+    """Let the relative paths of a data set be those of the run, from whatever directory it was started.
+
+    What is not there any more is looked for where the command is given.
+    """
+    for name, value in _known(run_dir).get("paths", {}).items():
+        given = getattr(dataset, name, None)
+        if isinstance(given, Path) and not given.is_absolute() and Path(value).exists():
+            setattr(dataset, name, Path(value))
+
+
+def check_same_data(run_dir: Path, dataset: Dataset, data: Data, option: str = "") -> None:
+    """Refuse data that are not those of the run; a run of an earlier version does not know.
+
+    Raises:
+        RunError: beginning with ``option``.
+    """
+    known = _known(run_dir).get("fingerprint")
+    if known is not None and known != data.fingerprint:
+        path = getattr(dataset, "path", None)
+        where = type(dataset).__name__ if path is None else str(path)
+        raise RunError(
+            f"{option}{run_dir} was trained on other data than {where} holds now (fingerprint {known}, now "
+            f"{data.fingerprint}): put back what it read, or train anew"
+        )
+
+
+def _known(run_dir: Path) -> dict[str, Any]:
+    """What a run remembers; what it has in ``result.json`` alone was written by a program of its own."""
+    try:
+        if (run_dir / FILE).exists():
+            return json.loads((run_dir / FILE).read_text())
+        if (run_dir / "result.json").exists():
+            return {"fingerprint": json.loads((run_dir / "result.json").read_text()).get("data")}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run_dir} holds a damaged run: {' '.join(str(error).split())}") from error
+    return {}
+
+
+def _absolute(dataset: Dataset) -> dict[str, str]:
+    paths = {name: value for name, value in vars(dataset).items() if isinstance(value, Path)}
+    return {name: str(value.absolute()) for name, value in paths.items() if not value.is_absolute()}
