@@ -1,7 +1,7 @@
 """CompiledSVI: Pyro's stochastic variational inference, whose steps are compiled graphs."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_vae.errors import ContractError, check_choice
-from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference
+from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference, put_back
+from pyro_vae.infer.holding import PLAIN
 from pyro_vae.infer.kinds import Call, Calls, Kind
 from pyro_vae.infer.objectives import Objective, uncounted
 from pyro_vae.infer.randomness import Randomness
 from pyro_vae.infer.steps import Derivatives, Loss, Steps
-from pyro_vae.infer.tracing import ONE_AT_A_TIME, InvalidData, first_line, trace
-from pyro_vae.infer.watching import PLAIN
+from pyro_vae.infer.tracing import ONE_AT_A_TIME, InvalidData, in_words, trace
 
 MOST_KINDS = 256
 """So many kinds of calls of one state of the programs' Python are remembered."""
@@ -215,7 +215,7 @@ class CompiledSVI:
                 self._stepped(call)
             return result.loss
         graph.misses += 1
-        _put_back(kept)
+        put_back(kept)
         if randomness is not None:
             randomness.restore()
         if graph.speculates and graph.misses > 4 and 4 * graph.misses > graph.uses:
@@ -272,21 +272,25 @@ class CompiledSVI:
         store = pyro.get_param_store()
         before = dict(store._params), dict(store._constraints), dict(store._param_to_name)
         randomness = Randomness(call.devices, call.state.snapshot.generators)
-        try:
-            traced, outline, gradients = self._traced(call, before[0])
-        except BaseException as error:
+
+        def undo() -> None:
             randomness.restore()
             call.state.snapshot.restore()
             store._params, store._constraints, store._param_to_name = before
+
+        try:
+            traced, outline, gradients = self._traced(call, before[0])
+        except BaseException as error:
+            undo()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, InvalidData):
                 return self._untraceable(kind, call, error)
             return self._run_pyro(call.args, call.kwargs, call.train)
-        if call.train:
+        if call.train and not call.lifted:
             self._steps.update(outline.params, gradients)
             self._stepped(call)
-        loss = tree_unflatten(outline.leaves, outline.spec)
+        traces = kind.traces
         self._nodes = max(self._nodes, len(traced.graph.graph.nodes))
         if randomness.is_drawn_elsewhere():
             kind.reason = "the programs draw random numbers that are not torch's"
@@ -296,7 +300,13 @@ class CompiledSVI:
         if kind.reason:
             kind.graphs = []
             self._say(f"goes on through Pyro after step {self._number}", kind.reason)
-        return loss
+        if not call.lifted:
+            return tree_unflatten(outline.leaves, outline.spec)
+        traced.undo()  # programs may treat tensors otherwise than the numbers that these are: a run of Pyro counts
+        undo()
+        if kind.graphs and kind.traces > traces:
+            return self._check(kind, kind.graphs[0], call)
+        return self._run_pyro(call.args, call.kwargs, call.train)
 
     def _keep(self, kind: Kind, graph: Graph, call: Call) -> None:
         kind.traces += 1
@@ -308,7 +318,7 @@ class CompiledSVI:
     def _untraceable(self, kind: Kind, call: Call, error: Exception) -> Any:
         """Pyro's own step, which says itself what is wrong with programs that are."""
         self._strange = 0
-        kind.reason = f"the programs cannot be traced, {_in_words(error)}"
+        kind.reason = f"the programs cannot be traced, {in_words(error)}"
         if self.fallback:
             return self._refuse(kind.reason, call.args, call.kwargs, call.train)
         self._pyros_own(call)
@@ -343,8 +353,8 @@ class CompiledSVI:
         """A step of Pyro's own, with which the graph is compared."""
         randomness = Randomness(call.devices, call.state.snapshot.generators)
         kept = [(x, x.clone()) for x in graph.written]
-        mine = _attempt(graph, call, True)
-        _put_back(kept)
+        mine = graph.attempt(call.tensors)
+        put_back(kept)
         randomness.restore()
         theirs = self._pyros_own(call)
         rounded = self.precision == "bfloat16"
@@ -354,9 +364,9 @@ class CompiledSVI:
         found = difference(graph, mine, theirs, rounded) if foreseen else ""
         if found and graph.compiled:
             after, changed = Randomness(call.devices), [(x, x.clone()) for x in graph.written]
-            _put_back(kept)
+            put_back(kept)
             randomness.restore()
-            if not difference(graph, _attempt(graph, call, False), theirs, rounded):
+            if not difference(graph, graph.attempt(call.tensors, compiled=False), theirs, rounded):
                 graph.uncompile()
                 warnings.warn(
                     f"inductor's code gives something else than the graph it was made of ({found}), which runs on "
@@ -364,7 +374,7 @@ class CompiledSVI:
                     stacklevel=5,
                 )
                 found = ""
-            _put_back(changed)
+            put_back(changed)
             after.restore()
         if call.train:
             self._steps.update(theirs.params, theirs.gradients)
@@ -429,21 +439,3 @@ class CompiledSVI:
         """Those of an optimizer of torch that can be recorded too."""
         groups = [] if isinstance(self.optim, PyroOptim) else self.optim.param_groups
         return groups if all(group.get("capturable") for group in groups) else []
-
-
-def _attempt(graph: Graph, call: Call, compiled: bool) -> Result | str:
-    try:
-        return graph.run(call.tensors, compiled)
-    except RuntimeError as error:
-        return f"it fails, {_in_words(error)}"
-
-
-def _put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for x, value in kept:
-            x.copy_(value)
-
-
-def _in_words(error: BaseException) -> str:
-    """What an error says, in one line and without Pyro's table of shapes."""
-    return first_line(error).removesuffix(":").removesuffix("Trace Shapes").strip() or type(error).__name__

@@ -17,6 +17,26 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from pyro_vae.infer.tracing import first_line, trace_graph
 
 
+@torch.library.custom_op("pyro_vae::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _bernoulli(probs: Tensor) -> Tensor:
+    """``torch.bernoulli``, for which inductor would draw other random numbers, and other many."""
+    return torch.bernoulli(probs)
+
+
+@_bernoulli.register_fake
+def _(probs: Tensor) -> Tensor:
+    return torch.empty_like(probs)
+
+
+def _with_torchs_draws(graph: GraphModule) -> GraphModule:
+    graph = GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.bernoulli.default and not node.kwargs:
+            node.target = torch.ops.pyro_vae.bernoulli.default
+    graph.recompile()
+    return graph
+
+
 def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """What inductor makes of a traced graph; the graph itself, with a warning, where that fails.
 
@@ -29,7 +49,7 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own future
-            return cast(Any, inductor).compile(copy.copy(graph), tensors, options={"fallback_random": True})
+            return cast(Any, inductor).compile(_with_torchs_draws(graph), tensors, options={"fallback_random": True})
     except Exception as error:  # whatever inductor fails at, the traced graph is right
         reason = "it finds no C++ compiler, install g++ or clang" if _has_no_compiler(error) else first_line(error)
         warnings.warn(f"inductor cannot compile this, which runs uncompiled, and slower: {reason}", stacklevel=2)

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from pyro_vae.infer.compiling import compile_graph
+from pyro_vae.infer.holding import Place
 from pyro_vae.infer.parting import split_looks
 from pyro_vae.infer.steps import Derivatives
-from pyro_vae.infer.tracing import Look, Traced, first_line, looked
-from pyro_vae.infer.watching import Place, Snapshot
+from pyro_vae.infer.tracing import Look, Traced, first_line, in_words, looked
+from pyro_vae.infer.watching import Snapshot
 
 SECONDS_TO_COMPILE = 2.0, 0.01
 """About what inductor takes on a CPU: for a graph, and for each of its nodes."""
@@ -76,8 +77,9 @@ class Graph:
         found = [(lies.get((store[name].data_ptr(), store[name].shape)), name) for name in self.replaced]
         self._from_store = [(place, name) for place, name in found if place is not None]
         held = {id(each) for each in self.params.values()}
+        constraints = pyro.get_param_store()._constraints
         self._entries = [
-            (name, value)
+            (name, value, constraints.get(name))
             for name, value in store.items()
             if name not in self.replaced and (id(value) in places or id(value) in held)
         ]
@@ -134,8 +136,8 @@ class Graph:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the parameter store, what needs gradients, and what programs read from tensors are as they were."""
-        params = pyro.get_param_store()._params
-        if any(params.get(name) is not value for name, value in self._entries):
+        params, constraints = pyro.get_param_store()._params, pyro.get_param_store()._constraints
+        if any(params.get(n) is not value or constraints.get(n) is not c for n, value, c in self._entries):
             return False
         if any(name not in params for name in self.replaced):
             return False
@@ -162,6 +164,13 @@ class Graph:
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         loss = tree_unflatten(leaves, self._spec)
         return Result(loss, found[a:b], found[b:c], found[c] if self._judged else None, found[d:])
+
+    def attempt(self, tensors: Sequence[Tensor], compiled: bool = True) -> Result | str:
+        """A run, or why it fails."""
+        try:
+            return self.run(tensors, compiled)
+        except RuntimeError as error:
+            return f"it fails, {in_words(error)}"
 
     def met(self) -> dict[str, Tensor]:
         """``params`` of the step to come: of the entries that it sets anew, those that are there before."""
@@ -207,6 +216,13 @@ def _lies(x: Tensor) -> tuple:
 def _equal(found: Tensor, look: Look) -> bool:
     value = look.value
     return found.shape == value.shape and bool(((found == value) | ((found != found) & (value != value))).all())
+
+
+def put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that they had."""
+    with torch.no_grad():
+        for x, value in kept:
+            x.copy_(value)
 
 
 def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: bool) -> str:

@@ -16,7 +16,8 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from pyro_vae.infer.compiling import likeness
 from pyro_vae.infer.graphs import Graph, Record
-from pyro_vae.infer.watching import PLAIN, Snapshot, exact
+from pyro_vae.infer.holding import PLAIN, exact
+from pyro_vae.infer.watching import Snapshot
 
 MOST_STATES = 8
 """So many states of the programs' Python are kept with their graphs, such as those of training and evaluation."""

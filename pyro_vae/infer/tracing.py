@@ -53,6 +53,7 @@ class Traced:
         looks: what was read from tensors in Python.
         written: tensors that were there before, and that a run changes in place.
         judged: whether the last output before the looks is a bool: whether all observed values lie in their supports.
+        undo: puts back what the traced run has written.
     """
 
     graph: GraphModule
@@ -60,6 +61,7 @@ class Traced:
     looks: list[Look]
     written: list[Tensor]
     judged: bool
+    undo: Callable[[], None]
 
 
 def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> Traced:
@@ -99,7 +101,7 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
         watch.undo()
         raise
     graph, constants = _lifted(graph, watch)
-    return Traced(graph, constants, looks, [x for x, _ in watch.before.values()], bool(judge.verdicts))
+    return Traced(graph, constants, looks, [x for x, _ in watch.before.values()], bool(judge.verdicts), watch.undo)
 
 
 class InvalidData(Exception):
@@ -419,6 +421,11 @@ def _where() -> str:
         if not of_library and frame.filename != "<string>":
             return f" ({Path(frame.filename).name}, line {frame.lineno})"
     return ""
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, in one line and without Pyro's table of shapes."""
+    return first_line(error).removesuffix(":").removesuffix("Trace Shapes").strip() or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

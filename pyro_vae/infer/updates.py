@@ -52,6 +52,9 @@ def _is_plain(optimizer: Any, p: Tensor) -> bool:
         return False
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or len(optimizer.param_groups) != 1:
         return False
+    step = vars(optimizer).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        return False
     group = optimizer.param_groups[0]
     if len(group["params"]) != 1 or group["params"][0] is not p or isinstance(group["lr"], Tensor):
         return False

@@ -4,12 +4,11 @@ import enum
 import random
 import types
 import weakref
+from array import array
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
-from itertools import islice, repeat
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyro
@@ -19,9 +18,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.infer.holding import PLAIN, Array, Buffer, Cells, Entries, Holder, Items, Named, Place, Slots, alike
 from pyro_vae.infer.naming import Names, is_library, names_in, names_of_libraries
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range, torch.Size, torch.dtype, torch.device)
 MOST_SLOTS = 5000
 """So many places are watched at the most; what lies beyond is left to the spot checks."""
 MOST_ENTRIES = 1000
@@ -44,25 +43,6 @@ _UNCALLED = frozenset(
 """Methods that run at other times than those of steps."""
 
 
-def alike(a: object, b: object) -> bool:
-    """Whether a program that reads one value in place of the other does the same; tensors and objects by identity."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (tuple, list)):
-        other: Any = b
-        return len(a) == len(other) and all(map(alike, a, other))
-    if isinstance(a, (float, np.generic)):
-        return exact(a) == exact(b)
-    return isinstance(a, PLAIN) and a == b
-
-
-def exact(number: Any) -> object:
-    """What tells a floating-point number from all others: 0 from -0, and no NaN from itself."""
-    return number.tobytes() if isinstance(number, np.generic) else number.hex()
-
-
 class Snapshot:
     """The attributes, closures, globals and containers that objects and their code can reach, at one moment.
 
@@ -75,7 +55,7 @@ class Snapshot:
     """
 
     def __init__(self, roots: Iterable[object]):
-        self._holders: list[_Holder] = []
+        self._holders: list[Holder] = []
         self._empty: list[Any] = []
         self._seen: dict[int, object] = {}  # kept alive, so that no id is taken twice
         self._slots = 0
@@ -92,7 +72,7 @@ class Snapshot:
             if not todo:
                 todo.extend(self._named())
         for each in self._objects:
-            self._hold(_Named(each.held, each.label, [*each.visited, *each.missing(self._code)]))
+            self._hold(Named(each.held, each.label, [*each.visited, *each.missing(self._code)]))
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -147,12 +127,15 @@ class Snapshot:
             if not each:
                 self._empty.append(each)
             elif len(each) <= MOST_ENTRIES:
-                yield from self._hold(_Items(each, label))
+                yield from self._hold(Items(each, label))
         elif isinstance(each, (tuple, frozenset)):
             yield from ((item, label) for item in each)
         elif isinstance(each, np.ndarray):
             if each.size <= MOST_ENTRIES * 10:
-                self._hold(_Array(each, label))
+                self._hold(Array(each, label))
+        elif isinstance(each, (array, bytearray, memoryview)):
+            if len(each) <= MOST_ENTRIES * 10:
+                self._hold(Buffer(each, label))
         elif isinstance(each, types.MethodType):
             yield from ((each.__func__, label), (each.__self__, type(each.__self__).__name__))
         elif isinstance(each, partial):
@@ -179,7 +162,7 @@ class Snapshot:
         self._slots += len(found)
         return found
 
-    def _hold(self, holder: "_Holder") -> Iterator[tuple[object, str]]:
+    def _hold(self, holder: "Holder") -> Iterator[tuple[object, str]]:
         self._holders.append(holder)
         self._slots += len(holder.values)
         return ((value, holder.label) for value in holder.values)
@@ -188,24 +171,24 @@ class Snapshot:
         if not each:
             self._empty.append(each)
             return iter(())
-        return self._hold(_Entries(each, label)) if len(each) <= MOST_ENTRIES else iter(())
+        return self._hold(Entries(each, label)) if len(each) <= MOST_ENTRIES else iter(())
 
     def _some(self, each: Any, names: Iterable[str], label: str) -> Iterator[tuple[object, str]]:
         names = [name for name in names if name in each]
-        return self._hold(_Named(each, label, names)) if names else iter(())
+        return self._hold(Named(each, label, names)) if names else iter(())
 
     def _function(self, each: types.FunctionType, label: str) -> Iterator[tuple[object, str]]:
         """Closure, defaults and attributes; of a user's function the globals that its code names."""
         cells = each.__closure__ or ()
         names = each.__code__.co_freevars
         if cells:
-            yield from self._hold(_Cells(cells, label, names))
+            yield from self._hold(Cells(cells, label, names))
         yield from self._whole(each.__dict__, label)
         if is_library(each.__module__):
             yield from ((value, label) for value in (each.__defaults__ or ()))
             yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
         else:
-            yield from self._hold(_Slots(each, label, ["__code__", "__defaults__", "__kwdefaults__"]))
+            yield from self._hold(Slots(each, label, ["__code__", "__defaults__", "__kwdefaults__"]))
             code = names_in(each.__code__)
             self._code.add(code)
             yield from self._some(each.__globals__, code.of_globals, "global")
@@ -222,7 +205,7 @@ class Snapshot:
             others = [name for name in vars(base) if not name.startswith("__") and name not in methods]
             yield from self._some(vars(base), others, base.__name__)
             methods = [name for name in methods if name not in _UNCALLED]
-            self._hold(_Named(vars(base), base.__name__, methods))
+            self._hold(Named(vars(base), base.__name__, methods))
             for name in methods:
                 method = vars(base)[name], base.__name__
                 if name.startswith("__") or name in names_of_libraries(each):
@@ -245,18 +228,7 @@ class Snapshot:
                 yield from self._some(held, [name for name in held if name not in skip], kind.__name__)
         slots = [n for base in kind.__mro__ for n in _as_tuple(vars(base).get("__slots__", ())) if n not in _UNSEEN]
         if slots and not is_library(kind.__module__):
-            yield from self._hold(_Slots(each, kind.__name__, [name for name in slots if hasattr(each, name)]))
-
-
-class Place(NamedTuple):
-    """Where programs find a tensor."""
-
-    holder: "_Holder"
-    index: int
-
-    def tensor(self) -> Tensor:
-        """The tensor that is there now."""
-        return self.holder.at(self.index)
+            yield from self._hold(Slots(each, kind.__name__, [name for name in slots if hasattr(each, name)]))
 
 
 def _is_leaf(each: object) -> bool:
@@ -294,194 +266,3 @@ class _Object:
 
 def _as_tuple(slots: object) -> tuple:
     return (slots,) if isinstance(slots, str) else tuple(slots)  # type: ignore[arg-type]
-
-
-_ABSENT = object()
-
-
-def _are_exchangeable(a: object, b: object) -> bool:
-    if not (type(a) is Tensor and type(b) is Tensor) or a.requires_grad or b.requires_grad:
-        return False
-    return (a.shape, a.stride(), a.dtype, a.device, a.layout) == (b.shape, b.stride(), b.dtype, b.device, b.layout)
-
-
-class _Holder:
-    """Values that one object holds, as they were."""
-
-    __slots__ = ("free", "label", "of", "values")
-
-    def __init__(self, of: Any, label: str):
-        self.of, self.label = of, label
-        self.values: tuple = tuple(self.now())
-        self.free: frozenset[int] = frozenset()  # the places of tensors that may be exchanged for others like them
-
-    def now(self) -> Iterable[Any]:
-        raise NotImplementedError
-
-    def names(self) -> Sequence[object]:
-        return range(len(self.values))
-
-    def restore(self) -> None:
-        raise NotImplementedError
-
-    def holds(self) -> bool:
-        now = self.now()
-        if all(map(is_, now, self.values)) and len(self) == len(self.values):
-            return True
-        found = tuple(self.now())
-        if len(found) != len(self.values) or self.exchanged(found) - self.free:
-            return False
-        if not all(alike(a, b) or i in self.free for i, (a, b) in enumerate(zip(found, self.values, strict=True))):
-            return False
-        self.values = found  # equal numbers, but other objects: found by identity the next time
-        return True
-
-    def exchanged(self, found: tuple) -> set[int]:
-        """The places whose tensor is another, like the one before."""
-        pairs = enumerate(zip(found, self.values, strict=True))
-        return {i for i, (a, b) in pairs if a is not b and _are_exchangeable(a, b)}
-
-    def at(self, place: int) -> Any:
-        """What is there now."""
-        return next(islice(self.now(), place, None), None)
-
-    def __len__(self) -> int:
-        return len(self.of)
-
-    def changed(self) -> str:
-        found = tuple(self.now())
-        names = self.names()
-        for name, old, new in zip(names, self.values, found, strict=False):
-            if not alike(old, new):
-                return f"{self.label}.{name}" if isinstance(name, str) else f"{self.label}[{name}]"
-        return f"what {self.label} holds"
-
-
-class _Entries(_Holder):
-    """All entries of a dict."""
-
-    __slots__ = ("keys",)
-
-    def __init__(self, of: dict, label: str):
-        self.keys = tuple(of)
-        super().__init__(of, label)
-
-    def now(self) -> Iterable[Any]:
-        return self.of.values()
-
-    def holds(self) -> bool:
-        return super().holds() and (len(self.keys) < 2 or next(reversed(self.of)) == self.keys[-1])
-
-    def names(self) -> Sequence[object]:
-        return self.keys
-
-    def restore(self) -> None:
-        self.of.clear()
-        self.of.update(zip(self.keys, self.values, strict=True))
-
-
-class _Named(_Holder):
-    """Some entries of a mapping, such as the globals that a function names."""
-
-    __slots__ = ("keys",)
-
-    def __init__(self, of: Any, label: str, keys: list[str]):
-        self.keys = keys
-        super().__init__(of, label)
-
-    def now(self) -> Iterable[Any]:
-        return map(self.of.get, self.keys, repeat(_ABSENT))
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def names(self) -> Sequence[object]:
-        return self.keys
-
-    def restore(self) -> None:
-        if isinstance(self.of, dict):
-            for name, value in zip(self.keys, self.values, strict=True):
-                if value is not _ABSENT:
-                    self.of[name] = value
-                else:
-                    self.of.pop(name, None)
-
-
-class _Slots(_Named):
-    __slots__ = ()
-
-    def now(self) -> Iterable[Any]:
-        return (getattr(self.of, name, None) for name in self.keys)
-
-    def restore(self) -> None:
-        for name, value in zip(self.keys, self.values, strict=True):
-            setattr(self.of, name, value)
-
-
-class _Cells(_Holder):
-    """The closure of a function."""
-
-    __slots__ = ("keys",)
-
-    def __init__(self, of: tuple, label: str, keys: tuple[str, ...]):
-        self.keys = keys
-        super().__init__(of, label)
-
-    def now(self) -> Iterable[Any]:
-        return map(_contents, self.of)
-
-    def names(self) -> Sequence[object]:
-        return self.keys
-
-    def restore(self) -> None:
-        for cell, value in zip(self.of, self.values, strict=True):
-            if value is not _EMPTY_CELL:
-                cell.cell_contents = value
-
-
-_EMPTY_CELL = object()
-
-
-def _contents(cell: Any) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that has no value yet
-        return _EMPTY_CELL
-
-
-class _Items(_Holder):
-    """The items of a list, deque or set."""
-
-    __slots__ = ()
-
-    def now(self) -> Iterable[Any]:
-        return self.of
-
-    def restore(self) -> None:
-        kept = self.values
-        self.of.clear()
-        (self.of.update if isinstance(self.of, set) else self.of.extend)(kept)
-
-
-class _Array(_Holder):
-    """The contents of an array of NumPy."""
-
-    __slots__ = ("copy",)
-
-    def __init__(self, of: np.ndarray, label: str):
-        self.copy = of.copy()
-        super().__init__(of, label)
-
-    def now(self) -> Iterable[Any]:
-        return ()
-
-    def holds(self) -> bool:
-        return self.of.shape == self.copy.shape and np.array_equal(
-            self.of, self.copy, equal_nan=self.copy.dtype.kind in "fc"
-        )
-
-    def changed(self) -> str:
-        return f"an array of {self.label}"
-
-    def restore(self) -> None:
-        self.of[...] = self.copy
