@@ -30,8 +30,15 @@ ENCODINGS = {
 """What observations are, by the setting that makes them; see ``pyro_vae.likelihoods.Encoding``."""
 
 
+MOST = 2**24
+"""Whole numbers up to this are exact as observations, which are of single precision."""
+
+
 class Images(NamedTuple):
-    """Images as they are stored: ``(N, H, W)`` or ``(N, C, H, W)``, pixels from 0 to ``max_value``; labels ``(N,)``."""
+    """Images as they are stored: ``(N, H, W)`` or ``(N, C, H, W)``, pixels from 0 to ``max_value``; labels ``(N,)``.
+
+    Pixels are whole numbers, of 8 bits or of more, or real ones; ``max_value`` is at most 2^24.
+    """
 
     train: np.ndarray
     test: np.ndarray
@@ -118,7 +125,7 @@ class Data:
             raise DataError(f"{name}: training images have shape {train.shape[1:]}, test images {test.shape[1:]}")
         if len(test) < 2:
             raise DataError(f"{name}: a mean over test images with its error needs at least 2 of them, there is 1")
-        extremes = ((train == 0) | (train == 1)).mean()
+        extremes = ((train == 0) | (train == images.max_value)).mean()
         if dataset.binarization == "dequantized" and train.dtype == np.float32 and extremes > 1e-3:
             raise DataError(
                 f"{name}: {extremes:.0%} of the real-valued pixels are exactly 0 or 1, where a density grows without "
@@ -166,26 +173,29 @@ class Data:
             return pixels.float() / self.max_value
         if binarization == "integers":
             if pixels.is_floating_point():
-                raise DataError("real-valued pixels have no integers: save the images as whole numbers in 0..255")
+                raise DataError("real-valued pixels have no integers: save the images as whole numbers")
             return pixels.float()
         if binarization == "dequantized":
-            if not pixels.is_floating_point():
+            if pixels.is_floating_point():
+                pixels = pixels / self.max_value
+            else:
                 noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
                 pixels = (pixels + noise) / self.levels
             return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
         if binarization == "threshold":
             return (pixels > self.max_value / 2).float()
         if pixels.is_floating_point():
-            noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+            noise = self.max_value * torch.rand(pixels.shape, generator=generator, device=pixels.device)
         else:  # noise in 0 .. max - 1, so that P(pixel > noise) = pixel / max exactly, at half the cost of floats
             noise = _whole_numbers(pixels.shape, self.max_value, generator, pixels.device)
         return (pixels > noise).float()
 
 
 def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Draws from 0 .. below - 1, of type uint8."""
+    """Draws from 0 .. below - 1, of the type that pixels have."""
     if below != 255 or generator is not None or device.type != "cpu":
-        return torch.randint(below, shape, generator=generator, dtype=torch.uint8, device=device)
+        kind = torch.uint8 if below <= 255 else torch.int32
+        return torch.randint(below, shape, generator=generator, dtype=kind, device=device)
     # one draw makes eight bytes, in a sixth of the time; bytes that are 255 are drawn again
     size = shape.numel()
     noise = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)[:size]
@@ -218,7 +228,7 @@ class Batches:
 
 
 def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
-    """Pixels as ``(N, C, H, W)``, uint8 from 0 to ``max_value`` or float32 from 0 to 1."""
+    """Pixels as ``(N, C, H, W)`` from 0 to ``max_value``: uint8, int32 where that is above 255, or float32."""
     if images.ndim not in (3, 4) or 0 in images.shape:
         hint = "; flat images need --dataset.image_shape '[C, H, W]'" if images.ndim == 2 else ""
         raise DataError(f"{what}: expected an array (N, H, W) or (N, C, H, W), got shape {images.shape}{hint}")
@@ -230,9 +240,13 @@ def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:
         raise DataError(f"{what}: expected numbers, got {images.dtype}")
     if np.isnan(images).any():
         raise DataError(f"{what}: {np.isnan(images).sum()} pixels are NaN")
+    if not 0 < max_value <= MOST:
+        raise DataError(f"{what}: the largest value must be in 1..{MOST:,}, it is {max_value}")
     if images.min() < 0 or images.max() > max_value:
         raise DataError(f"{what}: pixels must be in 0..{max_value}, they are in {images.min()}..{images.max()}")
-    return images.astype(np.float32 if np.issubdtype(images.dtype, np.floating) else np.uint8)
+    if np.issubdtype(images.dtype, np.floating):
+        return images.astype(np.float32)
+    return images.astype(np.uint8 if max_value <= 255 else np.int32)
 
 
 def fingerprint(*content: Any) -> str:

@@ -5,13 +5,12 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torchvision
 from PIL import Image, ImageOps
 
-from pyro_vae.data.images import Binarization, Dataset, Images, shuffled
+from pyro_vae.data.images import MOST, Binarization, Dataset, Images, shuffled
 from pyro_vae.errors import DataError, reason_of
 
 
@@ -22,6 +21,8 @@ class OwnImages(Dataset):
         path: where they are.
         num_validation: images held out from the end of the training set, at least 1; null: a tenth of them.
         image_shape: [C, H, W] of flat images (N, C * H * W), each at least 1; null: arrays already have such a shape.
+        max_value: the largest value that whole numbers can have, at least 1, such as 65535 of 16-bit images; null: 255,
+            or the largest that there is, where that is more.
     """
 
     def __init__(
@@ -32,9 +33,13 @@ class OwnImages(Dataset):
         binarization_seed: int = 777,
         num_validation: int | None = None,
         image_shape: Sequence[int] | None = None,
+        max_value: int | None = None,
     ):
         super().__init__(data_dir, binarization, binarization_seed, num_validation)
         self.path = Path(path)
+        self.max_value = max_value
+        if max_value is not None and not 1 <= max_value <= MOST:
+            raise ValueError(f"max_value must be at least 1 and at most {MOST:,}, got {max_value}")
         self.image_shape = None if image_shape is None else tuple(image_shape)
         if self.image_shape is not None and (len(self.image_shape) != 3 or min(self.image_shape) < 1):
             raise ValueError(f"image_shape must be [C, H, W], each at least 1, got {list(self.image_shape)}")
@@ -46,12 +51,26 @@ class OwnImages(Dataset):
         train_labels: np.ndarray | None = None,
         test_labels: np.ndarray | None = None,
     ) -> Images:
-        """Images in their shape, with the range of their pixels; a tenth is held out unless told otherwise."""
+        """Images in their shape, with the range of their pixels."""
+        train, test = (self._whole(array) for array in (train, test))
         whole = all(np.issubdtype(array.dtype, np.integer) for array in (train, test))
-        if whole and all(array.size and array.max() <= 1 for array in (train, test)):
-            raise DataError(f"{self.path}: whole numbers are read as 0..255, and none is above 1; save real numbers")
+        largest = max((int(array.max()) for array in (train, test) if array.size), default=0) if whole else 1
+        if whole and self.max_value is None and largest <= 1:
+            raise DataError(
+                f"{self.path}: whole numbers are read as 0..255, and none is above 1; save real numbers, or say "
+                "--dataset.max_value 1"
+            )
+        max_value = max(255, largest) if self.max_value is None else self.max_value
         train, test = self._shaped(train, "training"), self._shaped(test, "test")
-        return Images(train, test, 255 if whole else 1, train_labels, test_labels)
+        return Images(train, test, max_value if whole else 1, train_labels, test_labels)
+
+    @staticmethod
+    def _whole(array: np.ndarray) -> np.ndarray:
+        """Real numbers that are all whole, and not all 0 and 1, as the whole numbers that they are."""
+        real = np.issubdtype(array.dtype, np.floating) and array.size and np.isfinite(array).all()
+        if real and array.max() > 1 and array.max() <= MOST and (array == np.floor(array)).all():
+            return array.astype(np.int64)
+        return array
 
     def _num_test(self, images: np.ndarray, num_test: int | None = None) -> int:
         """How many of these images are the test set: a tenth, unless told otherwise."""
@@ -89,10 +108,11 @@ def _load_arrays(path: Path, kind: str) -> np.ndarray | dict[str, np.ndarray]:
 class Npz(OwnImages):
     """Your own images: a NumPy archive with the arrays ``train`` and ``test``, ``(N, H, W)`` or ``(N, C, H, W)``.
 
-    Pixels are integers in 0..255 or real numbers in 0..1. ``train_labels`` and ``test_labels``, ``(N,)``, are optional.
+    Pixels are whole numbers, of 8 bits or counts of any size, or real numbers in 0..1. ``train_labels`` and
+    ``test_labels``, ``(N,)``, are optional.
 
     Args:
-        path: the ``.npz`` file, with integers in 0..255 or real numbers in 0..1.
+        path: the ``.npz`` file.
     """
 
     def read(self) -> Images:
@@ -113,7 +133,7 @@ class Npy(OwnImages):
     There are no labels.
 
     Args:
-        path: the ``.npy`` file, with integers in 0..255 or real numbers in 0..1.
+        path: the ``.npy`` file, with whole numbers, of 8 bits or counts of any size, or real numbers in 0..1.
         test_path: a second such file, of test images; null: they are the last ones of path.
         num_test: images at the end of path that are the test set, at least 2, in the order of the file: shuffle it
             before if it is sorted; null: a tenth of them, but at least 2.
@@ -129,8 +149,9 @@ class Npy(OwnImages):
         binarization: Binarization = "dynamic",
         binarization_seed: int = 777,
         num_validation: int | None = None,
+        max_value: int | None = None,
     ):
-        super().__init__(data_dir, path, binarization, binarization_seed, num_validation, image_shape)
+        super().__init__(data_dir, path, binarization, binarization_seed, num_validation, image_shape, max_value)
         self.test_path = None if test_path is None else Path(test_path)
         self.num_test = num_test
         if num_test is not None and num_test < 2:
@@ -155,16 +176,19 @@ class Npy(OwnImages):
 
 
 class ImageFolder(OwnImages):
-    """Your own image files, ``path/<class>/*.png``, or ``path/train/<class>/*.png`` and ``path/test/<class>/*.png``.
+    """Your own image files: ``path/<class>/*.png`` or, without classes, ``path/*.png``.
 
-    Labels are the numbers of the classes in alphabetical order. Training images are shuffled by ``binarization_seed``,
-    so that the last ones, which are held out, are of all classes.
+    Either is looked for in ``path/train`` and ``path/test``, if these are there. Labels are the numbers of the classes
+    in alphabetical order. Training images are shuffled by ``binarization_seed``, so that the last ones, which are held
+    out, are of all classes. Grey pictures of 16 bits are taken as they are, and those of 8 bits beside them brought to
+    their range.
 
     Args:
         path: the folder. If it has subfolders train and test, others beside them are not read; if it has none, a tenth
             of its images, but at least 2, chosen by binarization_seed, are the test set. Files named .png, .jpg, .bmp,
             .tif, .webp, .ppm or .pgm are read.
-        size: height and width in pixels, at least 1: the largest square in the middle of an image is brought to it.
+        size: height and width in pixels, at least 1, or [height, width]: the largest part of this shape in the middle
+            of an image is brought to it.
         grey: one channel of grey values; otherwise red, green and blue. Transparency is ignored.
     """
 
@@ -172,20 +196,22 @@ class ImageFolder(OwnImages):
         self,
         data_dir: Path,
         path: Path,
-        size: int = 28,
+        size: int | Sequence[int] = 28,
         grey: bool = True,
         binarization: Binarization = "dynamic",
         binarization_seed: int = 777,
         num_validation: int | None = None,
     ):
         super().__init__(data_dir, path, binarization, binarization_seed, num_validation)
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
-        self.size = size
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        if len(shape) != 2 or min(shape) < 1:
+            shown = size if isinstance(size, int) else list(size)
+            raise ValueError(f"size must be at least 1, or [height, width], each at least 1, got {shown}")
+        self.size = shape[0], shape[1]
         self.grey = grey
 
     def read(self) -> Images:
-        parts = {name: any((self.path / name).glob("*/")) for name in ("train", "test")}
+        parts = {name: self._has_images(self.path / name) for name in ("train", "test")}
         if all(parts.values()):
             (train, train_labels, classes), (test, test_labels, test_classes) = (
                 self._read(self.path / name) for name in parts
@@ -196,30 +222,61 @@ class ImageFolder(OwnImages):
         elif any(parts.values()):
             raise DataError(f"{self.path} must have {' and '.join(f'{name}/<class>/' for name in parts)}, or neither")
         else:
-            images, labels, _ = self._read(self.path)
+            images, labels, classes = self._read(self.path)
             images, labels = shuffled(self.binarization_seed, images, labels)
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
-            test_labels, train_labels = np.split(cast(np.ndarray, labels), [num_test])
-        classes = len(np.unique(cast(np.ndarray, train_labels)))
-        print(f"{self.path}: {len(train) + len(test):,} images of {classes} classes")
+            test_labels, train_labels = (None, None) if labels is None else np.split(labels, [num_test])
+        of = f" of {len(classes)} classes" if classes else ""
+        print(f"{self.path}: {len(train) + len(test):,} images{of}")
+        if sixteen := {np.dtype(np.uint16)} & {train.dtype, test.dtype}:
+            self.max_value = 65535
+        train, test = (wide(part) if sixteen else part for part in (train, test))
         return self._images(train, test, train_labels, test_labels)
 
-    def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images, their labels, and the names of the classes."""
+    def _has_images(self, folder: Path) -> bool:
+        return any(folder.glob("*/")) or bool(self._flat(folder))
+
+    @staticmethod
+    def _flat(folder: Path) -> list[Path]:
+        known = torchvision.datasets.folder.IMG_EXTENSIONS
+        return sorted(file for file in folder.glob("*") if file.suffix.lower() in known and file.is_file())
+
+    def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+        """Images, their labels, and the names of the classes; of a folder without subfolders there are none."""
+        flat = self._flat(folder)
+        if flat and not any(folder.glob("*/")):
+            return _stacked([self._open(str(file)) for file in flat]), None, []
         try:
             files = torchvision.datasets.ImageFolder(folder, loader=self._open)
         except OSError as error:
-            raise DataError(f"expected image files {folder}/<class>/*.png: {reason_of(error).rstrip('. ')}") from error
-        return np.stack([image for image, _ in files]), np.array(files.targets), files.classes
+            raise DataError(
+                f"expected image files {folder}/<class>/*.png, or {folder}/*.png: {reason_of(error).rstrip('. ')}"
+            ) from error
+        return _stacked([image for image, _ in files]), np.array(files.targets), files.classes
 
     def _open(self, file: str) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                if image.mode[0] in "IF":  # Pillow would clip them
-                    raise ValueError(f"expected 8 bits per channel, got pixels of mode {image.mode}")
-                image = ImageOps.exif_transpose(image).convert("L" if self.grey else "RGB")
+                sixteen = image.mode.startswith("I;16") and self.grey
+                if image.mode[0] in "IF" and not sixteen:  # Pillow would clip them
+                    wanted = "8 or 16 bits" if self.grey else "8 bits"
+                    raise ValueError(f"expected {wanted} per channel, got pixels of mode {image.mode}")
+                mode = "I" if sixteen else "L" if self.grey else "RGB"
+                image = ImageOps.exif_transpose(image).convert(mode)
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise DataError(f"{file} is no readable image: {reason_of(error)}") from error
-        pixels = np.array(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR))
+        pixels = np.array(ImageOps.fit(image, (self.size[1], self.size[0]), Image.Resampling.BILINEAR))
+        if sixteen:
+            return pixels.clip(0, 65535).astype(np.uint16)
         return pixels if self.grey else pixels.transpose(2, 0, 1)
+
+
+def wide(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 8 bits in the range of those of 16."""
+    return pixels if pixels.dtype == np.uint16 else 257 * pixels.astype(np.uint16)
+
+
+def _stacked(images: list[np.ndarray]) -> np.ndarray:
+    """Images of 8 bits or, if any is, of 16, as one array."""
+    return np.stack([wide(each) for each in images] if any(each.dtype == np.uint16 for each in images) else images)

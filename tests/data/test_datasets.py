@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from pyro_vae.data import fetched as datasets
 from pyro_vae.data.fetched import MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST
-from pyro_vae.data.images import Images, _whole_numbers
+from pyro_vae.data.images import Dataset, Images, _whole_numbers
 from pyro_vae.data.own import ImageFolder, Npy, Npz
 from pyro_vae.errors import DataError
 
@@ -543,7 +543,7 @@ GOOD = {"train": real(20, 4, 4), "test": real(6, 4, 4)}
         ({"test": 2 * real(6, 4, 4)}, ["test images", "must be in 0..1", "..1.9"]),
         ({"test": np.full((6, 4, 4), np.inf)}, ["must be in 0..1", "inf"]),
         ({"train": whole(20, 4, 4) - 1, "test": whole(6, 4, 4)}, ["must be in 0..255", "-1..254"]),
-        ({"train": whole(20, 4, 4), "test": whole(6, 4, 4) + 9}, ["must be in 0..255", "..26"]),
+        ({"test": np.full((6, 4, 4), 2**25), "train": whole(20, 4, 4)}, ["largest value", "16,777,216", "33554432"]),
         ({"train": whole(20, 4, 4)}, ["training images", "must be in 0..1", "..255"]),
         ({"train": whole(20, 4, 4) // 200, "test": whole(6, 4, 4) // 200}, ["0..255", "none is above 1", "real"]),
         ({"train": real(20, 4, 4) > 0.5}, ["expected numbers, got bool"]),
@@ -804,13 +804,113 @@ def test_colours_of_image_files(tmp_path):
     assert np.abs(grey - pixels @ [0.299, 0.587, 0.114]).max() <= 1  # luma
 
 
+@pytest.mark.parametrize("own_test", [False, True])
+def test_a_flat_folder_of_pictures_that_are_not_square(tmp_path, own_test):
+    """No classes; height 2, width 3, cut from the middle of wider ones."""
+    pixels = whole(20, 2, 3)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / ("test" if number < 5 else "train") if own_test else tmp_path
+        paint(folder / f"{number:02}.png", np.hstack([np.zeros((2, 1)), image, np.zeros((2, 1))]))
+    data = ImageFolder(tmp_path, tmp_path, size=[2, 3], binarization="integers").load()
+    assert data.image_shape == (1, 2, 3)
+    assert (data.train_labels, data.test_labels) == (None, None)
+    found = torch.cat([data.train_pixels, data.validation, data.test]).long().tolist()
+    assert sorted(found) == sorted(pixels.reshape(20, 6).tolist())
+    assert len(data.test) == (5 if own_test else 2)
+
+
+def test_pictures_of_sixteen_bits(tmp_path):
+    """As they are; one of eight bits beside them is brought to their range."""
+    deep = np.array([[1, 255, 256], [1000, 40_000, 65_535]])
+    for number in range(4):
+        Image.fromarray(deep.astype(np.uint16)).save(tmp_path / f"{number}.png")
+    paint(tmp_path / "4.png", np.full((2, 3), 255))
+    data = ImageFolder(tmp_path, tmp_path, size=[2, 3], binarization="integers").load()
+    found = torch.cat([data.train_pixels, data.validation, data.test]).tolist()
+    assert sorted(found) == [deep.flatten().tolist()] * 4 + [[65_535] * 6]
+    assert (data.max_value, data.levels) == (65_535, 65_536)
+
+
+COUNTS = np.array([[1, 255, 256, 1000], [0, 3, 70_000, 2]])
+
+
+def counts(dtype, size=20):
+    return np.tile(
+        COUNTS.clip(max=np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else None), (size, 1, 1)
+    ).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("binarization", ["integers", "none", "dequantized", "dynamic", "static", "threshold"])
+def test_counts_do_not_wrap(save, tmp_path, dtype, binarization):
+    stored = counts(dtype)
+    data = Npz(tmp_path, save(train=stored, test=stored), binarization).load()
+    most = int(stored.max())
+    assert (data.max_value, data.levels) == (most, most + 1)
+    assert data.train_pixels[0].tolist() == stored[0].flatten().tolist()
+    expected = torch.from_numpy(stored[0].flatten().astype(np.float64))
+    for x in (data.test, data.validation, data.observe(torch.arange(18))):
+        assert x.dtype == torch.float32
+        if binarization == "integers":
+            assert (x.double() == expected).all()
+        elif binarization == "none":
+            torch.testing.assert_close(x.double(), (expected / most).expand_as(x), rtol=1e-6, atol=0)
+        elif binarization == "dequantized":
+            low = expected / (most + 1)
+            assert ((x >= low - 1e-6) & (x <= low + 1 / (most + 1) + 1e-6)).all()
+        elif binarization == "threshold":
+            assert (x == (expected > most / 2)).all()
+        else:
+            assert set(x.unique().tolist()) <= {0.0, 1.0}
+            assert (x[:, 6 if most == 70_000 else -2] == 1).all()  # the largest: surely 1
+
+
+def test_dynamic_binarization_of_counts_has_mean_pixel_over_max(save, tmp_path):
+    data = Npz(tmp_path, save(train=np.full((20, 2, 2), 300), test=np.full((9, 2, 2), 1000))).load()
+    x = data.observe(torch.zeros(20_000, dtype=torch.long))
+    assert x.mean().item() == pytest.approx(0.3, abs=4 * (0.21 / x.numel()) ** 0.5)
+
+
+def test_a_largest_value_is_checked_against_what_is_there(save, tmp_path):
+    path = save(train=counts(np.int64), test=counts(np.int64))
+    with pytest.raises(DataError, match=r"must be in 0\.\.65535, they are in 0\.\.70000"):
+        Npz(tmp_path, path, max_value=65_535).load()
+    assert Npz(tmp_path, path, max_value=100_000).load().levels == 100_001
+    binary = save(train=whole(20, 4, 4) // 200, test=whole(9, 4, 4) // 200)
+    assert Npz(tmp_path, binary, "integers", max_value=1).load().levels == 2
+    for value in (0, 2**25):
+        with pytest.raises(ValueError, match="max_value must be at least 1"):
+            Npz(tmp_path, path, max_value=value)
+
+
+class Floats(Dataset):
+    """Real pixels in 0..255, which a data set of one's own says so of."""
+
+    def read(self):
+        images = 255 * np.random.default_rng(0).random((300, 4, 4))
+        return Images(images, images[:50], 255)
+
+
+@pytest.mark.parametrize("binarization", ["none", "dequantized", "dynamic", "static", "threshold"])
+def test_floats_in_a_range_of_their_own_are_not_taken_for_0_to_1(tmp_path, binarization):
+    data = Floats(tmp_path, binarization).load()
+    x, pixels = data.observe(torch.arange(270)), data.train_pixels / 255
+    if binarization in ("none", "dequantized"):
+        torch.testing.assert_close(x, pixels, rtol=1e-6, atol=2e-6)
+    else:
+        assert x.mean().item() == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(DataError, match="have no integers"):
+        Floats(tmp_path, "integers").load()
+
+
 def no_folder(path):
     return ["No such file or directory", f"{path}/<class>/*.png"]
 
 
-def no_classes(path):
-    paint(path / "0.png", np.zeros((4, 4)))
-    return ["find any class folder", f"{path}/<class>/*.png"]
+def no_pictures(path):
+    path.mkdir()
+    (path / "0.txt").write_text("")
+    return ["find any class folder", f"{path}/<class>/*.png, or {path}/*.png"]
 
 
 def no_images(path):
@@ -845,10 +945,10 @@ def half_an_image(path):
     return [file, "no readable image"]
 
 
-def sixteen_bits(path):
+def thirtytwo_bits(path):
     of_one_grey(path, cat=range(5))
-    Image.fromarray(whole(4, 4).astype(np.uint16)).save(path / "cat" / "5.png")
-    return [path / "cat" / "5.png", "8 bits per channel", "I;16"]
+    Image.fromarray(whole(4, 4).astype(np.int32)).save(path / "cat" / "5.tif")
+    return [path / "cat" / "5.tif", "8 or 16 bits per channel", "mode I"]
 
 
 def two_images(path):
@@ -860,13 +960,13 @@ def two_images(path):
     "spoil",
     [
         no_folder,
-        no_classes,
+        no_pictures,
         no_images,
         no_test,
         other_classes,
         no_image_at_all,
         half_an_image,
-        sixteen_bits,
+        thirtytwo_bits,
         two_images,
     ],
 )
@@ -878,8 +978,11 @@ def test_image_files_that_are_wrong(spoil, tmp_path):
 
 
 def test_a_size_of_image_files_out_of_range(tmp_path):
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"size must be at least 1, or \[height, width\], each at least 1, got 0"):
         ImageFolder(tmp_path, tmp_path, size=0)
+    for size in ([3, 0], [3], [3, 4, 5]):
+        with pytest.raises(ValueError, match=r"each at least 1, got \[3"):
+            ImageFolder(tmp_path, tmp_path, size=size)
 
 
 # Static MNIST
