@@ -31,6 +31,8 @@ PATIENCE = 16
 NODES_PER_CALL = 2000
 """A kind of call is traced once it has come up again so often, for each so many nodes that graphs have had before."""
 
+_SEVERAL_PASSES = "a parameter has hooks on its gradient, and the loss has several backward passes"
+
 
 class CompiledSVI:
     """Pyro's stochastic variational inference, whose steps are compiled graphs; a drop-in for ``pyro.infer.SVI``.
@@ -192,11 +194,14 @@ class CompiledSVI:
         return self._run_pyro(call.args, call.kwargs, call.train)
 
     def _use(self, kind: Kind, graph: Graph, call: Call) -> Any:
+        hooked = call.train and self._steps.hooked
+        if hooked and graph.passes > 1:
+            return self._refuse(_SEVERAL_PASSES, call.args, call.kwargs, call.train)
         graph.compile(self.compiler, call.tensors)
         graph.uses += 1
         if (graph.uses & (graph.uses - 1) == 0 and graph.uses <= 512) or graph.uses % 1000 == 0:
             return self._check(kind, graph, call)
-        if kind.record is not None and kind.record.graph is graph:
+        if kind.record is not None and kind.record.graph is graph and not hooked:
             loss = kind.record.step(call.tensors, self._recorded(graph))
             self._stepped(call)
             return loss
@@ -253,7 +258,7 @@ class CompiledSVI:
             (p, gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient))
             for p, gradient in zip(graph.trained, result.gradients, strict=True)
         ]
-        self._steps.update(params, pairs)
+        self._steps.update(params, self._steps.through_hooks(pairs))
         if (
             isinstance(self.optim, PyroOptim)
             and isinstance(self._steps.loss, PyroELBO)
@@ -288,7 +293,7 @@ class CompiledSVI:
                 return self._untraceable(kind, call, error)
             return self._run_pyro(call.args, call.kwargs, call.train)
         if call.train and not call.lifted:
-            self._steps.update(outline.params, gradients)
+            self._steps.update(outline.params, self._steps.through_hooks(gradients))
             self._stepped(call)
         traces = kind.traces
         self._nodes = max(self._nodes, len(traced.graph.graph.nodes))
@@ -338,7 +343,10 @@ class CompiledSVI:
             replaced = [name for name, value in store.items() if now.get(name) is not value]
             if any(name not in now for name in replaced):
                 raise ContractError("they take parameters out of the store")
-            met.append((Outline(leaves, spec, params, [p for p, _ in gradients], replaced), gradients))
+            if self._steps.hooked and self._steps.passes > 1:
+                raise ContractError(_SEVERAL_PASSES)
+            outline = Outline(leaves, spec, params, [p for p, _ in gradients], replaced, self._steps.passes)
+            met.append((outline, gradients))
             values = [now[name].detach() for name in replaced]
             found = [*(x for x in leaves if isinstance(x, Tensor)), *(gradient for _, gradient in gradients), *values]
             return [detach_provenance(x) for x in found]  # wrapped in what says which sites they come from

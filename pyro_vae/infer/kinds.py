@@ -114,8 +114,8 @@ class Calls:
         ambient = _ambient()
         if isinstance(ambient, str):
             return ambient
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
-            return "a parameter has hooks on its gradient"
+        if any(p._post_accumulate_grad_hooks for p in params):
+            return "a parameter has hooks that run once it has a gradient"
         if train and not torch.is_grad_enabled():
             return "gradients are switched off around the step"
         lifted = self._numbers(leaves, spec)

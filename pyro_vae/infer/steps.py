@@ -1,7 +1,7 @@
 """A step of stochastic variational inference as Pyro takes it, in its two halves: differentiate, and update."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -94,6 +94,7 @@ class Steps:
         self._max_norm, self._own = max_norm, loss_and_grads
         self._precision: Literal["float32", "bfloat16"] = precision
         self._pyros = optim if isinstance(optim, PyroOptim) else None
+        self.passes = 0  # backward passes of the last loss whose gradients were collected
         self._zeros: dict[int, tuple[Tensor, int]] = {}
 
     def with_other(self, **parts: Any) -> "Steps":
@@ -112,8 +113,8 @@ class Steps:
         """The loss with its gradients, which nothing has been done with.
 
         Args:
-            collect: the gradients are given also where Pyro would leave them in ``grad``, and loss and gradients are
-                tensors, for which nobody waits.
+            collect: the gradients are given also where Pyro would leave them in ``grad``, before any hooks of theirs,
+                and loss and gradients are tensors, for which nobody waits.
 
         Raises:
             ValueError: if a torch optimizer holds no tensor that the loss depends on, or lacks a ``pyro.param`` on
@@ -123,12 +124,29 @@ class Steps:
         ours = collect or self._pyros is None
         with self._rounded(), poutine.trace(param_only=True) as capture, collected if ours else nullcontext():
             loss = self._loss_and_grads(args, kwargs)
+        self.passes = len(collected.losses)
         sites = {name: site["value"] for name, site in capture.trace.nodes.items() if name != _HELD}
         params = {name: cast(Any, value).unconstrained() for name, value in sites.items()}
         if not ours:
             return Derivatives(loss, params, [])
-        with self._rounded():
+        with self._rounded(), _without_hooks([*self.held, *params.values()]) if collect else nullcontext():
             return Derivatives(detached(loss), params, self._gradients(collected.losses, params))
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a tensor has hooks on its gradient."""
+        return any(p._backward_hooks for p in self.held)
+
+    @torch.no_grad()
+    def through_hooks(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The gradients that hooks of their tensors make of these."""
+        found = []
+        for p, gradient in gradients:
+            for hook in tuple((p._backward_hooks or {}).values()):
+                changed = hook(gradient)
+                gradient = gradient if changed is None else changed
+            found.append((p, gradient))
+        return found
 
     def evaluate(self, args: tuple, kwargs: dict) -> Any:
         """The loss alone."""
@@ -212,6 +230,19 @@ class Steps:
         if not pairs and self._pyros is None and (losses or not params):
             raise ValueError("the optimizer holds no tensor that the loss depends on: nothing would be trained")
         return pairs
+
+
+@contextmanager
+def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context: hooks on gradients are not called."""
+    kept = [(p._backward_hooks, dict(p._backward_hooks)) for p in tensors if p._backward_hooks]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @effectful(type="param")

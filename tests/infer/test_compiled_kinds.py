@@ -292,3 +292,21 @@ def test_kinds_of_a_large_graph_are_traced_later(monkeypatch):
     caught, later = as_pyro(lambda: (Trainer().model, nothing), calls)
     assert not caught
     assert 1 <= later < alone
+
+
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_hooks_see_and_change_gradients(num_particles):
+    def calls(svi):
+        losses, seen = [svi.step(X)], {"locs": [], "weights": []}
+        for name, p in pyro.get_param_store().named_parameters():
+            p.register_hook(lambda gradient, name=name: seen[name].append(gradient.norm().item()))
+            p.register_hook(lambda gradient, name=name: gradient.clamp(max=0.01) if name == "locs" else None)
+        return losses + [svi.step(X) for _ in range(13)] + seen["locs"] + seen["weights"]
+
+    caught, alone = as_pyro(two_components, calls, Trace_ELBO(num_particles=num_particles))
+    if num_particles == 1:
+        assert not caught
+        assert alone >= 5
+    else:
+        assert "the loss has several backward passes" in caught[0]
+        assert not alone
