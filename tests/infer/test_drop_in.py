@@ -435,7 +435,11 @@ def holders():
 
 @AT
 @pytest.mark.parametrize("kind", holders())
-@pytest.mark.parametrize("number", [float, np.float64, np.array, str, torch.tensor], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "number",
+    [float, *(pytest.param(f, marks=pytest.mark.slow) for f in (np.float64, np.array, str, torch.tensor))],
+    ids=lambda f: f.__name__,
+)
 def test_numbers_that_objects_hold(kind, number, at):
     def change(make):
         held = holders()[kind]

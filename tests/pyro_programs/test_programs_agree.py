@@ -21,6 +21,15 @@ NUM_STEPS = 20
 ALL = {make.__name__: make for module in (regression, networks, discrete, losses, scripts) for make in module.PROGRAMS}
 
 WITH_INDUCTOR = list(ALL)[::3]  # which takes seconds for each
+LONG = (
+    *discrete.PROGRAMS[2:],
+    losses.attend_and_count,
+    losses.decaying_average_baseline,
+    losses.importance_weighted,
+    networks.flow_likelihood,
+    networks.flow_guide,
+    regression.learned_centering,
+)
 
 
 class Outcome(NamedTuple):
@@ -130,7 +139,9 @@ def check(name: str, statements: list[int], **settings: object) -> None:
         assert program.told is None or re.search(program.told, message), message
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if make in LONG else name for name, make in ALL.items()]
+)
 def test_as_pyro_does(name, statements):
     check(name, statements, compiler="none")
 
