@@ -225,6 +225,22 @@ class Buffer(Holder):
         self.of[:] = array(self.of.typecode, self.values[0]) if isinstance(self.of, array) else self.values[0]
 
 
+class Context(Holder):
+    """The value of a context variable."""
+
+    __slots__ = ()
+
+    def now(self) -> Iterable[Any]:
+        return (self.of.get(_ABSENT),)
+
+    def __len__(self) -> int:
+        return 1
+
+    def restore(self) -> None:
+        if self.values[0] is not _ABSENT:
+            self.of.set(self.values[0])
+
+
 class Array(Holder):
     """The contents of an array of NumPy."""
 

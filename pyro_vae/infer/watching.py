@@ -1,5 +1,6 @@
 """What Python holds that programs may read: seen once, and compared at every step, so that no graph outlives it."""
 
+import contextlib
 import enum
 import random
 import types
@@ -7,6 +8,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,20 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.infer.holding import PLAIN, Array, Buffer, Cells, Entries, Holder, Items, Named, Place, Slots, alike
+from pyro_vae.infer.holding import (
+    PLAIN,
+    Array,
+    Buffer,
+    Cells,
+    Context,
+    Entries,
+    Holder,
+    Items,
+    Named,
+    Place,
+    Slots,
+    alike,
+)
 from pyro_vae.infer.naming import Names, is_library, names_in, names_of_libraries
 
 MOST_SLOTS = 5000
@@ -66,9 +81,12 @@ class Snapshot:
         todo = deque((root, getattr(root, "__name__", type(root).__name__)) for root in roots)
         while todo and self._slots < MOST_SLOTS:
             each, label = todo.popleft()
-            if id(each) not in self._seen and not _is_leaf(each):
-                self._seen[id(each)] = each
-                todo.extend(self._visit(each, label))
+            with contextlib.suppress(
+                AttributeError, LookupError, RuntimeError
+            ):  # of proxies that stand for nothing yet
+                if id(each) not in self._seen and not _is_leaf(each):
+                    self._seen[id(each)] = each
+                    todo.extend(self._visit(each, label))
             if not todo:
                 todo.extend(self._named())
         for each in self._objects:
@@ -136,6 +154,10 @@ class Snapshot:
         elif isinstance(each, (array, bytearray, memoryview)):
             if len(each) <= MOST_ENTRIES * 10:
                 self._hold(Buffer(each, label))
+        elif isinstance(each, ContextVar):
+            yield from self._hold(Context(each, label))
+        elif isinstance(each, weakref.ref):
+            yield each(), label
         elif isinstance(each, types.MethodType):
             yield from ((each.__func__, label), (each.__self__, type(each.__self__).__name__))
         elif isinstance(each, partial):
@@ -199,6 +221,7 @@ class Snapshot:
             if is_library(base.__module__) or (id(base) in self._seen and base is not each):
                 continue
             self._seen[id(base)] = base
+            yield type(base), type(base).__name__
             if issubclass(base, enum.Enum):
                 continue
             methods = [name for name, value in vars(base).items() if isinstance(value, _METHODS)]
@@ -233,7 +256,7 @@ class Snapshot:
 
 def _is_leaf(each: object) -> bool:
     """What holds nothing to watch, or is watched elsewhere."""
-    if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, weakref.ref, poutine.Trace, constraints.Constraint)):
+    if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, poutine.Trace, constraints.Constraint)):
         return True
     if isinstance(each, (types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
         return True

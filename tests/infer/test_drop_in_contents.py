@@ -6,7 +6,9 @@ import math
 import operator
 import types
 import warnings
+import weakref
 from collections import ChainMap, OrderedDict, UserDict
+from contextvars import ContextVar
 
 import numpy as np
 import pyro
@@ -402,6 +404,13 @@ def boxes():
 
         beta = 1.0
 
+    class Meta(type):
+        beta = 1.0
+
+    class OfMeta(metaclass=Meta):
+        pass
+
+    held = Frozen(beta=1.0)
     get, put = operator.itemgetter(0), lambda box, v: operator.setitem(box, 0, v)
     late = (lambda b: b.value), lambda b, v: (b.__dict__.clear(), setattr(b, "beta", v))
     listed, modules = nn.ParameterList([torch.ones(())]), nn.ModuleDict({"a": nn.Dropout(0.5)})
@@ -430,6 +439,9 @@ def boxes():
             lambda b: b["a"].p,
             lambda b, v: setattr(b["a"], "p", v),
         ),
+        "context": (ContextVar("beta", default=1.0), lambda b: b.get(), lambda b, v: b.set(v)),
+        "weak reference": (weakref.ref(held), lambda b: b().beta, lambda b, v, held=held: setattr(held, "beta", v)),
+        "metaclass": (OfMeta, lambda b: b.beta, lambda b, v: setattr(Meta, "beta", v)),
         "function": (lambda: None, lambda f: getattr(f, "beta", 1.0), lambda f, v: setattr(f, "beta", v)),
     }
 
