@@ -28,6 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vae.errors import ContractError
 
+MOST_OPERATIONS = 30_000
+"""A step of more would take longer than 15 seconds to trace."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -239,10 +242,14 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.looks: list[tuple[Tensor, Look]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._operations = 0
         self._made: set[int] = set()
         self._constant: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._operations += 1
+        if self._operations > MOST_OPERATIONS:
+            raise ContractError(f"they have more than {MOST_OPERATIONS:,} operations, which would take long to trace")
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func in _LIFTED:

@@ -310,3 +310,11 @@ def test_hooks_see_and_change_gradients(num_particles):
     else:
         assert "the loss has several backward passes" in caught[0]
         assert not alone
+
+
+def test_a_step_of_very_many_operations_runs_through_pyro(monkeypatch):
+    monkeypatch.setattr("pyro_vae.infer.tracing.MOST_OPERATIONS", 20)
+    caught, alone = as_pyro(two_components)
+    assert len(caught) == 1
+    assert "they have more than 20 operations" in caught[0]
+    assert not alone
