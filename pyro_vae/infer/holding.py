@@ -76,9 +76,9 @@ class Holder:
         if all(map(is_, now, self.values)) and len(self) == len(self.values):
             return True
         found = tuple(self.now())
-        if len(found) != len(self.values) or self.exchanged(found) - self.free:
+        if len(found) != len(self.values) or (others := self.exchanged(found)) - self.free:
             return False
-        if not all(alike(a, b) or i in self.free for i, (a, b) in enumerate(zip(found, self.values, strict=True))):
+        if not all(alike(a, b) or i in others for i, (a, b) in enumerate(zip(found, self.values, strict=True))):
             return False
         self.values = found  # equal numbers, but other objects: found by identity the next time
         return True

@@ -123,11 +123,12 @@ class Calls:
         parts: list[object] = []
         objects: list[object] = []
         places: dict[int, int] = {}
+        memories: dict[int, int] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad or type(leaf) is not Tensor or leaf.layout is not torch.strided:
                     return "an argument is no plain tensor, or needs a gradient"
-                parts.append((likeness(leaf), places.setdefault(id(leaf), len(places))))
+                parts.append((likeness(leaf), places.setdefault(id(leaf), len(places)), _memory(leaf, memories)))
                 tensors.append(leaf)
             elif i in lifted:
                 parts.append(float)
@@ -183,6 +184,11 @@ class Calls:
         state = State(ids, Snapshot((*self._roots, *objects)))
         self._states = [state, *self._states[: MOST_STATES - 1]]
         return state
+
+
+def _memory(x: Tensor, memories: dict[int, int]) -> int:
+    """Which of the memories that tensors lie in this one lies in."""
+    return memories.setdefault(x.untyped_storage()._cdata, len(memories))
 
 
 def _ambient() -> tuple | str:

@@ -115,7 +115,7 @@ class Snapshot:
                 return False
             places = holder.exchanged(found)
             pairs = enumerate(zip(found, holder.values, strict=True))
-            if not places or not all(alike(a, b) or i in places | holder.free for i, (a, b) in pairs):
+            if not places or not all(alike(a, b) or i in places for i, (a, b) in pairs):
                 return False
             released.append((holder, places, found))
         for holder, places, found in released:

@@ -518,6 +518,23 @@ def tensors_held_of_another_layout(make, at):
 
 
 @script
+def tensors_held_that_are_like_those_before_or_not(make, at):
+    model = Held()
+
+    def counting(x, y):
+        observe(x @ prior() + model.a * model.a.numel() + len(model.listed[0].shape), y)
+
+    svi = make(counting)
+    yield from steps(svi, at, X, Y)
+    model.a = torch.full((8,), 0.5)
+    yield from steps(svi, 5, X, Y)
+    model.a = torch.full((1,), 0.25)
+    yield from steps(svi, 5, X, Y)
+    model.a = torch.full((8,), 0.125)
+    yield from steps(svi, 5, X, Y)
+
+
+@script
 def a_tensor_held_is_an_argument_too(make, at):
     model = Held()
     svi = make(lambda x, y: model(x, y))
