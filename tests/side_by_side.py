@@ -66,8 +66,10 @@ def by_pyro(model: Any, guide: Any = guide, optim: Any = None, loss: Any = None)
     return SVI(model, guide, optim or pyro.optim.Adam({"lr": 0.05}), loss or Trace_ELBO())
 
 
-def compiled(model: Any, guide: Any = guide, optim: Any = None, loss: Any = None) -> CompiledSVI:
-    return CompiledSVI(model, guide, optim or pyro.optim.Adam({"lr": 0.05}), loss or Trace_ELBO(), compiler="none")
+def compiled(
+    model: Any, guide: Any = guide, optim: Any = None, loss: Any = None, compiler: Any = "none"
+) -> CompiledSVI:
+    return CompiledSVI(model, guide, optim or pyro.optim.Adam({"lr": 0.05}), loss or Trace_ELBO(), compiler=compiler)
 
 
 def both(script: Callable[..., Iterator[Any]], *args: object) -> tuple[Ran, Ran]:

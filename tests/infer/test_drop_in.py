@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from side_by_side import X, Y, both, check_same, compiled, guide, observe, prior, ran
+from side_by_side import X, Y, both, by_pyro, check_same, compiled, guide, observe, prior, ran
 from torch import nn
 
 SCRIPTS = {}
@@ -913,6 +913,26 @@ def numpy_in_the_closure(make, at):
     yield from steps(svi, at, X, Y)
     table[0] = 5
     yield from steps(svi, 3, X, Y)
+
+
+# By inductor, what changes tensors in place or exchanges them
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    "script",
+    [
+        views_that_overlap,
+        data_changed_during_the_step,
+        modules_that_change,
+        a_generator_of_torch,
+        tensors_that_are_replaced,
+    ],
+    ids=lambda script: script.__name__,
+)
+def test_as_pyro_does_by_inductor(script):
+    check_same(ran(script, by_pyro, 6), ran(script, functools.partial(compiled, compiler="inductor"), 6))
 
 
 # What Pyro refuses
