@@ -129,7 +129,7 @@ def test_estimators_run_programs_in_evaluation_mode_and_leave_the_mode(name, tra
 
 
 @pytest.mark.parametrize("spoil", [16.0, math.nan])
-@pytest.mark.parametrize("name", set(ESTIMATORS) - {"bdmc"})  # which draws its own data
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"bdmc"}))  # which draws its own data
 def test_estimators_refuse_what_no_likelihood_scores(name, spoil):
     vae, x = small_vae(6, 2), binary(3, 6)
     x[1, 4] = spoil
