@@ -433,7 +433,7 @@ def test_a_compiled_step_sees_the_warm_up():
         torch.manual_seed(1)
         losses.append([float(svi.step(x)) for _ in range(9)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
-    assert next(calls) == 5  # two at first, and spot checks at uses 1, 2, 4: the weight makes no new graph
+    assert next(calls) == 6  # three at first, and spot checks at uses 1, 2, 4: the weight makes no new graph
 
 
 def test_fit_counts_the_steps(tmp_path):
