@@ -24,9 +24,9 @@ from tqdm import tqdm
 from pyro_vae import Conditional, Likelihood, cli, importance_sampling, runs
 from pyro_vae.data.images import Data
 from pyro_vae.parts import distributions
+from pyro_vae.parts.conditional import num_outputs
 from pyro_vae.parts.likelihoods import ContinuousBernoulli
 from pyro_vae.runs import figures
-from pyro_vae.vae import num_outputs
 
 DENSITY = "--dataset.binarization dequantized --likelihood"
 MASS = "--dataset.binarization integers --likelihood"

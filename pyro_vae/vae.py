@@ -1,106 +1,23 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Generic, TypeVar, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError, check_at_least_one
 from pyro_vae.infer.supports import innermost, into_support, is_whole_space
+from pyro_vae.parts.conditional import Conditional, check_made, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.parts.missing import Incomplete, check_seen, of_seen, without_gaps
-from pyro_vae.parts.networks import Network
+from pyro_vae.parts.missing import Incomplete, check_seen, of_seen
 from pyro_vae.parts.posteriors import Posterior
-from pyro_vae.parts.priors import Prior
+from pyro_vae.parts.priors import Prior, VampPrior
 
-Head = TypeVar("Head", bound=Likelihood | Posterior, covariant=True)
-
-
-class Conditional(nn.Module, Generic[Head]):
-    """A conditional distribution: a network followed by the head that reads its outputs.
-
-    What fits together is checked here, once: to change a part of it, make another one, as in ``vae.likelihood =
-    Conditional(MLP(50, 784), Gaussian(784))``, and put it in its place; network and head inside are never replaced.
-
-    Args:
-        network: maps the condition ``(*, C)`` to ``(*, sum(head.sizes))``.
-        head: a likelihood or a posterior.
-
-    Raises:
-        TypeError: if the network is not a ``Network``.
-        ValueError: if the network's width is not the sum of the head's sizes.
-        ContractError: if the head does not say its sizes; by ``forward``, if the network's output has another shape
-            than it promises, or the head returns no Pyro distribution, or one of another batch or event shape,
-            or a mass where it says density.
-    """
-
-    def __init__(self, network: Network, head: Head):
-        super().__init__()
-        if not isinstance(network, Network):
-            raise TypeError(f"{type(network).__name__} is no pyro_vae.Network: make it a subclass")
-        if network.out_features != (wanted := num_outputs(head)):
-            raise ValueError(
-                f"{type(head).__name__} reads {wanted} numbers ({' + '.join(map(str, head.sizes))}), "
-                f"but {type(network).__name__} has {network.out_features} outputs"
-            )
-        self.network = network
-        self.head = head
-
-    @property
-    def latent_dim(self) -> int:
-        """Dimensions of the head's variable, where that is latent."""
-        return cast(Posterior, self.head).latent_dim
-
-    def forward(self, condition: Tensor) -> dist.TorchDistribution:
-        """The distribution given ``condition``, shape ``(*, C)``: batch shape ``(*)``."""
-        outputs = self.network(condition)
-        batch = condition.shape[:-1]
-        if outputs.shape != (expected := (*batch, self.network.out_features)):
-            raise ContractError(
-                f"{type(self.network).__name__} must map {tuple(condition.shape)} to {expected}, "
-                f"it made {tuple(outputs.shape)}"
-            )
-        size = cast(Likelihood, self.head).event_size if hasattr(self.head, "event_size") else self.latent_dim
-        made = check_made(self.head, self.head(*outputs.split(self.head.sizes, dim=-1)), batch, size)
-        if isinstance(self.head, Likelihood) and self.head.is_density is not None:
-            is_density = not innermost(made.support).is_discrete
-            if is_density != self.head.is_density:
-                raise ContractError(
-                    f"{type(self.head).__name__} says is_density = {self.head.is_density}, but its log p(x) is a "
-                    f"{'density' if is_density else 'mass'}, on {made.support}: set is_density = {is_density}"
-                )
-        return made
-
-    def initialize(self, x: Tensor) -> None:
-        """Start from training data ``x``, shape ``(N, X)``, of which NaN was not seen: the head; the encoder; or the
-        decoder at the outputs that suit x, where the head knows them."""
-        if not isinstance(self.head, Likelihood):
-            self.network.initialize(x)
-            return
-        x = without_gaps(x)
-        self.head.initialize(x)
-        if (outputs := self.head.marginal(x)) is not None:
-            self.network.start_at(torch.cat(outputs))
-
-
-def num_outputs(head: Likelihood | Posterior) -> int:
-    """How many raw outputs of a network the head reads.
-
-    Raises:
-        ContractError: if it does not say.
-    """
-    sizes = getattr(head, "sizes", None)
-    if not isinstance(sizes, tuple) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ContractError(
-            f"{type(head).__name__} must set self.sizes, a tuple of how many raw outputs each argument of its forward "
-            f"takes, it has {sizes}"
-        )
-    return sum(sizes)
+__all__ = ["VAE", "Conditional", "ConditionalVAE", "TwoLayerVAE", "num_outputs"]
 
 
 class VAE(nn.Module):
@@ -166,8 +83,9 @@ class VAE(nn.Module):
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
-        for part in (self.posterior, self.likelihood, self.prior):
-            part.initialize(x)
+        self.posterior.initialize(x, self.likelihood.head)
+        self.likelihood.initialize(x)
+        _initialize_prior(self.prior, x, self.posterior)
 
 
 class TwoLayerVAE(nn.Module):
@@ -235,8 +153,9 @@ class TwoLayerVAE(nn.Module):
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
-        for part in (self.posterior, self.likelihood, self.prior):
-            part.initialize(x)
+        self.posterior.initialize(x, self.likelihood.head)
+        self.likelihood.initialize(x)
+        _initialize_prior(self.prior, x, self.posterior)
 
 
 class ConditionalVAE(nn.Module):
@@ -317,9 +236,12 @@ class ConditionalVAE(nn.Module):
 
     def initialize(self, x: Tensor, c: Tensor) -> None:
         """Start every part from training data, ``(N, X)`` and ``(N, C)``. Call once, before making the optimizer."""
-        self.posterior.initialize(x)
+        self.posterior.initialize(x, self.likelihood.head)
         self.likelihood.initialize(x)
-        self.prior.initialize(c if self.prior_sees else x)
+        if isinstance(self.prior, Prior):
+            _initialize_prior(self.prior, x, self.posterior)
+        else:
+            self.prior.initialize(c)
 
     def _prior(self, c: Tensor) -> dist.TorchDistribution:
         if not isinstance(self.prior, Prior):
@@ -354,6 +276,13 @@ def _without_condition(x: Tensor) -> dist.TorchDistribution:
     )
 
 
+def _initialize_prior(prior: Prior, x: Tensor, posterior: Conditional[Posterior]) -> None:
+    """Start a prior; one that is made of posteriors is told how the encoder sees x."""
+    if isinstance(prior, VampPrior) and posterior.inputs is not None:
+        prior.inputs = copy.deepcopy(posterior.inputs)
+    prior.initialize(x)
+
+
 def _scored(
     x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], likelihood: Conditional[Likelihood]
 ) -> tuple[Tensor, Tensor | None]:
@@ -370,7 +299,13 @@ def _encoded(x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior]) 
     """What the encoder is shown: NaN where nothing was seen, if it knows what that means, otherwise zero."""
     if seen is None:
         return x
-    return torch.where(check_seen(x, seen), x, math.nan if isinstance(posterior.network, Incomplete) else 0.0)
+    return torch.where(check_seen(x, seen), x, _unseen(posterior))
+
+
+def _unseen(posterior: Conditional[Posterior]) -> float | Tensor:
+    if isinstance(posterior.network, Incomplete) or posterior.inputs is None:
+        return math.nan
+    return 0.0 if posterior.inputs.is_identity else posterior.inputs.neutral
 
 
 def _mean(posterior: dist.TorchDistribution) -> Tensor:
@@ -404,22 +339,6 @@ def _into_support(
         )
     # the transform remembers its last point: its inverse is inexact near the support's boundary
     return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
-
-
-def check_made(part: nn.Module, made: object, batch: tuple[int, ...], size: int) -> dist.TorchDistribution:
-    """Refuse what a part made unless it is a Pyro distribution of these shapes; a later error would be less clear."""
-    name, kind = type(part).__name__, type(made).__name__
-    if not isinstance(made, TorchDistributionMixin):
-        raise ContractError(f"{name} must return a distribution of pyro.distributions, it made {kind}")
-    made = cast(dist.TorchDistribution, made)
-    shapes = tuple(made.batch_shape), tuple(made.event_shape)
-    if shapes != (expected := (tuple(batch), (size,))):
-        mend = "; add .to_event(1)" if shapes == ((*batch, size), ()) else ""
-        raise ContractError(
-            f"{name} must return batch shape {expected[0]} and event shape {expected[1]}, "
-            f"it made {kind} of {shapes[0]} and {shapes[1]}{mend}"
-        )
-    return made
 
 
 def _check_latent_dims(**dims: int) -> None:

@@ -116,8 +116,8 @@ def test_a_replaced_conditional_is_the_only_one(engine, name, part):
     fresh = VAE(**parts)
     losses = [train(each, engine) for each in (vae, fresh)]
     assert torch.equal(losses[0], losses[1])
-    trained = getattr(vae, name).state_dict()
-    assert all(not torch.equal(trained[key], value) for key, value in part.state_dict().items())
+    trained = dict(getattr(vae, name).named_parameters())
+    assert all(not torch.equal(trained[key], value) for key, value in part.named_parameters())
 
 
 def test_the_support_of_a_vamp_prior_costs_no_encoding():

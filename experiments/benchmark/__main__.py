@@ -71,10 +71,10 @@ from pyro_vae import (
 )
 from pyro_vae.data.images import Dataset, Images
 from pyro_vae.parts import posteriors
+from pyro_vae.parts.conditional import num_outputs
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder
 from pyro_vae.parts.priors import VampPrior
 from pyro_vae.runs import figures
-from pyro_vae.vae import num_outputs
 
 REFERENCE = "Pyro SVI, Trace_ELBO"
 ANY_LOSS = "Pyro SVI"

@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vae.parts.distributions import FlowDistribution, make_flow
+from pyro_vae.parts.inputs import Inputs
 
 PosteriorMap = Callable[[Tensor], TorchDistribution]
 """Maps observations ``(*, X)`` to q(z | x), batch shape ``(*)``."""
@@ -119,12 +120,13 @@ class VampPrior(Prior):
     """The variational mixture of posteriors, 1/C sum_c q(z | u_c), for C pseudo-inputs u_c (Tomczak & Welling 2018).
 
     The encoder is that of the guide. Pseudo-inputs start as training images; ``initialize`` must be called once, or
-    trained weights loaded.
+    trained weights loaded. Learned ones are kept as the encoder sees them, standardized.
 
     Args:
         latent_dim: number D of latent dimensions.
         components: pseudo-inputs, at least 1; the paper has 500, which cost as much as 500 images more per step.
-        learned: train the pseudo-inputs, kept in [0, 1]; otherwise they stay the training images that they start as.
+        learned: train the pseudo-inputs, kept in the range of the training data; otherwise they stay the training
+            images that they start as.
 
     Raises:
         ValueError: if ``components`` is below 1, or exceeds the number of training images.
@@ -132,6 +134,8 @@ class VampPrior(Prior):
     """
 
     logits: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, latent_dim: int, components: int = 100, learned: bool = True):
         super().__init__(latent_dim)
@@ -139,21 +143,34 @@ class VampPrior(Prior):
             raise ValueError(f"components must be at least 1, got {components}")
         self.components = components
         self.pseudo_inputs = nn.Parameter(torch.empty(components, 0), requires_grad=learned)
+        self.inputs = Inputs(1)
         self.register_buffer("logits", torch.zeros(components), persistent=False)
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.ones(()))
 
     def initialize(self, x: Tensor) -> None:
         if self.components > len(x):
             raise ValueError(f"components is {self.components}, but there are only {len(x)} training images")
         chosen = torch.randperm(len(x), device=x.device)[: self.components]
-        # a learned input in the interior of [0, 1] has a gradient
-        self.pseudo_inputs.data = x[chosen].clamp(0.05, 0.95) if self.pseudo_inputs.requires_grad else x[chosen]
+        if not self.pseudo_inputs.requires_grad:
+            self.inputs = Inputs(1).to(x.device)  # untouched
+        seen = self.inputs(x)
+        if seen.min() < 0 or seen.max() > 1:
+            self.low, self.high = seen.amin(0), seen.amax(0)
+        # a learned input in the interior of the range has a gradient
+        margin = 0.05 * (self.high - self.low) if self.pseudo_inputs.requires_grad else 0.0
+        self.pseudo_inputs.data = seen[chosen].clamp(self.low + margin, self.high - margin)
 
     def forward(self, posterior: PosteriorMap | None = None) -> TorchDistribution:
         if not self.pseudo_inputs.numel():
             raise RuntimeError("VampPrior has no pseudo-inputs yet: call initialize(x) with training images")
         if posterior is None:
-            raise TypeError("VampPrior is made of posteriors: give it the map from observations to q(z | x)")
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(self.pseudo_inputs.clamp(0, 1)))
+            raise TypeError(
+                "VampPrior is made of posteriors: give its forward the map from observations to q(z | x), as in "
+                "prior(vae.posterior)"
+            )
+        shown = self.inputs.inverse(self.pseudo_inputs.clamp(self.low, self.high))
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), posterior(shown))
 
     def support(self, posterior: TorchDistribution) -> constraints.Constraint | None:
         """That of the posteriors, of which it is a mixture."""
@@ -162,6 +179,9 @@ class VampPrior(Prior):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if (saved := state_dict.get(prefix + "pseudo_inputs")) is not None:
             self.pseudo_inputs.data = self.pseudo_inputs.new_empty(saved.shape)
+        for name, usual in (("low", 0.0), ("high", 1.0)):  # which earlier versions had for all data
+            saved = state_dict.setdefault(prefix + name, getattr(self, name).new_tensor(usual))
+            setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -14,11 +14,12 @@ from pyro_vae.errors import ContractError, DataError, RunError
 from pyro_vae.infer.checks import check_part
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import evaluating
+from pyro_vae.parts.conditional import Conditional, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP
 from pyro_vae.parts.posteriors import MeanField
 from pyro_vae.runs.settings import Settings
-from pyro_vae.vae import VAE, Conditional, TwoLayerVAE, num_outputs
+from pyro_vae.vae import VAE, TwoLayerVAE
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.supports import innermost, is_whole_space
+from pyro_vae.parts.conditional import Conditional, check_made, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
@@ -31,7 +32,6 @@ from pyro_vae.testing.checks import (
     seeded,
     support,
 )
-from pyro_vae.vae import Conditional, check_made, num_outputs
 
 BATCHES: tuple[Shape, ...] = ((), (3,), (4, 3))
 _PIXELS = 6
