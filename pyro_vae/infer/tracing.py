@@ -431,7 +431,9 @@ def _where() -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, in one line and without Pyro's table of shapes."""
+    """What an error, or the one that Pyro wraps in it, says, in one line and without Pyro's table of shapes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return first_line(error).removesuffix(":").removesuffix("Trace Shapes").strip() or type(error).__name__
 
 
