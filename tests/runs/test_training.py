@@ -551,7 +551,7 @@ def test_ctrl_c_before_the_first_epoch(finished, tmp_path):
         patch.setattr(CompiledSVI, "step", ctrl_c)
         with pytest.raises(KeyboardInterrupt, match=r"no epoch was finished; .* can be deleted"):
             run(run_dir)
-    assert {path.name for path in run_dir.iterdir()} == {"config.yaml"}
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "data.json"}
     assert "holds another run" in complaint("--run_dir", str(run_dir))
     run(run_dir, "--resume")
     assert_same_run(run_dir, finished[0])
@@ -913,7 +913,7 @@ def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pyro", "compiled"])
-def test_training_touches_only_training_batches(tmp_path, no_figures, engine):
+def test_training_touches_only_training_batches(tmp_path, engine):
     argv = [*TINY[:2], "--encoder", f"{__name__}.Normed", "--decoder", f"{__name__}.Normed", *TINY[6:], "--run_dir"]
     run = cli.train([*argv, str(tmp_path / "run"), "--engine", engine])
     for part in (run.model.posterior, run.model.likelihood):
