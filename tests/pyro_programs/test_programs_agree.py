@@ -20,7 +20,7 @@ from pyro_vae.infer import CompiledSVI
 NUM_STEPS = 20
 ALL = {make.__name__: make for module in (regression, networks, discrete, losses, scripts) for make in module.PROGRAMS}
 
-WITH_INDUCTOR = list(ALL)[::3]  # which takes seconds for each
+WITH_INDUCTOR = list(ALL)[::8]  # which takes seconds for each
 LONG = (
     *discrete.PROGRAMS[2:],
     losses.attend_and_count,
@@ -151,13 +151,3 @@ def test_as_pyro_does(name, statements):
 @pytest.mark.parametrize("name", WITH_INDUCTOR)
 def test_compiled_by_inductor(name, statements):
     check(name, statements, compiler="inductor")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
-def test_programs_are_deterministic(name, statements):
-    """Else the comparison would say nothing."""
-    one, two = (trained(name, SVI, statements) for _ in range(2))
-    assert one.messages == two.messages
-    for field in ("losses", "after", "store", "optim", "drawn"):
-        close(getattr(one, field), getattr(two, field), 0.0, field)
