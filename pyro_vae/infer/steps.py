@@ -180,7 +180,7 @@ class Steps:
             if p.grad is not None:
                 zeros, version = self._zeros.get(id(p), (None, 0))
                 if zeros is None or zeros._version != version or zeros.shape != p.shape or zeros.dtype != p.dtype:
-                    zeros = torch.zeros_like(p)
+                    zeros = torch.zeros_like(p.grad)  # of its layout, which may differ from that of p
                     self._zeros[id(p)] = zeros, zeros._version
                 p.grad = zeros
 

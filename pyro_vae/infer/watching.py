@@ -49,6 +49,8 @@ _UNSEEN_IN_LIBRARIES = (
     "_inv",
     "plates",
     "_prototype_frames",
+    "args_kwargs",
+    "trace",
 )
 """Attributes, and beginnings of such, that change while programs run and that are none of their settings."""
 _METHODS = (types.FunctionType, staticmethod, classmethod, property)

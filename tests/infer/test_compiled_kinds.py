@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.optim import SGD, Adam  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils._pytree import tree_leaves
 
@@ -319,3 +320,18 @@ def test_a_step_of_very_many_operations_runs_through_pyro(most, monkeypatch):
     assert len(caught) == 1
     assert f"they have more than {most} operations" in caught[0]
     assert not alone
+
+
+def test_a_parameter_that_lies_in_memory_as_no_gradient_does():
+    def model(x):
+        prior: Any = dist.Normal(0.0, 10.0).expand([1])
+        loc = pyro.sample("loc", prior.to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 10.0), obs=x)
+
+    def make():
+        return model, AutoNormalMessenger(model)
+
+    caught, alone = as_pyro(make)  # with parameters of stride 0
+    assert not caught  # torch warns of gradients that are to be added up and lie so as well
+    assert alone
