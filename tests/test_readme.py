@@ -19,7 +19,7 @@ def test_python_blocks_run_in_order(capsys):
     with pyro.get_param_store().scope():
         for block in blocks:
             exec(compile(block, README.name, "exec"), namespace)
-        weight = namespace["guide"].median()["weight"]
+        weight = namespace["svi"].guide.median()["weight"]
     log_px, over_images, monte_carlo = (float(v) for v in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)[:3])
     assert -30 < log_px < -20
     assert 0 < monte_carlo < over_images < 0.5

@@ -99,7 +99,8 @@ def test_training_images_are_the_same_each_time_and_others_than_the_test_images(
 
 
 def test_unreliable_weights_are_called_so(run, capsys, monkeypatch):
-    monkeypatch.setattr("pyro_vae.infer.evidence.result.pareto_k_threshold", lambda num: -9.0)
+    for module in ("result", "weights"):
+        monkeypatch.setattr(f"pyro_vae.infer.evidence.{module}.pareto_k_threshold", lambda num: -9.0)
     path = evaluated([str(run), "--estimator=importance", "--num_images=10", "--num_samples=100", "--name=bad"])
     assert written(path)["reliable"] is False
     assert "not to be believed: 100% of the images" in capsys.readouterr().out
