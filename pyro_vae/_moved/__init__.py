@@ -62,7 +62,7 @@ MODULES = {
     "log_weights": ("infer.programs", "infer.checks"),
     "networks": ("errors",),
     "objectives": ("errors",),
-    "svi": ("errors", "infer.engines", "infer.compiled", "infer.tracing"),
+    "svi": ("errors", "infer.engines", "infer.compiled", "infer.tracing", "infer.compiling"),
     "training": ("errors",),
 }
 """Old modules, and the new ones that hold what they held."""
