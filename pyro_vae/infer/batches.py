@@ -22,6 +22,7 @@ from pyro_vae.infer.programs import (
     traces,
 )
 from pyro_vae.infer.supports import innermost
+from pyro_vae.infer.tracing import put_back
 from pyro_vae.infer.trees import Data, call, first_tensor, named_tensors, split, tensors
 
 
@@ -167,9 +168,8 @@ def _non_finite_site(programs: tuple[Program, Program], data: Data) -> str | Non
 @contextmanager
 def _buffers_kept(programs: tuple[Program, Program]) -> Iterator[None]:
     buffers = [buffer for module in modules_of(*programs) for buffer in module.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        put_back(kept)

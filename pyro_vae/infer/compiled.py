@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_vae.errors import ContractError, check_choice
-from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference, put_back
+from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference
 from pyro_vae.infer.holding import PLAIN
 from pyro_vae.infer.kinds import Call, Calls, Kind
 from pyro_vae.infer.objectives import Objective, uncounted
 from pyro_vae.infer.randomness import Randomness
 from pyro_vae.infer.steps import Derivatives, Loss, Steps
-from pyro_vae.infer.tracing import ONE_AT_A_TIME, InvalidData, in_words, trace
+from pyro_vae.infer.tracing import ONE_AT_A_TIME, InvalidData, in_words, put_back, trace
 
 MOST_KINDS = 256
 """So many kinds of calls of one state of the programs' Python are remembered."""
@@ -49,8 +49,8 @@ class CompiledSVI:
     Pyro's own loss and gradients are computed for the same noise, taken, and compared with the graph's. Where they
     differ, a warning says so, the graph is made anew, and after a second time Pyro runs that kind of call for good.
 
-    What no graph can hold (a handler around ``step``, hooks of parameters, random numbers that are not torch's, Python
-    that changes at every step) runs through Pyro, with one warning, or is refused if ``fallback`` is off.
+    What no graph can hold (a handler around ``step``, random numbers that are not torch's, Python that changes at every
+    step) runs through Pyro, with one warning, or is refused if ``fallback`` is off.
 
     Args:
         model, guide: Pyro programs with the same arguments.
@@ -371,7 +371,8 @@ class CompiledSVI:
         graph.misses += not foreseen
         found = difference(graph, mine, theirs, rounded) if foreseen else ""
         if found and graph.compiled:
-            after, changed = Randomness(call.devices), [(x, x.clone()) for x in graph.written]
+            after = Randomness(call.devices, call.state.snapshot.generators)
+            changed = [(x, x.clone()) for x in graph.written]
             put_back(kept)
             randomness.restore()
             if not difference(graph, graph.attempt(call.tensors, compiled=False), theirs, rounded):

@@ -45,7 +45,7 @@ class Outline(NamedTuple):
     """What a traced step returned and met, in the order of its outputs.
 
     Attributes:
-        loss: the leaves of the loss, tensors or numbers, and how they make it.
+        leaves, spec: of the loss, tensors or numbers, and how they make it.
         params: the tensors whose ``param`` sites it met, which the optimizer is called with, by name.
         trained: those that it has gradients of.
         replaced: entries of the parameter store that it set anew.
@@ -219,13 +219,6 @@ def _lies(x: Tensor) -> tuple:
 def _equal(found: Tensor, look: Look) -> bool:
     value = look.value
     return found.shape == value.shape and bool(((found == value) | ((found != found) & (value != value))).all())
-
-
-def put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Give tensors the values that they had."""
-    with torch.no_grad():
-        for x, value in kept:
-            x.copy_(value)
 
 
 def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: bool) -> str:

@@ -111,6 +111,13 @@ class InvalidData(Exception):
     """Pyro would refuse the data of this step: it says why better."""
 
 
+def put_back(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that they had."""
+    with torch.no_grad():
+        for x, value in kept:
+            x.copy_(value)
+
+
 class _Judge(Messenger):
     """Asks the distributions of observed sites whether values lie in their support, as tensors."""
 
@@ -286,9 +293,7 @@ class _Watch(TorchDispatchMode):
 
     def undo(self) -> None:
         """Put back the tensors that were changed."""
-        with torch.no_grad():
-            for x, value in self.before.values():
-                x.copy_(value)
+        put_back(self.before.values())
 
     def _add(self, x: Tensor, constant: bool) -> None:
         self._made.add(_storage(x))
