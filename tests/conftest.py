@@ -63,3 +63,11 @@ def clean_state():
     yield
     assert not list(pyro.get_param_store().keys()), "something was left in Pyro's parameter store"
     assert (Distribution._validate_args, torch.get_default_dtype()) == before, "a global setting was changed"
+
+
+@pytest.fixture
+def doubles():
+    """Programs draw in double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

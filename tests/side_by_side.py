@@ -36,6 +36,18 @@ def guide(*args: object, **kwargs: object) -> None:
     pyro.sample("w", dist.Normal(loc, 0.1).to_event(1))
 
 
+def steps(svi: Any, number: int, *args: object, **kwargs: object) -> Iterator[Any]:
+    return (svi.step(*args, **kwargs) for _ in range(number))
+
+
+class Scripts(dict[str, Callable[..., Iterator[Any]]]):
+    """The scripts of a module by name, which are added by decorating them."""
+
+    def __call__(self, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        self[function.__name__] = function
+        return function
+
+
 class Ran(NamedTuple):
     values: list[Any]
     error: BaseException | None

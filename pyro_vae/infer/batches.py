@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution, constraints
+from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError, NonFiniteError
 from pyro_vae.infer.checks import check_data
@@ -21,7 +20,7 @@ from pyro_vae.infer.programs import (
     site_of,
     traces,
 )
-from pyro_vae.infer.supports import innermost
+from pyro_vae.infer.supports import innermost, without_mask
 from pyro_vae.infer.tracing import put_back
 from pyro_vae.infer.trees import Data, call, first_tensor, named_tensors, split, tensors
 
@@ -107,7 +106,8 @@ def _observed_as_they_are(
     known = []
     for site in sites:
         place = next((i for i, leaf in enumerate(leaves) if leaf is site["value"]), None)
-        if place is None or _is_masked(site) or not _is_fixed(site["fn"].support):
+        masked = site["mask"] is not None or without_mask(site["fn"]) is not site["fn"]
+        if place is None or masked or not _is_fixed(site["fn"].support):
             return None
         known.append((place, site["fn"].support))
     return known
@@ -125,13 +125,6 @@ def _all_in(value: Tensor, support: constraints.Constraint) -> Tensor:
         inside = (low >= base.lower_bound) & (high <= getattr(base, "upper_bound", math.inf))
         return inside & (value.floor().ne_(value).sum() == 0)
     return support.check(value).all()
-
-
-def _is_masked(site: dict[str, Any]) -> bool:
-    fn = site["fn"]
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return site["mask"] is not None or isinstance(fn, MaskedDistribution)
 
 
 def _is_fixed(constraint: Any) -> bool:

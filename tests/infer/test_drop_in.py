@@ -18,20 +18,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from side_by_side import X, Y, both, by_pyro, check_same, compiled, guide, observe, prior, ran
+from side_by_side import Scripts, X, Y, both, by_pyro, check_same, compiled, guide, observe, prior, ran, steps
 from torch import nn
 
-SCRIPTS = {}
+script = SCRIPTS = Scripts()
+pytestmark = pytest.mark.usefixtures("doubles")
 AT = pytest.mark.parametrize("at", [6, pytest.param(2, marks=pytest.mark.slow)])
-
-
-def script(function):
-    SCRIPTS[function.__name__] = function
-    return function
-
-
-def steps(svi, number, *args, **kwargs):
-    return (svi.step(*args, **kwargs) for _ in range(number))
 
 
 def scaled(beta):
@@ -43,13 +35,6 @@ def scaled(beta):
         observe(x @ w, y)
 
     return model
-
-
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @AT

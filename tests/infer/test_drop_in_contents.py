@@ -17,28 +17,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from side_by_side import X, Y, both, check_same, guide, observe, prior
+from side_by_side import Scripts, X, Y, both, check_same, guide, observe, prior, steps
 from torch import nn
 from torch.distributions import constraints
 
-SCRIPTS = {}
+script = SCRIPTS = Scripts()
+pytestmark = pytest.mark.usefixtures("doubles")
 AT = pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.slow)])
-
-
-def script(function):
-    SCRIPTS[function.__name__] = function
-    return function
-
-
-def steps(svi, number, *args, **kwargs):
-    return (svi.step(*args, **kwargs) for _ in range(number))
-
-
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @AT

@@ -14,32 +14,17 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
-from side_by_side import X, Y, both, by_pyro, check_same, compiled, guide, observe, prior, ran
+from side_by_side import Scripts, X, Y, both, by_pyro, check_same, compiled, guide, observe, prior, ran, steps
 from torch import nn
 from torch.distributions import Distribution, constraints
 
-SCRIPTS = {}
+script = SCRIPTS = Scripts()
+pytestmark = pytest.mark.usefixtures("doubles")
 AT = pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.slow)])
-
-
-def script(function):
-    SCRIPTS[function.__name__] = function
-    return function
-
-
-def steps(svi, number, *args, **kwargs):
-    return (svi.step(*args, **kwargs) for _ in range(number))
 
 
 def model(x, y):
     observe(x @ prior(), y)
-
-
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @AT
