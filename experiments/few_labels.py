@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -102,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
     fresh = runs.build(runs.load_settings(settings.run), data.image_shape).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
+    with torch.no_grad():
+        see = cast(nn.Module, vae.posterior.inputs)  # as the network was trained to see images
+        seen = see(x), see(data.test)
     runs.make_directory(run_dir)
     spaces = representations(vae.guide, x, data.test)
-    accuracies = study(settings, spaces, networks, x, data)
+    accuracies = study(settings, spaces, networks, seen, data)
     text = report(accuracies, settings, spaces)
     with runs.writing(run_dir):
         plot(accuracies, run_dir / "accuracy.png")
@@ -144,10 +147,14 @@ def study(
     settings: Settings,
     spaces: dict[str, tuple[np.ndarray, np.ndarray]],
     networks: dict[str, Network],
-    x: Tensor,
+    seen: tuple[Tensor, Tensor],
     data: Data,
 ) -> Accuracies:
-    """The accuracy of every method on test images, for every number of labels and every draw of them."""
+    """The accuracy of every method on test images, for every number of labels and every draw of them.
+
+    ``seen`` are training and test images ``(N, X)`` as networks see them.
+    """
+    x, test_images = seen
     train_labels, test_labels = classes(data)
     num_classes = int(train_labels.max()) + 1
     accuracies: Accuracies = {}
@@ -171,7 +178,7 @@ def study(
             for name, network in networks.items():
                 model = supervised(network, num_classes, x[known], labels.to(x.device), settings.num_steps)
                 with torch.no_grad():
-                    predicted = torch.cat([model(part).argmax(-1) for part in data.test.split(1000)])
+                    predicted = torch.cat([model(part).argmax(-1) for part in test_images.split(1000)])
                 record(name, number, predicted.cpu().numpy())
     return accuracies
 

@@ -84,7 +84,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     spaces = {PIXELS: (x.numpy(), data.test.numpy())}
     config = few_labels.Settings(finished, labels=(2, 7), num_draws=2)
-    found = few_labels.study(config, spaces, networks, x, data)
+    found = few_labels.study(config, spaces, networks, (x, data.test), data)
     assert set(found) == {f"{PIXELS}, {each}" for each in few_labels.CLASSIFIERS} | set(networks)
     for size, calls in seen.items():
         assert [network for network, _ in calls] == [*networks.values()] * 2
@@ -125,3 +125,24 @@ def test_images_without_labels_are_refused(tmp_path):
     cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"])
     with pytest.raises(runs.RunError, match="the data set has no labels"):
         few_labels.main([str(tmp_path / "run")])
+
+
+def test_networks_see_images_as_they_were_trained_to(finished, tmp_path, monkeypatch):
+    """Standardized, where the run's encoder standardizes: raw values would be another language to it."""
+    given = []
+    monkeypatch.setattr(few_labels, "study", lambda settings, spaces, networks, seen, data: given.append(seen) or {})
+    monkeypatch.setattr(few_labels, "report", lambda *args: "")
+    monkeypatch.setattr(few_labels, "plot", lambda *args: None)
+    monkeypatch.setattr(few_labels, "PAIRS", ())
+    open_finished = runs.open_finished
+
+    def halved(*args):
+        vae, *others = open_finished(*args)
+        size = vae.posterior.inputs.loc
+        vae.posterior.inputs._take(size + 1, torch.full_like(size, 2.0), torch.zeros_like(size, dtype=torch.bool))
+        return vae, *others
+
+    monkeypatch.setattr(runs, "open_finished", halved)
+    few_labels.main([str(finished), "--run_dir", str(tmp_path / "out"), "--labels", "[2]"])
+    data = open_finished(finished, tmp_path / "other", "few_labels", "cpu", 0)[1]
+    torch.testing.assert_close(given[0][1], (data.test - 1) / 2)
