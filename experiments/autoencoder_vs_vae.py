@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, Likelihood, MeanField, Network, StandardNormal, cli, fit, runs
 from pyro_vae.data.fetched import MNIST, cache_folder
-from pyro_vae.data.images import Data, Dataset
+from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import Judge, nearest, pairs_of_classes
 from pyro_vae.runs.studies import standard_error
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run_dir = settings.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     runs.check_run_dir(run_dir, text, resume=None)
     device = runs.choose_device(settings.device)
-    data = runs.load_dataset(dataset, device)
+    data = runs.images_of(runs.load_dataset(dataset, device))
     if dataset.binarization not in ("dynamic", "static"):
         raise runs.RunError(
             f"--dataset.binarization {dataset.binarization}: binary pixels drawn from grey ones are needed, with which "
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 KINDS = (AE_L2, AE_CE, OURS)
 
 
-def train(settings: Settings, kind: str, latent_dim: int, data: Data, seed: int) -> Model:
+def train(settings: Settings, kind: str, latent_dim: int, data: ImageData, seed: int) -> Model:
     """A model trained on ``data``, the same networks and batches for every kind."""
     torch.manual_seed(seed)
     model = build(kind, latent_dim, data.test.shape[1]).to(data.test.device)
@@ -245,7 +245,7 @@ def train(settings: Settings, kind: str, latent_dim: int, data: Data, seed: int)
     return model.eval()
 
 
-def measure(model: Model, latent_dim: int, data: Data, judge: Judge, num_images: int) -> Measures:
+def measure(model: Model, latent_dim: int, data: ImageData, judge: Judge, num_images: int) -> Measures:
     """All measures of one trained model."""
     with torch.no_grad():
         codes = model.posterior(data.test).mean
@@ -286,7 +286,7 @@ def fitted(codes: Tensor, components: int, size: int) -> Tensor:
     return torch.from_numpy(mixture.sample(size)[0]).to(codes)[torch.randperm(size)]
 
 
-def midpoints(codes: Tensor, data: Data, size: int) -> Tensor:
+def midpoints(codes: Tensor, data: ImageData, size: int) -> Tensor:
     """Points ``(size, D)`` halfway between codes of two test images of different classes, drawn at random."""
     one, other = pairs_of_classes(cast(Tensor, data.test_labels), size)
     return (codes[one] + codes[other]) / 2
@@ -363,7 +363,7 @@ def plot_distances(
         panels[0].legend(fontsize="small")
 
 
-def pictures(settings: Settings, models: dict[tuple[str, int], Model], data: Data, run_dir: Path) -> None:
+def pictures(settings: Settings, models: dict[tuple[str, int], Model], data: ImageData, run_dir: Path) -> None:
     """Decoded draws, interpolations, and the codes of test images, of the models of the first seed."""
     shape, order = data.image_shape, sorted(models, key=lambda key: key[1])
     labels = [f"{kind}, {dim}" for kind, dim in order]

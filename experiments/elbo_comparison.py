@@ -30,7 +30,7 @@ from tqdm import tqdm, trange
 
 from pyro_vae import VAE, NonFiniteError, PyroSVI, check_program, cli, estimate_elbo, log_weights, runs
 from pyro_vae.data.fetched import MNIST, cache_folder
-from pyro_vae.data.images import Data, Dataset
+from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import DataError
 from pyro_vae.handrolled import elbo
 from pyro_vae.infer.programs import find_non_finite
@@ -191,11 +191,11 @@ def by_hand(vae: VAE, x: Tensor, sampled_kl: bool) -> Tensor:
     return elbo(vae.posterior.network, vae.likelihood.network, x, sampled_kl=sampled_kl)
 
 
-def initial_vae(data: Data, seed: int) -> VAE:
+def initial_vae(data: ImageData, seed: int) -> VAE:
     """The untrained VAE of ``seed``: the default one of svi_mnist, for the images of ``data``, on their device."""
     device = data.train_pixels.device
     with noise(seed, device):
-        vae = cast(VAE, runs.build(runs.Settings(), data.image_shape)).to(device)
+        vae = cast(VAE, runs.build(runs.Settings(), data.schema)).to(device)
         vae.initialize(data.observe(torch.arange(len(data.train_pixels), device=device)))
     return vae
 
@@ -397,7 +397,7 @@ class Training(NamedTuple):
     vae: VAE
 
 
-def train(settings: Settings, data: Data) -> Training:
+def train(settings: Settings, data: ImageData) -> Training:
     """Train every contender for every seed, side by side.
 
     Raises:
@@ -411,7 +411,7 @@ def train(settings: Settings, data: Data) -> Training:
     return Training(validation, test, weights, vaes[0])
 
 
-def train_seed(settings: Settings, data: Data, seed: int, bar: tqdm) -> tuple[dict, dict, dict, VAE]:
+def train_seed(settings: Settings, data: ImageData, seed: int, bar: tqdm) -> tuple[dict, dict, dict, VAE]:
     """One seed of :func:`train`: the fields of a Training, without their dimension of seeds."""
     device = data.train_pixels.device
     start = initial_vae(data, seed)

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         sandwiches = bidirectional(settings, vae, data.test[: settings.num_images])
     except ContractError as error:
         raise runs.RunError(str(error)) from error
-    unit = vae.likelihood.head.unit
+    unit = vae.likelihood.head.unit()
     content = {"unit": unit, "rows": [asdict(row) for row in rows], "sandwiches": sandwiches}
     sections = [
         f"log p(x), {unit}, means over images. Evaluations: of the decoder, per image. Differences are from the\n"

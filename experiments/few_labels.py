@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae import Network, cli, runs
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import classes
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if max(settings.labels) > rarest:
         raise runs.RunError(f"--labels {max(settings.labels)}: one class has only {rarest} training images")
     x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    fresh = runs.build(runs.load_settings(settings.run), data.image_shape).to(device)
+    fresh = runs.build(runs.load_settings(settings.run), data.schema).to(device)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     with torch.no_grad():
         see = cast(nn.Module, vae.posterior.inputs)  # as the network was trained to see images
@@ -148,7 +148,7 @@ def study(
     spaces: dict[str, tuple[np.ndarray, np.ndarray]],
     networks: dict[str, Network],
     seen: tuple[Tensor, Tensor],
-    data: Data,
+    data: ImageData,
 ) -> Accuracies:
     """The accuracy of every method on test images, for every number of labels and every draw of them.
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             splits[name] = study(settings, vae.model, vae.guide, x, among)
     except (ContractError, ValueError) as error:
         raise runs.RunError(f"{settings.run}: {' '.join(str(error).split())}") from error
-    result = summarize(settings, splits, vae.likelihood.head.unit) | runs.provenance(device)
+    result = summarize(settings, splits, vae.likelihood.head.unit()) | runs.provenance(device)
     with runs.writing(run_dir):
         groups = {name: dataset(split, result["unit"]) for name, split in splits.items()}
         xr.DataTree.from_dict(groups).to_netcdf(run_dir / "gaps.nc", engine="h5netcdf")

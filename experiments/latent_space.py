@@ -27,7 +27,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import active_units, cli, runs
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import Judge, grey, nearest, pairs_of_classes
@@ -119,7 +119,7 @@ class Space:
         codes: E_q[z] of the first 5,000 test images, ``(N, D)``.
     """
 
-    def __init__(self, model: Program, guide: Program, data: Data):
+    def __init__(self, model: Program, guide: Program, data: ImageData):
         self.model, self.guide, self.data = model, guide, data
         codes = figures.posterior_mean(guide, data.test[:5000])
         self.site = next(iter(codes))
@@ -146,13 +146,14 @@ class Space:
         figures.image_grid(self.data.picture(x).unflatten(0, (rows, -1)), self.data.image_shape, path, title, labels)
 
 
-def open_other(directory: Path, data: Data) -> Space:
+def open_other(directory: Path, data: ImageData) -> Space:
     """The latent space of another finished run on the same images.
 
     Raises:
         RunError: if it is unfinished, or on other images.
     """
-    vae, its_data = runs.load_finished(directory, data.test.device)
+    vae, its_data = runs.load_finished(directory, data.device)
+    its_data = runs.images_of(its_data)
     if not (its_data.train_pixels.shape == data.train_pixels.shape and its_data.train_pixels.equal(data.train_pixels)):
         raise runs.RunError(f"--others: {directory} was trained on other images")
     return Space(vae.model, vae.guide, its_data)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae import Conditional, Likelihood, cli, importance_sampling, runs
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.parts import distributions
 from pyro_vae.parts.conditional import num_outputs
 from pyro_vae.parts.likelihoods import ContinuousBernoulli
@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     free, scores, pictures = {}, {}, {}
     for name, (first, *_) in directories.items():
         run = runs.load(first)
-        data = run.data
-        head = run.settings.likelihood(data.test.shape[1])
+        data = runs.images_of(run.data)
+        head = run.model.likelihood.head
         free[name] = without_latent(head, data, run.settings.evidence.num_images, progress=name)
         if head.is_density is None:
             scores[name] = score(run)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def without_latent(
-    head: Likelihood, data: Data, num_images: int | None = None, steps: int = 500, progress: str | None = None
+    head: Likelihood, data: ImageData, num_images: int | None = None, steps: int = 500, progress: str | None = None
 ) -> float:
     """Mean test log p(x), in nats, of the head alone, its raw outputs free parameters of each pixel, without a latent.
 
@@ -203,14 +203,14 @@ def _explain(name: str, each: Score) -> str:
     )
 
 
-def samples(run: Path, data: Data, columns: int = 8) -> Tensor:
+def samples(run: Path, data: ImageData, columns: int = 8) -> Tensor:
     """Means of p(x | z) and draws from it, z from the prior, as one row of pictures."""
     vae = runs.load_model(run)
     torch.manual_seed(0)
     return side_by_side(data, *(figures.decode(vae.model, columns, data.test, draw=draw) for draw in (False, True)))
 
 
-def side_by_side(data: Data, left: Tensor, right: Tensor) -> Tensor:
+def side_by_side(data: ImageData, left: Tensor, right: Tensor) -> Tensor:
     """Two groups of observations as one row of pictures, with a gap."""
     return data.picture(torch.cat([left, torch.zeros_like(left[:1]), right]))
 

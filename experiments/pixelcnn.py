@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from pyro_vae import Network, cli, fit, runs
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.errors import check_widths
 from pyro_vae.infer.flows import import_zuko
 from pyro_vae.runs import figures
@@ -308,14 +308,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 SETTINGS = ("channels", "layers", "epochs", "hidden", "made_epochs", "batch_size", "lr", "precision", "seed")
 
 
-def networks(settings: Settings, data: Data) -> list[tuple[str, Network, int]]:
+def networks(settings: Settings, data: ImageData) -> list[tuple[str, Network, int]]:
     """Name, untrained network and epochs of each model."""
     size, shape = data.test.shape[1], data.image_shape
     pixelcnn = PixelCNN(size, size, settings.channels, settings.layers, shape)
     return [("MADE", MADE(size, size, settings.hidden), settings.made_epochs), ("PixelCNN", pixelcnn, settings.epochs)]
 
 
-def train(name: str, network: Network, epochs: int, settings: Settings, data: Data, test: Tensor) -> Row:
+def train(name: str, network: Network, epochs: int, settings: Settings, data: ImageData, test: Tensor) -> Row:
     """A model trained on ``data``, its exact log p(x) of test images and its samples."""
     model = AutoregressiveModel(network)
     batches = data.batches(settings.batch_size)
@@ -397,7 +397,7 @@ def report(rows: Sequence[Row], finished: runs.Run) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], finished: runs.Run, data: Data, run_dir: Path) -> None:
+def plot(rows: Sequence[Row], finished: runs.Run, data: ImageData, run_dir: Path) -> None:
     """Samples side by side, and log p(x) against the time that a sample takes."""
     shown = min(DRAWN, len(data.test))
     images = torch.stack([data.test[:shown], *(row.samples[:shown] for row in rows)])

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for path in others:
         other, its_data = runs.load_finished(path, device)
         same = its_data.test.shape == data.test.shape and torch.equal(its_data.test, data.test)
-        if not same or other.likelihood.head.unit != vae.likelihood.head.unit:
+        if not same or other.likelihood.head.unit() != vae.likelihood.head.unit():
             raise runs.RunError(f"{path} is on other images than {first}, or measures them in another unit")
         vaes[path] = other
     runs.make_directory(run_dir)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             found = rate_distortion(each.model, each.guide, x, settings.betas, settings.tempering, progress=True)
         except ContractError as error:
             raise runs.RunError(f"{path}: {' '.join(str(error).split())}") from error
-        unit = each.likelihood.head.unit
+        unit = each.likelihood.head.unit()
         curves[str(path)] = Curve(RateDistortion(*(e.cpu() for e in found)), among, unit, time.perf_counter() - start)
     result = summarize(settings, curves)
     with runs.writing(run_dir):

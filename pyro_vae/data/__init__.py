@@ -1,11 +1,12 @@
-"""Data sets of images, and how pixels become observations."""
+"""Data sets, and how what they store becomes observations."""
 
 from pyro_vae.errors import need_extra
 
 need_extra("runs", ["PIL", "scipy", "sklearn", "torchvision"])
 
+from pyro_vae.data.datasets import Batches, Column, Data, Schema, Source
 from pyro_vae.data.fetched import KMNIST, MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST, cache_folder
-from pyro_vae.data.images import ENCODINGS, Batches, Data, Dataset, Images
+from pyro_vae.data.images import ENCODINGS, Dataset, ImageData, Images
 from pyro_vae.data.own import ImageFolder, Npy, Npz
 
 __all__ = [
@@ -13,15 +14,19 @@ __all__ = [
     "KMNIST",
     "MNIST",
     "Batches",
+    "Column",
     "Data",
     "Dataset",
     "Digits",
     "FashionMNIST",
+    "ImageData",
     "ImageFolder",
     "Images",
     "Npy",
     "Npz",
     "Omniglot",
+    "Schema",
+    "Source",
     "StaticMNIST",
     "cache_folder",
 ]

@@ -5,8 +5,7 @@ seed of the data set's own, so that runs with different seeds share them.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.datasets import Data, Schema, Source, held_out
 from pyro_vae.errors import DataError
+from pyro_vae.parts.likelihoods import Likelihood
 
 Binarization = Literal["dynamic", "static", "threshold", "dequantized", "integers", "none"]
 
@@ -47,7 +48,7 @@ class Images(NamedTuple):
     test_labels: np.ndarray | None = None
 
 
-class Dataset(ABC):
+class Dataset(Source):
     """A source of images. ``load`` brings them to a device.
 
     Args:
@@ -87,7 +88,7 @@ class Dataset(ABC):
             DataError: if they cannot be had, or are damaged.
         """
 
-    def load(self, device: torch.device | str = "cpu") -> "Data":
+    def load(self, device: torch.device | str = "cpu") -> "ImageData":
         """Read the images and bring them to ``device``.
 
         Raises:
@@ -96,11 +97,11 @@ class Dataset(ABC):
         images = self.read()
         if not isinstance(images, Images):
             raise DataError(f"{type(self).__name__}.read must return Images(...), it made {type(images).__name__}")
-        return Data(self, images, device)
+        return ImageData(self, images, device)
 
 
-class Data:
-    """A data set on a device.
+class ImageData(Data):
+    """Images on a device, see :class:`Data`.
 
     Args:
         dataset: the settings.
@@ -110,11 +111,7 @@ class Data:
     Attributes:
         image_shape: ``(C, H, W)``.
         train_pixels: training images as stored, ``(N, X)``.
-        validation: observations ``(N, X)``, float32, fixed.
-        test: observations ``(N, X)``, float32, fixed.
-        fingerprint: of the content read, whatever file it came from: equal for equal pixels and labels alone.
-        train_labels: class of each training image, ``(N,)``, or None.
-        test_labels: class of each test image, ``(N,)``, or None.
+        validation, test: observations ``(N, X)``, float32, fixed.
     """
 
     def __init__(self, dataset: Dataset, images: Images, device: torch.device | str):
@@ -131,13 +128,19 @@ class Data:
                 f"{name}: {extremes:.0%} of the real-valued pixels are exactly 0 or 1, where a density grows without "
                 "bound: save whole numbers in 0..255, to which noise is added, or add noise yourself"
             )
-        held_out = max(1, len(train) // 10) if dataset.num_validation is None else dataset.num_validation
-        if held_out >= len(train):
-            raise DataError(f"{name}: num_validation is {held_out}, of only {len(train)} training images")
+        last = held_out(len(train), dataset.num_validation, name)
+        self.schema = Schema(train.shape[1:])
         self.image_shape: tuple[int, ...] = train.shape[1:]
         self.max_value = images.max_value
         self.levels = images.max_value + 1
         self.encoding = ENCODINGS[dataset.binarization]
+        self.options = f" --dataset.binarization {dataset.binarization}"
+        self.title = f"{name}, {dataset.binarization} binarization"
+        self.about = {
+            "dataset": name,
+            "binarization": dataset.binarization,
+            "binarization_seed": dataset.binarization_seed,
+        }
         self._redrawn: Binarization = "static" if dataset.binarization == "dynamic" else dataset.binarization
         redraw = dataset.binarization in ("dynamic", "dequantized")
         # Drawn on the CPU, the test set first: it is the same on every device and for every split.
@@ -145,14 +148,19 @@ class Data:
         fixed = self._redrawn
         pixels = torch.from_numpy(train).flatten(1)
         self.test = self._observe(torch.from_numpy(test).flatten(1), fixed, generator).to(device)
-        self.validation = self._observe(pixels[-held_out:], fixed, generator).to(device)
-        pixels = pixels[:-held_out]
+        self.validation = self._observe(pixels[-last:], fixed, generator).to(device)
+        pixels = pixels[:-last]
         self.train_pixels = pixels.to(device)
         self._train = None if redraw else self._observe(pixels, fixed, generator).to(device)
         train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
-        self.train_labels = None if train_labels is None else train_labels[:-held_out]
+        if train_labels is not None:
+            self.train_labels, self.validation_labels = train_labels[:-last], train_labels[-last:]
         self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
         self.fingerprint = fingerprint(train, test, images.max_value, train_labels, self.test_labels)
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_pixels)
 
     def observe(self, index: Tensor) -> Tensor:
         """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
@@ -160,13 +168,23 @@ class Data:
             return self._train[index]
         return self._observe(self.train_pixels[index], self._redrawn, None)
 
+    def check(self, head: Likelihood) -> None:
+        levels, wanted, of = head.levels, head.encoding, f"--likelihood {type(head).__name__}"
+        if wanted is not None and self.encoding != wanted:
+            mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
+            raise DataError(
+                f"{of} scores {wanted} pixels, but{self.options} makes {self.encoding} pixels: choose "
+                f"--dataset.binarization {mend}, or another likelihood"
+            )
+        if wanted == "integers" and levels is not None and levels != self.levels:
+            raise DataError(
+                f"{of} has {levels} levels, but the pixels of {self.about['dataset']} have {self.levels}: "
+                f"add --likelihood.levels {self.levels}"
+            )
+
     def picture(self, x: Tensor) -> Tensor:
         """Observations, or their means, as intensities from 0 to 1."""
         return x / self.max_value if self.encoding == "integers" else x
-
-    def batches(self, batch_size: int) -> "Batches":
-        """Mini-batches of training observations, in a new random order each epoch."""
-        return Batches(self, batch_size)
 
     def _observe(self, pixels: Tensor, binarization: Binarization, generator: torch.Generator | None) -> Tensor:
         if binarization == "none":
@@ -180,7 +198,7 @@ class Data:
                 pixels = pixels / self.max_value
             else:
                 noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
-                pixels = (pixels + noise) / self.levels
+                pixels = (pixels + noise) / (self.max_value + 1)
             return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
         if binarization == "threshold":
             return (pixels > self.max_value / 2).float()
@@ -202,29 +220,6 @@ def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | N
     again = (noise == 255).nonzero().squeeze(1)
     noise[again] = torch.randint(255, again.shape, dtype=torch.uint8)
     return noise.view(shape)
-
-
-PIXELS_AT_ONCE = 2**22
-"""This many pixels, 16 MiB of observations, are drawn together: otherwise small batches would wait for Python."""
-
-
-class Batches:
-    """Each iteration is one epoch of shuffled mini-batches ``(B, X)``; the last one may be smaller."""
-
-    def __init__(self, data: Data, batch_size: int):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.data = data
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.data.train_pixels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        pixels = self.data.train_pixels
-        together = self.batch_size * max(1, PIXELS_AT_ONCE // pixels[0].numel() // self.batch_size)
-        for index in torch.randperm(len(pixels), device=pixels.device).split(together):
-            yield from self.data.observe(index).split(self.batch_size)
 
 
 def _check_pixels(images: np.ndarray, max_value: int, what: str) -> np.ndarray:

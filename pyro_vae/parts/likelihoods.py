@@ -50,11 +50,11 @@ class Likelihood(nn.Module, ABC):
         self.event_size = event_size
         self.sizes = (event_size,)
 
-    @property
-    def unit(self) -> str:
-        """The unit of log p(x). Numbers of different units mean different things and are never compared."""
+    def unit(self, noun: str = "image") -> str:
+        """The unit of log p(x), of what one datum is called. Numbers of different units mean different things and are
+        never compared."""
         kinds = {True: "density", False: "mass", None: "score that is no likelihood"}
-        return f"nats per image, {kinds[self.is_density]}"
+        return f"nats per {noun}, {kinds[self.is_density]}"
 
     @abstractmethod
     def forward(self, *parameters: Tensor) -> TorchDistribution:

@@ -29,6 +29,7 @@ from pyro_vae.runs.directory import (
 from pyro_vae.runs.loading import (
     Finished,
     Run,
+    images_of,
     load,
     load_data,
     load_finished,
@@ -110,6 +111,7 @@ __all__ = [
     "evaluation_table",
     "figures",
     "forest",
+    "images_of",
     "judge",
     "load",
     "load_data",

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from pyro_vae.data.images import ENCODINGS, Data, Dataset
+from pyro_vae.data.datasets import Data, Schema, Source
 from pyro_vae.errors import ContractError, DataError, RunError
 from pyro_vae.infer.checks import check_part
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import evaluating
+from pyro_vae.infer.trees import Data as Tree
+from pyro_vae.infer.trees import first_tensor, select, split
 from pyro_vae.parts.conditional import Conditional, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.parts.networks import MLP
@@ -50,7 +50,7 @@ def refusal(error: Exception, prefix: str = "") -> str:
     return f"{prefix}{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def load_dataset(dataset: Dataset, device: torch.device | str) -> Data:
+def load_dataset(dataset: Source, device: torch.device | str) -> Data:
     """The data, or a RunError that says why they cannot be had."""
     try:
         return dataset.load(device)
@@ -58,9 +58,9 @@ def load_dataset(dataset: Dataset, device: torch.device | str) -> Data:
         raise RunError(" ".join(str(error).split())) from error
 
 
-def build(settings: Settings, image_shape: Sequence[int]) -> VAE | TwoLayerVAE:
-    """The untrained model of ``settings`` for images of shape ``(C, H, W)``."""
-    event_size, shape = int(np.prod(image_shape)), tuple(image_shape)
+def build(settings: Settings, schema: Schema) -> VAE | TwoLayerVAE:
+    """The untrained model of ``settings`` for data of this schema."""
+    event_size, shape = schema.size, schema.shape
     likelihood = make("likelihood", settings.likelihood, event_size)
     posterior = make("posterior", settings.posterior, settings.latent_dim)
     decoder = make("decoder", settings.decoder, settings.latent_dim, num_outputs(likelihood), image_shape=shape)
@@ -90,51 +90,44 @@ def two_layers(settings: Settings, likelihood: Conditional, posterior: Condition
 MODELS = {"VAE": one_layer, "TwoLayerVAE": two_layers}
 
 
-def check_pairing(head: Likelihood, data: Data, dataset: Dataset) -> None:
-    """Refuse data that are not of the kind that the likelihood scores: its numbers would not be a log-likelihood.
+def check_pairing(head: Likelihood, data: Data) -> None:
+    """Refuse a likelihood that does not score such data.
 
     Raises:
         RunError: with the option that would help.
     """
-    name, levels, wanted = type(head).__name__, head.levels, head.encoding
-    if wanted is not None and data.encoding != wanted:
-        mend = next(setting for setting, encoding in ENCODINGS.items() if encoding == wanted)
-        raise RunError(
-            f"--likelihood {name} scores {wanted} pixels, but --dataset.binarization {dataset.binarization} makes "
-            f"{data.encoding} pixels: choose --dataset.binarization {mend}, or another likelihood"
-        )
-    if wanted == "integers" and levels is not None and levels != data.levels:
-        raise RunError(
-            f"--likelihood {name} has {levels} levels, but the pixels of {type(dataset).__name__} have {data.levels}: "
-            f"add --likelihood.levels {data.levels}"
-        )
+    try:
+        data.check(head)
+    except DataError as error:
+        raise RunError(str(error)) from error
 
 
-def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tensor], binarization: str) -> None:
+def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tree], data: Data) -> None:
     """Refuse parts that break their contract, and observations that the likelihood cannot score.
 
     Binary observations are alike, so that a few stand for all.
     """
-    size = 1000 if ENCODINGS[binarization] == "binary" else None
+    size = 1000 if data.encoding == "binary" else None
     try:
         with evaluating(vae.model, vae.guide):
             for x in observations:
-                for number, part in enumerate(x[:size].split(1000)):
+                for number, part in enumerate(split(select(x, slice(size)), 1000)):
                     check_part(vae.model, vae.guide, part, True, 1000 * number)
     except OTHERS_ERRORS as error:
         problem = refusal(error)
         parts = {"prior": vae.prior, "likelihood": vae.likelihood.head, "posterior": vae.posterior.head}
         chosen = " ".join(f"--{option} {type(part).__name__}" for option, part in parts.items())
-        raise RunError(f"{problem} ({chosen} --dataset.binarization {binarization})") from error
+        raise RunError(f"{problem} ({chosen}{data.options})") from error
 
 
-def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tensor) -> None:
+def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tree) -> None:
     """Refuse an objective that cannot serve the model, before anything is written; nothing is left changed.
 
     Raises:
         RunError: with the option that would help.
     """
-    gpus = [x.device] if x.is_cuda else []
+    device = first_tensor(x).device
+    gpus = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(gpus), evaluating(vae.model, vae.guide):
             objective(vae.model, vae.guide, x)

@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.data.images import Data
+from pyro_vae.data.datasets import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
+from pyro_vae.infer.trees import Data as Tree
+from pyro_vae.infer.trees import select
 from pyro_vae.training import Epoch
 
 STYLE: dict[Any, Any] = {
@@ -153,8 +156,8 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
             plot.savefig(path)
 
 
-def posterior_mean(guide: Program, x: Tensor, num_samples: int = 64) -> Latents:
-    """Latents of each observation ``(B, X)`` by site, averaged over draws of the guide."""
+def posterior_mean(guide: Program, x: Tree, num_samples: int = 64) -> Latents:
+    """Latents of each observation by site, averaged over draws of the guide."""
     with torch.no_grad():
         return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
 
@@ -169,7 +172,13 @@ def decode(model: Program, size: int, like: Tensor, latents: Latents | None = No
 
 
 def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
-    """Reconstructions, prior samples, interpolations and the latent space."""
+    """The latent space; of images, reconstructions, prior samples and interpolations too."""
+    latent_scatter(guide, data, run_dir / "latent_space.png")
+    if isinstance(data, ImageData):
+        _images(model, guide, data, run_dir)
+
+
+def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> None:
     shape = data.image_shape
     originals = data.test[:10]
     reconstructed = decode(model, len(originals), data.test, posterior_mean(guide, originals))
@@ -197,7 +206,6 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
         run_dir / "interpolation.png",
         "From one test image to another, straight through latent space",
     )
-    latent_scatter(guide, data, run_dir / "latent_space.png")
 
 
 def image_grid(
@@ -230,18 +238,20 @@ def image_grid(
 
 def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 5000) -> None:
     """Posterior means of test images in the plane of their largest variance, coloured by class."""
-    x = data.test[:num_images]
+    x = select(data.test, slice(num_images))
     latents = posterior_mean(guide, x)
     z = torch.cat([site.flatten(1) for site in latents.values()], dim=1)
     z = z - z.mean(0)
     if z.shape[1] > 2:
         _, _, directions = torch.linalg.svd(z, full_matrices=False)
         z = z @ directions[:2].mT
-    labels = None if data.test_labels is None else data.test_labels[: len(x)].numpy()
+    labels = None if data.test_labels is None else data.test_labels[:num_images].numpy()
     z = torch.nn.functional.pad(z, (0, 2 - min(2, z.shape[1]))).cpu().numpy()
     colours = {} if labels is None else {"c": labels, "cmap": "tab10"}
     with figure(path, 5.6, 4.6) as axes:
         points = axes.scatter(z[:, 0], z[:, 1], s=5, alpha=0.6, linewidths=0, **colours)
         if labels is not None:
             axes.legend(*points.legend_elements(), title="class", loc="center left", bbox_to_anchor=(1, 0.5))
-        axes.set(xlabel="first principal component", ylabel="second", title="Posterior means of test images")
+        axes.set(
+            xlabel="first principal component", ylabel="second", title=f"Posterior means of test {data.schema.noun}s"
+        )

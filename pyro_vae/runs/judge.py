@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_vae.data.images import Data
+from pyro_vae.data.datasets import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.errors import RunError
 from pyro_vae.parts.networks import ConvEncoder
 
@@ -33,8 +34,8 @@ class Judge:
         RunError: if the data have no labels, or as :func:`classes`.
     """
 
-    def __init__(self, data: Data, num_steps: int = 1200):
-        images, labels = grey(data), classes(data)[0].to(data.train_pixels.device)
+    def __init__(self, data: ImageData, num_steps: int = 1200):
+        images, labels = grey(data), classes(data)[0].to(data.device)
         held_out = len(images) // 10
         self.data = data
         encoder = ConvEncoder(images.shape[1], FEATURES, channels=(16, 32), image_shape=data.image_shape)
@@ -93,7 +94,7 @@ def classes(data: Data) -> tuple[Tensor, Tensor]:
     return train, torch.searchsorted(known, data.test_labels)
 
 
-def grey(data: Data) -> Tensor:
+def grey(data: ImageData) -> Tensor:
     """Training images as intensities in [0, 1], ``(N, X)``: of binary data, the probabilities they are drawn with."""
     return data.train_pixels.float() / data.max_value
 

@@ -11,8 +11,9 @@ import xarray as xr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from pyro_vae.data.datasets import Data, Schema
 from pyro_vae.data.fetched import cache_folder
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.errors import RunError
 from pyro_vae.runs.build import build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
@@ -118,11 +119,18 @@ def load_model(directory: Path | str) -> VAE | TwoLayerVAE:
     settings = load_settings(directory)
     try:
         with safe_open(weights, "pt") as file:
-            vae = build(settings, json.loads((file.metadata() or {})["image_shape"]))
+            vae = build(settings, _schema(file.metadata() or {}))
         vae.load_state_dict(load_file(weights))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
     return vae.eval()
+
+
+def _schema(metadata: dict[str, str]) -> Schema:
+    """What a model must know of its data; before version 0.2.0 all were images."""
+    if "schema" not in metadata:
+        return Schema(tuple(json.loads(metadata["image_shape"])))
+    return Schema.loads(metadata["schema"])
 
 
 def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
@@ -140,10 +148,10 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
 
 
 class Finished(NamedTuple):
-    """A finished run, opened to be studied: model, data, their device, and the directory that the study writes."""
+    """A finished run of images, opened to be studied: model, data, their device, and the directory that is written."""
 
     vae: VAE | TwoLayerVAE
-    data: Data
+    data: ImageData
     device: torch.device
     run_dir: Path
 
@@ -152,14 +160,26 @@ def open_finished(directory: Path, run_dir: Path | None, name: str, device: str,
     """Open the finished run in ``directory``, with torch seeded, to be studied in ``run_dir``, or ``name`` there.
 
     Raises:
-        RunError: if there is no finished run, no such device, or anything in ``run_dir`` already.
+        RunError: if there is no finished run, or one of other data than images, no such device, or anything in
+            ``run_dir`` already.
     """
     chosen = choose_device(device)
     run_dir = run_dir or directory / name
     check_empty(run_dir)
     vae, data = load_finished(directory, chosen)
     torch.manual_seed(seed)
-    return Finished(vae, data, chosen, run_dir)
+    return Finished(vae, images_of(data), chosen, run_dir)
+
+
+def images_of(data: Data) -> ImageData:
+    """The data, which must be images.
+
+    Raises:
+        RunError: if they are not.
+    """
+    if not isinstance(data, ImageData):
+        raise RunError(f"this is made for images, {data.title} holds {data.schema.noun}s")
+    return data
 
 
 def load_finished(directory: Path, device: torch.device) -> tuple[VAE | TwoLayerVAE, Data]:

@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.data.images import Data, Dataset
+from pyro_vae.data.datasets import Data, Source
 from pyro_vae.errors import RunError
 from pyro_vae.runs.directory import write_json
 
 FILE = "data.json"
 
 
-def remember(run_dir: Path, dataset: Dataset, data: Data) -> None:
+def remember(run_dir: Path, dataset: Source, data: Data) -> None:
     """Write the fingerprint of the data to the run's directory, and its relative paths as absolute ones."""
     write_json(run_dir / FILE, {"fingerprint": data.fingerprint, "paths": _absolute(dataset)})
 
 
-def find_again(run_dir: Path, dataset: Dataset) -> None:
+def find_again(run_dir: Path, dataset: Source) -> None:
     """Let the relative paths of a data set be those of the run, from whatever directory it was started.
 
     What is not there any more is looked for where the command is given.
@@ -27,7 +27,7 @@ def find_again(run_dir: Path, dataset: Dataset) -> None:
             setattr(dataset, name, Path(value))
 
 
-def check_same_data(run_dir: Path, dataset: Dataset, data: Data, option: str = "") -> None:
+def check_same_data(run_dir: Path, dataset: Source, data: Data, option: str = "") -> None:
     """Refuse data that are not those of the run; a run of an earlier version does not know.
 
     Raises:
@@ -55,6 +55,6 @@ def _known(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _absolute(dataset: Dataset) -> dict[str, str]:
+def _absolute(dataset: Source) -> dict[str, str]:
     paths = {name: value for name, value in vars(dataset).items() if isinstance(value, Path)}
     return {name: str(value.absolute()) for name, value in paths.items() if not value.is_absolute()}

@@ -12,7 +12,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.data.images import Data
+from pyro_vae.data.datasets import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling, bidirectional_monte_carlo
@@ -25,6 +26,8 @@ from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
 from pyro_vae.infer.evidence.smc import smc
 from pyro_vae.infer.evidence.thermodynamic import thermodynamic_integration
 from pyro_vae.infer.programs import Program
+from pyro_vae.infer.trees import Data as Tree
+from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.runs.directory import (
     check_empty,
@@ -94,8 +97,8 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         "run": str(settings.run),
         "estimator": settings.estimator,
         "split": "simulated" if bdmc else settings.split,
-        "num_images": len(x),
-        "unit": vae.likelihood.head.unit,
+        "num_images": len(among),
+        "unit": vae.likelihood.head.unit(data.schema.noun),
         "seconds": time.perf_counter() - start,
         "seed": settings.seed,
         **provenance(device),
@@ -108,19 +111,19 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
     return Scored(run_dir, result, evidence)
 
 
-def some_images(data: Data, split: str, size: int | None) -> tuple[Tensor, Tensor]:
-    """Some observations ``(n, X)``, the same ones each time, and their places in the split; noisy ones drawn once."""
-    whole = len(data.test if split == "test" else data.train_pixels)
-    among = some(whole, whole if size is None else min(size, whole)).to(data.test.device)
+def some_images(data: Data, split: str, size: int | None) -> tuple[Any, Tensor]:
+    """Some observations, the same ones each time, and their places in the split; noisy ones drawn once."""
+    whole = data_size(data.test) if split == "test" else data.num_train
+    among = some(whole, whole if size is None else min(size, whole)).to(data.device)
     if split == "test":
-        return data.test[among], among
+        return select(data.test, among), among
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return data.observe(among), among
 
 
 def estimate(
-    settings: EvaluationSettings, model: Program, guide: Program, x: Tensor
+    settings: EvaluationSettings, model: Program, guide: Program, x: Tree
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Entries of the JSON file, and evidence by group of the netCDF file."""
     annealing = PUBLISHED[settings.published] if settings.published else settings.annealing
@@ -204,7 +207,7 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
     torch.manual_seed(run.seed + 1)  # the same draws whether or not training was resumed
     start = time.perf_counter()
     settings = run.evidence
-    test = data.test[: settings.num_images]
+    test = select(data.test, slice(settings.num_images))
     elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
     evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)
     log_likelihood, over_images, monte_carlo = evidence.mean()
@@ -212,7 +215,7 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
     khat = evidence.khat[~evidence.khat.isnan()]
     bad = evidence.share_bad_k()
     annealed, corrected = anneal(settings, vae, test, evidence)
-    first = data.observe(torch.arange(min(500, len(data.train_pixels)), device=test.device))
+    first = data.observe(torch.arange(min(500, data.num_train), device=data.device))
     return (
         {
             "test_elbo": elbo.mean().item(),
@@ -220,9 +223,9 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
             "test_log_likelihood_se": over_images,
             "mc_se": monte_carlo,
             "num_samples": settings.num_samples,
-            "num_images": len(test),
-            "test_set": hashlib.sha256(test.cpu().numpy().tobytes()).hexdigest()[:16],
-            "unit": vae.likelihood.head.unit,
+            "num_images": data_size(test),
+            "test_set": content_hash(test),
+            "unit": vae.likelihood.head.unit(data.schema.noun),
             "median_ess": evidence.ess.median().item(),
             "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
             "khat_threshold": pareto_k_threshold(settings.num_samples),
@@ -240,6 +243,14 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
     )
 
 
+def content_hash(x: Tree) -> str:
+    """A short hash of observations, by which runs know whether they were scored on the same."""
+    known = hashlib.sha256()
+    for each in tensors(x):
+        known.update(each.cpu().numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
 MOST_VALIDATION = 1000
 """Validation images of which log p(x) is estimated: choices among models need no more, and all are scored often."""
 
@@ -251,7 +262,8 @@ def score_validation(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> dict[
     """
     torch.manual_seed(run.seed + 2)  # whatever the test set took
     settings, everything = run.evidence, data.validation
-    x = everything[some(len(everything), min(MOST_VALIDATION, len(everything))).to(everything.device)]
+    size = data_size(everything)
+    x = select(everything, some(size, min(MOST_VALIDATION, size)).to(data.device))
     evidence = importance_sampling(vae.model, vae.guide, x, settings.num_samples, progress=True, num_checked=0)
     log_likelihood, over_images, monte_carlo = evidence.mean()
     return {
@@ -260,7 +272,7 @@ def score_validation(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> dict[
         "validation_log_likelihood_se": over_images,
         "validation_mc_se": monte_carlo,
         "validation_reliable": reliable(share_doubted(evidence)),
-        "num_validation_images": len(x),
+        "num_validation_images": data_size(x),
     }
 
 
@@ -290,19 +302,22 @@ def doubted(evidence: Evidence, importance: Evidence) -> Evidence:
 
 
 def anneal(
-    settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tensor, importance: Evidence
+    settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tree, importance: Evidence
 ) -> tuple[xr.Dataset | None, dict[str, Any]]:
     """Annealed importance sampling of some of the test images, and what it says about all of them."""
-    size = len(test) if settings.annealed_images is None else min(settings.annealed_images, len(test))
+    whole = data_size(test)
+    size = whole if settings.annealed_images is None else min(settings.annealed_images, whole)
     names = ("log_likelihood", "mc_se", "shortfall", "acceptance", "share_reliable", "reliable", "seconds")
     names = tuple(f"annealed_{name}" for name in names)
     nothing = None, dict.fromkeys(names) | {"annealed_images": 0}
     if size == 0:
         return nothing
-    among = some(len(test), size).to(test.device)
+    among = some(whole, size).to(first_tensor(test).device)
     start = time.perf_counter()
     try:
-        evidence = annealed_importance_sampling(vae.model, vae.guide, test[among], settings.annealing, progress=True)
+        evidence = annealed_importance_sampling(
+            vae.model, vae.guide, select(test, among), settings.annealing, progress=True
+        )
     except ContractError as error:
         print(f"no annealed estimate: {error}")
         return nothing
@@ -331,11 +346,12 @@ def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float |
     A density of dequantized pixels, (k + u) / L in (0, 1), counts log2 L more: E_u log p((k + u) / L) - X log L is a
     lower bound of the log mass of the whole numbers k (Theis, van den Oord & Bethge 2016, section 3.1).
     """
-    stored = data.encoding in ("integers", "dequantized") and not data.train_pixels.is_floating_point()
-    if not stored or head.is_density is None:
+    if not isinstance(data, ImageData) or data.encoding not in ("integers", "dequantized"):
         return None
-    bits = -log_likelihood / (math.prod(data.image_shape) * math.log(2))
-    return bits + math.log2(data.levels) if data.encoding == "dequantized" else bits
+    if data.train_pixels.is_floating_point() or head.is_density is None:
+        return None
+    bits = -log_likelihood / (data.schema.size * math.log(2))
+    return bits + math.log2(data.max_value + 1) if data.encoding == "dequantized" else bits
 
 
 def report_run(run_dir: Path) -> None:

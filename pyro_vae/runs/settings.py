@@ -15,8 +15,8 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vae.data.datasets import Source
 from pyro_vae.data.fetched import MNIST
-from pyro_vae.data.images import Dataset
 from pyro_vae.errors import check_widths
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.objectives import Objective
@@ -105,7 +105,7 @@ class Settings:
     Args:
         model: VAE, or TwoLayerVAE with two stochastic layers, whose prior is that of the upper one.
         top: the upper layer of TwoLayerVAE.
-        dataset: source of images.
+        dataset: source of data.
         data_dir: folder of data files and downloads; null: the user's cache folder.
         prior: p(z).
         likelihood: p(x | z), the head of the decoder.
@@ -144,7 +144,7 @@ class Settings:
 
     model: Literal["VAE", "TwoLayerVAE"] = "VAE"
     top: TopSettings = field(default_factory=TopSettings)
-    dataset: Callable[[Path], Dataset] = MNIST
+    dataset: Callable[[Path], Source] = MNIST
     data_dir: Path | None = None
     prior: Callable[[int], Prior] = StandardNormal
     likelihood: Callable[[int], Likelihood] = Bernoulli

@@ -1,7 +1,6 @@
 """Training runs: from settings to a directory with a trained and scored model."""
 
 import inspect
-import json
 import shlex
 import traceback
 from collections.abc import Callable
@@ -14,12 +13,13 @@ import torch
 import yaml
 from pyro.infer import ELBO
 
+from pyro_vae.data.datasets import Data
 from pyro_vae.data.fetched import cache_folder
-from pyro_vae.data.images import Data, Dataset
 from pyro_vae.errors import CheckpointError, ContractError, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.trees import call, data_size, select
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import (
@@ -68,8 +68,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     _refuse_image_shape(text)
     dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
     objective = make("objective", settings.objective)
-    name = type(dataset).__name__
-    run_dir = Path(settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    run_dir = Path(settings.run_dir or Path("runs") / f"{type(dataset).__name__}-{datetime.now():%Y%m%d-%H%M%S-%f}")
     check_run_dir(run_dir, text, settings.resume, _reread)
     if (run_dir / "result.json").exists():
         print("This run is finished; its result:")
@@ -83,21 +82,20 @@ def train(settings: Settings, text: str | None = None) -> Run:
     data = load_dataset(dataset, device)
     if settings.resume:
         check_same_data(run_dir, dataset, data, "--resume: ")
-    vae = prepare(settings, dataset, data, objective)
+    vae = prepare(settings, data, objective)
     open_run(run_dir, text, settings.resume, _reread)
     if not settings.resume:
         with writing(f"--run_dir {run_dir}"):
             remember(run_dir, dataset, data)
     num_parameters = sum(p.numel() for p in vae.parameters())
+    numbers = f"{data.num_train:,} training, {data_size(data.validation):,} validation, {data_size(data.test):,} test"
     print(
-        f"{name}, {dataset.binarization} binarization: {len(data.train_pixels):,} training, "
-        f"{len(data.validation):,} validation, {len(data.test):,} test images on {device}\n"
+        f"{data.title}: {numbers} {data.schema.noun}s on {device}\n"
         f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
     )
     try:
         history = fit_run(settings, vae, data, objective, run_dir)
-        about = {"dataset": name, "binarization": dataset.binarization, "binarization_seed": dataset.binarization_seed}
-        finish(settings, vae.eval(), data, history, run_dir, about)
+        finish(settings, vae.eval(), data, history, run_dir)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
     except OSError as error:
@@ -119,20 +117,19 @@ def _reread(saved: Path) -> str:
     return parse(Settings, [f"--config={saved}"])[1]
 
 
-def prepare(settings: Settings, dataset: Dataset, data: Data, objective: Objective | ELBO) -> VAE | TwoLayerVAE:
+def prepare(settings: Settings, data: Data, objective: Objective | ELBO) -> VAE | TwoLayerVAE:
     """The model before its first step, on the device of ``data``, with all that does not fit refused.
 
     Raises:
         RunError: with the option that would help.
     """
-    device = data.test.device
-    vae = make("model", build, settings, data.image_shape).to(device)
-    x = data.observe(torch.arange(len(data.train_pixels), device=device))
-    check_pairing(vae.likelihood.head, data, dataset)
-    make("prior", vae.initialize, x)
-    check_observations(vae, [data.test, data.validation, x], dataset.binarization)
+    vae = make("model", build, settings, data.schema).to(data.device)
+    x = data.observe(torch.arange(data.num_train, device=data.device))
+    check_pairing(vae.likelihood.head, data)
+    make("prior", call, vae.initialize, x)
+    check_observations(vae, [data.test, data.validation, x], data)
     if isinstance(objective, Objective):
-        check_objective(objective, vae, x[:2])
+        check_objective(objective, vae, select(x, slice(2)))
     make("optimizer", make_optimizer, optimizer_of(settings), list(vae.parameters()), settings.lr)
     return vae
 
@@ -143,10 +140,9 @@ def finish(
     data: Data,
     history: list[Epoch],
     run_dir: Path,
-    about: dict[str, Any],
 ) -> None:
-    """Write weights, scores and figures of a trained model; ``result.json``, with ``about`` in it, is the last file."""
-    metadata = {"image_shape": json.dumps(data.image_shape)}
+    """Write weights, scores and figures of a trained model; ``result.json`` is the last file."""
+    metadata = {"schema": data.schema.dumps()}
     write_weights(run_dir / "model.safetensors", vae.state_dict(), metadata)
     result, evidence, annealed = score_test(settings, vae, data)
     result |= score_validation(settings, vae, data)
@@ -157,8 +153,8 @@ def finish(
         "weights": settings.weights,
         "seed": settings.seed,
         "data": data.fingerprint,
-        **about,
-        **provenance(data.test.device),
+        **data.about,
+        **provenance(data.device),
     }
     importance = evidence.to_dataset(unit=result["unit"])
     groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})

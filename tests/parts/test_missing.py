@@ -226,7 +226,7 @@ def test_mixed_adds_up_its_columns():
     wanted += stats.poisson(nn.functional.softplus(outputs[2]).squeeze(-1).numpy()).logpmf(4)
     torch.testing.assert_close(made.log_prob(x), torch.as_tensor(wanted, dtype=torch.float32))
     assert made.sample((1000,)).shape == (1000, 5, 4)
-    assert head.unit.endswith("density")
+    assert head.unit().endswith("density")
     torch.testing.assert_close(made.mean[:, 3], outputs[0][:, 0])
     torch.testing.assert_close(head._split(x)[0][1], x[:, [3, 0]])
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pyro_vae import MLP, VAE, cli, priors, runs
 from pyro_vae.data.fetched import Digits
-from pyro_vae.data.images import Data
+from pyro_vae.data.images import ImageData
 from pyro_vae.errors import MissingExtra, need_extra
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def test_a_run_has_everything_at_hand(trained):
     assert isinstance(run.model, VAE)
     assert run.model is run.model  # read once
     assert isinstance(run.model.prior, priors.GaussianMixture)
-    assert isinstance(run.data, Data)
+    assert isinstance(run.data, ImageData)
     assert run.settings.epochs == 2
     assert run.settings.prior(2).state_dict().keys() == TINY.prior(2).state_dict().keys()
     assert run.annealed is None
