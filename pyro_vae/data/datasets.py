@@ -47,6 +47,21 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """How the pixels of images become observations; see :class:`pyro_vae.data.Dataset`.
+
+    Args:
+        binarization: the rule.
+        seed: of what is drawn once.
+        max_value: the largest pixel; 1: they are real numbers in 0..1.
+    """
+
+    binarization: str
+    seed: int
+    max_value: int
+
+
+@dataclass(frozen=True)
 class Schema:
     """What a model must know of its data; it is saved with the weights, so that a model loads without data.
 
@@ -56,6 +71,7 @@ class Schema:
         columns: of a row; none of others.
         missing: whether entries may be missing, as NaN.
         condition: the columns of what the model is told beside it; none: nothing.
+        pixels: of images, how they become observations; None: what is stored is what is observed.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +79,7 @@ class Schema:
     columns: tuple[Column, ...] = ()
     missing: bool = False
     condition: tuple[Column, ...] = field(default=())
+    pixels: Pixels | None = None
 
     @property
     def size(self) -> int:
@@ -90,7 +107,9 @@ class Schema:
             tuple(Column(**column | {"values": tuple(column["values"])}) for column in content[name])
             for name in ("columns", "condition")
         )
-        return cls(**content | {"shape": tuple(content["shape"]), "columns": columns, "condition": condition})
+        pixels = Pixels(**content["pixels"]) if content.get("pixels") else None
+        known = {"shape": tuple(content["shape"]), "columns": columns, "condition": condition, "pixels": pixels}
+        return cls(**content | known)
 
 
 class Data(ABC):

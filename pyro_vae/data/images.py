@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.datasets import Data, Schema, Source, held_out
+from pyro_vae.data.datasets import Data, Pixels, Schema, Source, held_out
 from pyro_vae.errors import DataError
 from pyro_vae.parts.likelihoods import Likelihood
 
@@ -129,7 +129,8 @@ class ImageData(Data):
                 "bound: save whole numbers in 0..255, to which noise is added, or add noise yourself"
             )
         last = held_out(len(train), dataset.num_validation, name)
-        self.schema = Schema(train.shape[1:])
+        rule = Pixels(dataset.binarization, dataset.binarization_seed, images.max_value)
+        self.schema = Schema(train.shape[1:], pixels=rule)
         self.image_shape: tuple[int, ...] = train.shape[1:]
         self.max_value = images.max_value
         self.levels = images.max_value + 1
@@ -147,11 +148,11 @@ class ImageData(Data):
         generator = torch.Generator().manual_seed(dataset.binarization_seed)
         fixed = self._redrawn
         pixels = torch.from_numpy(train).flatten(1)
-        self.test = self._observe(torch.from_numpy(test).flatten(1), fixed, generator).to(device)
-        self.validation = self._observe(pixels[-last:], fixed, generator).to(device)
+        self.test = observed(torch.from_numpy(test).flatten(1), images.max_value, fixed, generator).to(device)
+        self.validation = observed(pixels[-last:], images.max_value, fixed, generator).to(device)
         pixels = pixels[:-last]
         self.train_pixels = pixels.to(device)
-        self._train = None if redraw else self._observe(pixels, fixed, generator).to(device)
+        self._train = None if redraw else observed(pixels, images.max_value, fixed, generator).to(device)
         train_labels = _check_labels(images.train_labels, len(train), f"{name}, training labels")
         if train_labels is not None:
             self.train_labels, self.validation_labels = train_labels[:-last], train_labels[-last:]
@@ -166,7 +167,7 @@ class ImageData(Data):
         """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
         if self._train is not None:
             return self._train[index]
-        return self._observe(self.train_pixels[index], self._redrawn, None)
+        return observed(self.train_pixels[index], self.max_value, self._redrawn, None)
 
     def check(self, head: Likelihood) -> None:
         levels, wanted, of = head.levels, head.encoding, f"--likelihood {type(head).__name__}"
@@ -186,27 +187,33 @@ class ImageData(Data):
         """Observations, or their means, as intensities from 0 to 1."""
         return x / self.max_value if self.encoding == "integers" else x
 
-    def _observe(self, pixels: Tensor, binarization: Binarization, generator: torch.Generator | None) -> Tensor:
-        if binarization == "none":
-            return pixels.float() / self.max_value
-        if binarization == "integers":
-            if pixels.is_floating_point():
-                raise DataError("real-valued pixels have no integers: save the images as whole numbers")
-            return pixels.float()
-        if binarization == "dequantized":
-            if pixels.is_floating_point():
-                pixels = pixels / self.max_value
-            else:
-                noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
-                pixels = (pixels + noise) / (self.max_value + 1)
-            return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
-        if binarization == "threshold":
-            return (pixels > self.max_value / 2).float()
+
+def observed(pixels: Tensor, max_value: int, binarization: Binarization, generator: torch.Generator | None) -> Tensor:
+    """Pixels from 0 to ``max_value`` as observations; noise is drawn by ``generator``, None: torch's global one.
+
+    Raises:
+        DataError: if the rule needs whole numbers, and pixels are none.
+    """
+    if binarization == "none":
+        return pixels.float() / max_value
+    if binarization == "integers":
         if pixels.is_floating_point():
-            noise = self.max_value * torch.rand(pixels.shape, generator=generator, device=pixels.device)
-        else:  # noise in 0 .. max - 1, so that P(pixel > noise) = pixel / max exactly, at half the cost of floats
-            noise = _whole_numbers(pixels.shape, self.max_value, generator, pixels.device)
-        return (pixels > noise).float()
+            raise DataError("real-valued pixels have no integers: save the images as whole numbers")
+        return pixels.float()
+    if binarization == "dequantized":
+        if pixels.is_floating_point():
+            pixels = pixels / max_value
+        else:
+            noise = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+            pixels = (pixels + noise) / (max_value + 1)
+        return pixels.clamp(1e-6, 1 - 1e-6)  # inside the support of every density on (0, 1), after rounding too
+    if binarization == "threshold":
+        return (pixels > max_value / 2).float()
+    if pixels.is_floating_point():
+        noise = max_value * torch.rand(pixels.shape, generator=generator, device=pixels.device)
+    else:  # noise in 0 .. max - 1, so that P(pixel > noise) = pixel / max exactly, at half the cost of floats
+        noise = _whole_numbers(pixels.shape, max_value, generator, pixels.device)
+    return (pixels > noise).float()
 
 
 def _whole_numbers(shape: torch.Size, below: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
