@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ class Network(nn.Module, ABC):
     Args:
         in_features: features of one input, at least 1.
         out_features: raw outputs, at least 1: the sum of the ``sizes`` of the head that reads them.
-        image_shape: shape ``(C, H, W)`` of one image, for networks that reshape flat observations inside.
-            A run passes it; a network that has no use for it ignores it.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence, for networks that reshape flat
+            observations inside. A run passes it; a network that has no use for it ignores it.
 
     Raises:
         ValueError: if a number of features is below 1.
@@ -151,11 +151,11 @@ class _Activation(nn.Module):
 class _Residual(nn.Module):
     """x + g(x), with two convolutions in g; the second starts at zero, so the block starts as the identity."""
 
-    def __init__(self, channels: int, activation: Activation):
+    def __init__(self, channels: int, activation: Activation, convolution: type[nn.Conv1d | nn.Conv2d]):
         super().__init__()
         self.activate = _Activation(activation)
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = convolution(channels, channels, 3, padding=1)
+        self.second = convolution(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.get_parameter("bias"))
 
@@ -163,25 +163,71 @@ class _Residual(nn.Module):
         return images + self.second(self.activate(self.first(self.activate(images))))
 
 
-def _residuals(blocks: int, channels: int, activation: Activation) -> list[_Residual]:
+def _residuals(blocks: int, channels: int, activation: Activation, dims: int) -> list[_Residual]:
     if blocks < 0:
         raise ValueError(f"blocks must be at least 0, got {blocks}")
-    return [_Residual(channels, activation) for _ in range(blocks)]
+    return [_Residual(channels, activation, (nn.Conv1d, nn.Conv2d)[dims - 1]) for _ in range(blocks)]
+
+
+class _Grid:
+    """Where the entries of flat observations lie: images ``(C, H, W)``, or sequences ``(T, F)``, F channels over time.
+
+    Several of them may stand one after the other, such as an observation and the mask of what was seen of it: each
+    has channels of its own.
+    """
+
+    def __init__(self, shape: Sequence[int] | None, features: int):
+        if shape is None or len(shape) not in (2, 3):
+            raise ValueError(
+                f"this network needs image_shape, (C, H, W) of an image or (T, F) of a sequence, got {shape}"
+            )
+        size = math.prod(shape)
+        if features % size or features == 0:
+            raise ValueError(
+                f"{features} features must be a multiple of the {size} entries of image_shape {tuple(shape)}"
+            )
+        self.shape = (features // size, *shape)
+        self.is_sequence = len(shape) == 2
+        self.sides: tuple[int, ...] = self.shape[1:2] if self.is_sequence else self.shape[2:]
+        self.channels = features // math.prod(self.sides)
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """``(*, features)`` as ``(N, channels, *sides)``."""
+        if self.is_sequence:
+            return flat.reshape(-1, *self.shape).mT.flatten(1, 2)
+        return flat.reshape(-1, self.channels, *self.sides)
+
+    def flatten(self, spread: Tensor) -> Tensor:
+        """``(N, channels, *sides)`` as ``(N, features)``."""
+        return (spread.unflatten(1, (self.shape[0], -1)).mT if self.is_sequence else spread).flatten(1)
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """``(*, features)`` as ``(N, T, features / T)``: the rows of images, or steps of sequences."""
+        height, width = self.shape[-2:]
+        return flat.reshape(-1, flat.shape[-1] // (height * width), height, width).movedim(2, 1).flatten(2)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """``(N, T, features / T)`` as ``(N, features)``."""
+        return rows.unflatten(-1, (-1, self.shape[-1])).movedim(1, 2).flatten(1)
 
 
 class ConvEncoder(Network):
-    """Strided convolutions, each halving height and width, then one affine layer.
+    """Strided convolutions, each halving height and width, or the length of a sequence, then one affine layer.
 
     Args:
-        in_features: pixels of one image.
+        in_features: entries of one image or sequence, or of several, one after the other: its mask is such a second.
         out_features: raw outputs.
         channels: channels of each convolution, each at least 1.
         blocks: residual blocks after each convolution (He et al. 2016), 0 for a plain network.
         activation: the nonlinearity after each convolution.
-        image_shape: shape ``(C, H, W)`` of one image.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence.
 
     Raises:
-        ValueError: if a number of channels is below 1, or ``image_shape`` is missing or not of ``in_features`` pixels.
+        ValueError: if a number of channels is below 1, or ``image_shape`` is missing or does not divide
+            ``in_features``.
+
+    >>> ConvEncoder(2 * 24 * 3, 8, image_shape=(24, 3))(torch.zeros(7, 144)).shape
+    torch.Size([7, 8])
     """
 
     def __init__(
@@ -195,34 +241,35 @@ class ConvEncoder(Network):
     ):
         super().__init__(in_features, out_features, image_shape)
         check_widths("channels", channels)
-        self.image_shape = _check_image(image_shape, in_features)
-        *_, height, width = self.image_shape
+        self.grid = _Grid(image_shape, in_features)
+        sides = self.grid.sides
         self.convolutions = nn.Sequential()
-        for m, n in pairwise([self.image_shape[0], *channels]):
-            residual = _residuals(blocks, n, activation)
-            convolution = nn.Conv2d(m, n, 3, stride=2, padding=1)
+        for m, n in pairwise([self.grid.channels, *channels]):
+            residual = _residuals(blocks, n, activation, len(sides))
+            convolution = (nn.Conv1d, nn.Conv2d)[len(sides) - 1](m, n, 3, stride=2, padding=1)
             self.convolutions.append(nn.Sequential(convolution, *residual, _Activation(activation)))
-            height, width = -(-height // 2), -(-width // 2)
-        self.output = nn.Linear([self.image_shape[0], *channels][-1] * height * width, out_features)
+            sides = _halved(sides)
+        self.output = nn.Linear([self.grid.channels, *channels][-1] * math.prod(sides), out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        images = self.convolutions(features.reshape(-1, *self.image_shape))
-        return self.output(images.flatten(1)).reshape(*features.shape[:-1], self.out_features)
+        found = self.convolutions(self.grid.spread(features))
+        return self.output(found.flatten(1)).reshape(*features.shape[:-1], self.out_features)
 
 
 class ConvDecoder(Network):
-    """One affine layer, then transposed convolutions, each doubling height and width up to those of the image.
+    """One affine layer, then transposed convolutions, each doubling height and width, or length, up to the shape.
 
     Args:
         in_features: latent dimensions.
-        out_features: raw outputs: a multiple of the pixels, laid out as that many images, each with a bias of its own.
+        out_features: raw outputs: a multiple of the entries of an image or a sequence, laid out as that many of them,
+            each entry with a bias of its own.
         channels: channels below each transposed convolution, each at least 1.
         blocks: residual blocks before each transposed convolution (He et al. 2016), 0 for a plain network.
         activation: the nonlinearity before each transposed convolution.
-        image_shape: shape ``(C, H, W)`` of one image.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence.
 
     Raises:
-        ValueError: if a number of channels is below 1, or ``image_shape`` is missing or its pixels do not divide
+        ValueError: if a number of channels is below 1, or ``image_shape`` is missing or does not divide
             ``out_features``.
     """
 
@@ -237,25 +284,27 @@ class ConvDecoder(Network):
     ):
         super().__init__(in_features, out_features, image_shape)
         check_widths("channels", channels)
-        *_, height, width = _check_image(image_shape, out_features, multiple=True)
-        sizes = [(height, width)]
+        self.grid = _Grid(image_shape, out_features)
+        sizes = [self.grid.sides]
         for _ in channels:
-            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+            sizes.append(_halved(sizes[-1]))
         sizes.reverse()  # from coarse to fine
-        planes = out_features // (height * width)
         self.start_shape = (channels[0], *sizes[0])
-        self.input = nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1])
+        self.input = nn.Linear(in_features, math.prod(self.start_shape))
         self.convolutions = nn.Sequential()
-        for (m, n), (h, w) in zip(pairwise([*channels, planes]), sizes[1:], strict=True):
-            residual = _residuals(blocks, m, activation)
+        for (m, n), sides in zip(pairwise([*channels, self.grid.channels]), sizes[1:], strict=True):
+            residual = _residuals(blocks, m, activation, len(sides))
             # from n to 2 n - 1, or to 2 n with a padding of 1
-            convolution = nn.ConvTranspose2d(m, n, 3, stride=2, padding=1, output_padding=(1 - h % 2, 1 - w % 2))
+            padding = tuple(1 - side % 2 for side in sides)
+            transposed: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d)[len(sides) - 1]
+            convolution = transposed(m, n, 3, stride=2, padding=1, output_padding=padding)
             self.convolutions.append(nn.Sequential(*residual, _Activation(activation), convolution))
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        images = self.input(features.reshape(-1, self.in_features)).unflatten(-1, self.start_shape)
-        return self.convolutions(images).reshape(*features.shape[:-1], self.out_features) + self.bias
+        start = self.input(features.reshape(-1, self.in_features)).unflatten(-1, self.start_shape)
+        made = self.grid.flatten(self.convolutions(start))
+        return made.reshape(*features.shape[:-1], self.out_features) + self.bias
 
     def start_at(self, output: Tensor) -> None:
         with torch.no_grad():
@@ -263,76 +312,80 @@ class ConvDecoder(Network):
 
 
 class RecurrentEncoder(Network):
-    """The rows of an image read as a sequence by a GRU; its last state, through one affine layer.
+    """The steps of a sequence, or the rows of an image, read by a GRU; its last state, through one affine layer.
 
     Args:
-        in_features: pixels of one image.
+        in_features: entries of one image or sequence, or of several, one after the other: its mask is such a second.
         out_features: raw outputs.
         hidden: width of the state, at least 1.
-        image_shape: shape ``(C, H, W)`` of one image.
+        bidirectional: read from the end to the start too, by a second GRU, whose last state stands beside.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence.
 
     Raises:
-        ValueError: if ``hidden`` is below 1, or ``image_shape`` is missing or not of ``in_features`` pixels.
+        ValueError: if ``hidden`` is below 1, or ``image_shape`` is missing or does not divide ``in_features``.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, hidden: int = 200, image_shape: Sequence[int] | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: int = 200,
+        bidirectional: bool = False,
+        image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
         check_widths("hidden", [hidden])
-        self.image_shape = channels, _, width = _check_image(image_shape, in_features)
-        self.rows = nn.GRU(channels * width, hidden, batch_first=True)
-        self.output = nn.Linear(hidden, out_features)
+        self.grid = _Grid(image_shape, in_features)
+        width = in_features // self.grid.shape[-2]
+        self.rows = nn.GRU(width, hidden, batch_first=True, bidirectional=bidirectional)
+        self.output = nn.Linear(hidden * (1 + bidirectional), out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        images = features.reshape(-1, *self.image_shape)
-        _, last = self.rows(images.movedim(2, 1).flatten(2))
-        return self.output(last[0]).reshape(*features.shape[:-1], self.out_features)
+        _, last = self.rows(self.grid.rows(features))
+        return self.output(last.movedim(0, 1).flatten(1)).reshape(*features.shape[:-1], self.out_features)
 
 
 class RecurrentDecoder(Network):
-    """A GRU that is shown z at every step and writes one row of the image after the other.
+    """A GRU that is shown z at every step and writes one step of a sequence, or row of an image, after the other.
 
     Args:
         in_features: latent dimensions.
-        out_features: raw outputs: a multiple of the pixels, laid out as that many images, each with a bias of its own.
+        out_features: raw outputs: a multiple of the entries of an image or a sequence, laid out as that many of them,
+            each entry with a bias of its own.
         hidden: width of the state, at least 1.
-        image_shape: shape ``(C, H, W)`` of one image.
+        bidirectional: a second GRU goes from the end to the start; each step is written from the states of both.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence.
 
     Raises:
         ValueError: if ``hidden`` is below 1, or ``image_shape`` is missing or does not divide ``out_features``.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, hidden: int = 200, image_shape: Sequence[int] | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: int = 200,
+        bidirectional: bool = False,
+        image_shape: Sequence[int] | None = None,
     ):
         super().__init__(in_features, out_features, image_shape)
         check_widths("hidden", [hidden])
-        _, self.height, self.width = _check_image(image_shape, out_features, multiple=True)
-        self.planes = out_features // (self.height * self.width)
-        self.rows = nn.GRU(in_features, hidden, batch_first=True)
-        self.output = nn.Linear(hidden, self.planes * self.width)
+        self.grid = _Grid(image_shape, out_features)
+        self.height = self.grid.shape[-2]
+        self.rows = nn.GRU(in_features, hidden, batch_first=True, bidirectional=bidirectional)
+        self.output = nn.Linear(hidden * (1 + bidirectional), out_features // self.height)
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, features: Tensor) -> Tensor:
         shown = features.reshape(-1, 1, self.in_features).expand(-1, self.height, -1)
         states, _ = self.rows(shown)
-        rows = self.output(states).unflatten(-1, (self.planes, self.width))  # (N, H, planes, W)
-        return rows.movedim(1, 2).reshape(*features.shape[:-1], self.out_features) + self.bias
+        made = self.grid.from_rows(self.output(states))
+        return made.reshape(*features.shape[:-1], self.out_features) + self.bias
 
     def start_at(self, output: Tensor) -> None:
         with torch.no_grad():
             self.bias.copy_(output)
 
 
-def _check_image(image_shape: Sequence[int] | None, features: int, multiple: bool = False) -> tuple[int, int, int]:
-    if image_shape is None or len(image_shape) != 3:
-        raise ValueError(f"a network of images needs image_shape (C, H, W), got {image_shape}")
-    size = math.prod(image_shape)
-    if (features % size if multiple else features != size) or features == 0:
-        relation = "a multiple of" if multiple else "equal to"
-        raise ValueError(
-            f"{features} features must be {relation} the {size} pixels of image_shape {tuple(image_shape)}"
-        )
-    channels, height, width = image_shape
-    return channels, height, width
+def _halved(sides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-side // 2) for side in sides)

@@ -108,9 +108,9 @@ def check_network(
 
     Args:
         make: makes the network, called as ``make(in_features, out_features, image_shape=image_shape)``.
-        in_features: features of one input; for an encoder, the pixels of an image.
-        out_features: raw outputs; for a decoder, a multiple of the pixels of an image.
-        image_shape: shape ``(C, H, W)`` of one image.
+        in_features: features of one input; for an encoder, the entries of an image or a sequence.
+        out_features: raw outputs; for a decoder, a multiple of these entries.
+        image_shape: shape ``(C, H, W)`` of one image, or ``(T, F)`` of one sequence.
         batch_shapes: shapes of leading dimensions to try.
 
     Raises:

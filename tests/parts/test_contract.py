@@ -35,7 +35,7 @@ from pyro_vae.parts.likelihoods import (
     NegativeBinomial,
     Poisson,
 )
-from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, GatedMLP, RecurrentDecoder, RecurrentEncoder
+from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, GatedMLP, Network, RecurrentDecoder, RecurrentEncoder
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.parts.priors import DiagonalNormal, GaussianMixture, VampPrior
 
@@ -90,6 +90,11 @@ DECODERS = {
     "RecurrentDecoder": lambda *a, **k: RecurrentDecoder(*a, hidden=16, **k),
 }
 PIXELS = math.prod(SHAPE)
+SEQUENCE = (9, 3)  # an odd number of steps
+OVER_TIME = {name: make for name, make in (ENCODERS | DECODERS).items() if name.startswith(("Conv", "Recurrent"))} | {
+    "RecurrentEncoder both ways": lambda *a, **k: RecurrentEncoder(*a, hidden=8, bidirectional=True, **k),
+    "RecurrentDecoder both ways": lambda *a, **k: RecurrentDecoder(*a, hidden=8, bidirectional=True, **k),
+}
 
 
 def named(constructors):
@@ -116,6 +121,48 @@ def test_likelihood_keeps_the_contract(make):
 @named(ENCODERS)
 def test_encoder_keeps_the_contract(make):
     testing.check_network(make, PIXELS, 6, SHAPE)
+
+
+@named(OVER_TIME)
+@pytest.mark.parametrize("together", [1, 2])
+def test_network_of_sequences_keeps_the_contract(make, together):
+    """Two together: a series with its mask, or two outputs of each entry."""
+    entries = together * math.prod(SEQUENCE)
+    is_decoder = make(27, 27, image_shape=SEQUENCE).start_at.__func__ is not Network.start_at
+    testing.check_network(make, *((5, entries) if is_decoder else (entries, 6)), SEQUENCE, [(), (4, 3)])
+
+
+def test_networks_of_sequences_read_steps_as_torch_does():
+    x, mask = torch.randn(5, 7, 2), torch.rand(5, 7, 2).round()
+    flat = torch.cat([x.flatten(1), mask.flatten(1)], 1)
+    by_step = torch.cat([x, mask], -1)  # (N, T, 2 F)
+    encoder = RecurrentEncoder(28, 4, hidden=3, bidirectional=True, image_shape=(7, 2))
+    _, (forward, back) = encoder.rows(by_step)
+    assert torch.allclose(encoder(flat), encoder.output(torch.cat([forward, back], -1)), atol=1e-6)
+    encoder = ConvEncoder(28, 4, channels=[3], image_shape=(7, 2))
+    (convolution, activation), *_ = encoder.convolutions
+    found = activation(nn.functional.conv1d(by_step.mT, convolution.weight, convolution.bias, stride=2, padding=1))
+    assert torch.allclose(encoder(flat), encoder.output(found.flatten(1)), atol=1e-6)
+    decoder = RecurrentDecoder(4, 28, hidden=3, image_shape=(7, 2))
+    z = torch.randn(5, 4)
+    steps = decoder.output(decoder.rows(z.unsqueeze(1).expand(-1, 7, -1))[0])  # (N, T, two outputs of F)
+    assert torch.allclose(decoder(z).reshape(5, 2, 7, 2), steps.reshape(5, 7, 2, 2).transpose(1, 2), atol=1e-6)
+    decoder = ConvDecoder(4, 14, channels=[3], image_shape=(7, 2))
+    for module in decoder.modules():  # one output depends on its neighbours in time alone
+        if isinstance(module, nn.Linear):
+            nn.init.ones_(module.weight)
+    gradient = torch.autograd.functional.jacobian(lambda start: decoder.convolutions(start), torch.ones(1, 3, 4))
+    reached = gradient.squeeze().abs().sum((0, 2)) > 0  # (T, start)
+    assert [row.nonzero().flatten().tolist() for row in reached] == [[0], [0, 1], [1], [1, 2], [2], [2, 3], [3]]
+
+
+@pytest.mark.parametrize("make", OVER_TIME.values(), ids=OVER_TIME)
+def test_a_shape_that_does_not_fit_is_refused(make):
+    for shape in (None, (27,), (2, 3, 4, 5)):
+        with pytest.raises(ValueError, match=r"needs image_shape, \(C, H, W\) of an image or \(T, F\) of a sequence"):
+            make(27, 27, image_shape=shape)
+    with pytest.raises(ValueError, match=r"27 features must be a multiple of the 10 entries of image_shape \(5, 2\)"):
+        make(27, 27, image_shape=(5, 2))
 
 
 def vae_with(prior=StandardNormal, posterior=MeanField, likelihood=Bernoulli, encoder=MLP, decoder=MLP, latent_dim=2):
