@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -67,7 +67,7 @@ class Settings:
     lr: float = 5e-3
     seeds: int = 2
     num_images: int = 5000
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):

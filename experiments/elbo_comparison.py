@@ -17,8 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyro
@@ -64,7 +65,7 @@ class Settings:
     gradient_samples: int = 200
     test_samples: int = 10
     timing_steps: int = 200
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):
@@ -203,7 +204,7 @@ def initial_vae(data: ImageData, seed: int) -> VAE:
 @contextlib.contextmanager
 def noise(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers inside are those of ``seed``; outside, where data are shuffled and binarized, they go on."""
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
@@ -512,7 +513,7 @@ def time_steps(vae: VAE, x: Tensor, lr: float, num_steps: int) -> dict[str, np.n
 
 
 def _seconds(step: Callable[[Tensor], object], x: Tensor) -> float:
-    synchronize = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    synchronize = partial(torch.cuda.synchronize, x.device) if x.device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     step(x)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Settings:
     guide_temperatures: Sequence[int] = (20, 50, 100, 300)
     laplace_temperatures: Sequence[int] = (2, 5, 10, 20, 50)
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):

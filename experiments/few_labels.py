@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Settings:
     num_draws: int = 20
     num_steps: int = 200
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
 
     def __post_init__(self):
         runs.check_numbers("--labels", self.labels)

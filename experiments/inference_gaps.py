@@ -74,7 +74,7 @@ class Settings:
     num_steps: int = 300
     annealing: Annealing = field(default_factory=Annealing)
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
 
     def __post_init__(self):
         for name, bound in {"num_images": 2, "num_samples": 2, "num_steps": 1}.items():

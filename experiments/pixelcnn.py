@@ -65,7 +65,7 @@ class Settings:
     lr: float = 5e-3
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
 
     def __post_init__(self):
         for name in ("channels", "layers", "epochs", "made_epochs", "batch_size"):

@@ -10,6 +10,8 @@ import torch
 from oracles import binary, small_vae
 from pyro.infer import Trace_ELBO
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vae import (
@@ -25,7 +27,9 @@ from pyro_vae import (
     NonFiniteError,
     PyroSVI,
     StandardNormal,
+    importance_sampling,
     log_weights,
+    objectives,
 )
 from pyro_vae import fit as plain_fit
 from pyro_vae.errors import CheckpointError
@@ -926,6 +930,25 @@ def test_bounds_are_estimated_in_evaluation_mode(training):
     assert checks > 0
     assert modes == [False] * checks + [training, training, False, False] * 2
     assert all(module.training == training for module in vae.modules())
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without double precision, as mps."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(made)), func
+        return made
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), ELBO(), objectives.DReG(2)], ids=lambda loss: type(loss).__name__)
+def test_training_takes_no_double_precision(loss):
+    vae, x = small_vae().float(), binary(20).float()
+    vae.initialize(x)
+    with NoDouble():
+        fit(vae, x.split(5), x[:7], epochs=1, engine=PyroSVI, loss=loss)
+    with pytest.raises(AssertionError), NoDouble():
+        importance_sampling(vae.model, vae.guide, x, 30, compiled=False)
 
 
 def test_a_nan_among_several_tensors_names_its_site():

@@ -145,7 +145,7 @@ class Settings:
     long_repeats: int = 3
     num_images: int = 100
     num_samples: int = 50_000
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):
@@ -657,15 +657,15 @@ def measure(contenders: dict[str, Contender], repeats: int, device: torch.device
     for name, contender in tqdm(contenders.items(), desc="first calls", leave=False):
         before = 0
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
         start = time.perf_counter()
         calls[name] = contender.make()
         calls[name]()
         synchronize(device)
         result[name] = {"first": time.perf_counter() - start}
         if device.type == "cuda":
-            result[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+            result[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     Distribution._validate_args = validation  # torch.compile switches it off
     for name, seconds in interleave(calls, repeats, device).items():
         each = [s / contenders[name].units for s in seconds]
@@ -692,7 +692,7 @@ def interleave(calls: dict[str, Callable[[], object]], repeats: int, device: tor
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def peak_resident_bytes() -> int:

@@ -24,7 +24,7 @@ from pyro_vae.infer.programs import (
 )
 from pyro_vae.infer.scales import base_of
 from pyro_vae.infer.supports import innermost
-from pyro_vae.infer.trees import Data, data_size, named_tensors, select, split, tensors
+from pyro_vae.infer.trees import Data, data_size, named_tensors, precise, select, split, tensors
 
 MOST_ALONE = 8
 """Data that are scored without the others, at most: in a small batch the neighbours that are missing count for more."""
@@ -240,7 +240,7 @@ def _holds_data(value: Tensor, seen: Tensor, data: Data) -> bool:
     leaves = [leaf.reshape(len(leaf), -1) for leaf in tensors(data)]
     if any(leaf.shape == value.shape and ((leaf.to(value) == value) | ~seen).all() for leaf in leaves):
         return True
-    columns = torch.cat([leaf.double() for leaf in leaves] + [value.double()], 1)
+    columns = torch.cat([precise(leaf) for leaf in [*leaves, value]], 1)
     kinds, kind = columns.unique(dim=1, return_inverse=True)
     known, asked = kind[: -value.shape[1]], kind[-value.shape[1] :]
     count = kinds.shape[1]

@@ -255,7 +255,7 @@ def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: b
 def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: float) -> bool:
     if a.dtype == b.dtype == torch.float64 and not rounded:
         tolerance = tolerance * 1e-4
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
     finite = a.isfinite() & b.isfinite()
     if not finite.all():
         same = (a == b) | (a.isnan() & b.isnan())
@@ -305,7 +305,7 @@ class Record:
         self._inputs = [x.clone() for x in tensors]
         record = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(record):
+            with torch.cuda.device(self.graph.trained[0].device), torch.cuda.graph(record):
                 self._result = self.graph.run(self._inputs)
                 if self._whole:
                     self._step(self._result)

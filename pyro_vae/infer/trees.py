@@ -53,6 +53,11 @@ def tensors(data: Data) -> list[Tensor]:
     return tree_flatten(data)[0]
 
 
+def precise(x: Tensor) -> Tensor:
+    """In double precision; what lies on a device that has none is brought to the CPU."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 def named_tensors(data: Data) -> list[tuple[str, Tensor]]:
     """The tensors of the tree with their paths: ``data``, ``data[0]``, ``data['x']``."""
     return [("data" + keystr(path), leaf) for path, leaf in tree_flatten_with_path(data)[0]]

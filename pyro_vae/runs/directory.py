@@ -24,18 +24,36 @@ import pyro_vae
 from pyro_vae.errors import RunError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+def choose_device(name: str, scores: bool = True) -> torch.device:
+    """The device of this name: ``auto``, a CUDA device if there is one; ``cpu``; ``cuda``, ``cuda:1``; or ``mps``.
+
+    Args:
+        name: as torch spells it.
+        scores: whether log p(x) is computed there, in double precision, which mps lacks.
 
     Raises:
-        RunError: if ``cuda`` is asked for and there is none.
+        RunError: if it is none of these, or there is no such device here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns where a driver is too old: the line below says enough
-        available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise RunError("--device cuda: torch finds no CUDA device here; use --device cpu, or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise RunError(f"--device: expected auto, cpu, mps, cuda, or one of several such as cuda:1, got '{name}'")
+    device, mend = torch.device(name), "use --device cpu, or auto"
+    if device.type == "cuda" and count == 0:
+        raise RunError(f"--device {name}: torch finds no CUDA device here; {mend}")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise RunError(f"--device {name}: the last CUDA device here is cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError(f"--device mps: torch finds no Metal device here; {mend}")
+    if device.type == "mps" and scores:
+        raise RunError(
+            "--device mps: log p(x) is computed in double precision, which mps lacks; use --device cpu; models can be "
+            "trained on mps"
+        )
+    return device
 
 
 def open_run(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = Path.read_text) -> None:
@@ -206,7 +224,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit, for a result file."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = f"cpu, {torch.get_num_threads()} threads" if name == "cpu" else name
     packages = ("torch", "pyro-ppl", "numpy")
     versions = {
         "python": platform.python_version(),

@@ -129,7 +129,8 @@ class Settings:
         patience: stop after this many epochs without a better validation ELBO; null: never.
         weights: evaluate the last weights, or those of the best validation ELBO.
         seed: of initialization, data order, training noise and evaluation noise, at least 0.
-        device: auto takes a GPU if there is one.
+        device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1; or mps, for training alone: log p(x) is
+            then computed on the CPU, in double precision, which mps lacks.
         evidence: how test images are scored.
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
         resume: go on with the interrupted run in --run_dir, with its settings.
@@ -164,7 +165,7 @@ class Settings:
     patience: int | None = None
     weights: Literal["last", "best"] = "last"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     evidence: EvidenceSettings = field(default_factory=EvidenceSettings)
     run_dir: Path | None = None
     resume: bool = False
@@ -211,7 +212,7 @@ class EvaluationSettings:
         published: annealing as published, in place of --annealing: Wu et al. 2017, or the code of Cremer et al. 2018;
             both take 10,000 temperatures, which --annealing.num_temperatures may lower.
         seed: of the estimate, at least 0.
-        device: auto takes a GPU if there is one.
+        device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         name: of the directory in the run's evaluations; null: made of the estimator and the split.
         run_dir: directory to write, new or empty, in place of that one.
     """
@@ -231,7 +232,7 @@ class EvaluationSettings:
     annealing: Annealing = field(default_factory=Annealing)
     published: Literal["wu_2017", "cremer_2018"] | None = None
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     name: str | None = None
     run_dir: Path | None = None
 

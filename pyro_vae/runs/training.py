@@ -75,7 +75,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
         report_run(run_dir)
         return load(run_dir)
 
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, scores=False)
     torch.manual_seed(settings.seed)
     if settings.resume:
         find_again(run_dir, dataset)
@@ -95,6 +95,9 @@ def train(settings: Settings, text: str | None = None) -> Run:
     )
     try:
         history = fit_run(settings, vae, data, objective, run_dir)
+        if device.type == "mps":  # has no double precision
+            print("scoring on the CPU, in double precision, which mps lacks")
+            vae, data = vae.cpu(), load_dataset(dataset, "cpu")
         finish(settings, vae.eval(), data, history, run_dir)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
@@ -154,7 +157,7 @@ def finish(
         "seed": settings.seed,
         "data": data.fingerprint,
         **data.about,
-        **provenance(data.device),
+        **provenance(choose_device(settings.device, scores=False)),
     }
     importance = evidence.to_dataset(unit=result["unit"])
     groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
@@ -203,7 +206,8 @@ def fit_run(
     callbacks += [BestWeights()] if settings.weights == "best" else []
     callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []
     batches = data.batches(settings.batch_size)
-    compiled = compiled_engine(settings.epochs * len(batches), max_norm=settings.max_norm, precision=settings.precision)
+    num_steps = 0 if data.device.type == "mps" else settings.epochs * len(batches)  # for which inductor is young
+    compiled = compiled_engine(num_steps, max_norm=settings.max_norm, precision=settings.precision)
     engine = PyroSVI if settings.engine == "pyro" else compiled
     try:
         return fit(

@@ -228,7 +228,6 @@ def test_help_of_a_part_teaches(capsys):
         (["--evidence.num_samples", "x"], ["--evidence.num_samples: expected a whole number, got 'x'"]),
         (["--evidence.num_samples", "1e3"], ["--evidence.num_samples: expected a whole number"]),
         (["--engine", "fast"], ["--engine: expected one of", "'pyro'", "got 'fast'"]),
-        (["--device", "tpu"], ["--device: expected one of 'auto', 'cpu', 'cuda', got 'tpu'"]),
         (["--schedule", "x"], ["--schedule: expected one of 'one_cycle', 'constant', 'stages', got 'x'"]),
         (["--weights", "x"], ["--weights: expected one of 'last', 'best', got 'x'"]),
         (["--encoder.activation", "sine"], ["--encoder.activation: expected one of 'tanh', 'relu'", "got 'sine'"]),
@@ -459,19 +458,51 @@ def test_cli_hides_no_bug():
         cli.guarded(main)
 
 
+def has_devices(monkeypatch, cuda=0, mps=False):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
 @pytest.mark.parametrize(
-    ("name", "available", "expected"),
-    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+    ("name", "cuda", "expected"),
+    [
+        *(("auto", 1, "cuda"), ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda")),
+        *(("cuda:0", 1, "cuda:0"), ("cuda:1", 2, "cuda:1"), ("cuda:12", 13, "cuda:12")),
+    ],
 )
-def test_device(monkeypatch, name, available, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert runs.choose_device(name).type == expected
+def test_device(monkeypatch, name, cuda, expected):
+    has_devices(monkeypatch, cuda, mps=True)
+    for scores in (True, False):
+        assert runs.choose_device(name, scores) == torch.device(expected)
 
 
-def test_device_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RunError, match=r"--device cuda: .*use --device cpu"):
-        runs.choose_device("cuda")
+def test_models_are_trained_on_mps_and_scored_elsewhere(monkeypatch):
+    has_devices(monkeypatch, mps=True)
+    assert runs.choose_device("mps", scores=False) == torch.device("mps")
+    with pytest.raises(RunError, match=r"--device mps: .*double precision, which mps lacks; use --device cpu"):
+        runs.choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "words"),
+    [
+        ("cuda", 0, "--device cuda: torch finds no CUDA device here; use --device cpu, or auto"),
+        ("cuda:0", 0, "--device cuda:0: torch finds no CUDA device here; use --device cpu, or auto"),
+        ("cuda:1", 1, "--device cuda:1: the last CUDA device here is cuda:0"),
+        ("mps", 1, "--device mps: torch finds no Metal device here; use --device cpu, or auto"),
+    ]
+    + [
+        (name, 1, f"--device: expected auto, cpu, mps, cuda, or one of several such as cuda:1, got '{name}'")
+        for name in ("tpu", "meta", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "mps:0", "CUDA", "")
+    ],
+)
+def test_device_that_is_not_there(monkeypatch, name, cuda, words):
+    has_devices(monkeypatch, cuda)
+    for scores in (True, False):
+        with pytest.raises(RunError) as error:
+            runs.choose_device(name, scores)
+        assert str(error.value) == words
 
 
 # Files

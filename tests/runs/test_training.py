@@ -712,10 +712,13 @@ def test_what_cannot_be_compiled(tmp_path, argv, words):
     assert re.search(words, message), message
 
 
-def test_no_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = complaint("--device", "cuda", "--run_dir", str(tmp_path / "run"))
-    assert "--device cuda" in message
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "tpu"])
+def test_no_such_device(tmp_path, monkeypatch, device):
+    for place in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(place, "is_available", lambda: False)
+    message = complaint("--device", device, "--run_dir", str(tmp_path / "run"))
+    assert "--device" in message
+    assert device in message
     assert list(tmp_path.iterdir()) == []
 
 
