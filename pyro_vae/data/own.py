@@ -92,7 +92,7 @@ class OwnImages(Dataset):
         )
 
 
-def _load_arrays(path: Path, kind: str) -> np.ndarray | dict[str, np.ndarray]:
+def load_arrays(path: Path, kind: str) -> np.ndarray | dict[str, np.ndarray]:
     """The array of a ``.npy`` file, or those of an ``.npz`` archive by name."""
     try:
         with path.open("rb") as file:
@@ -116,7 +116,7 @@ class Npz(OwnImages):
     """
 
     def read(self) -> Images:
-        arrays = _load_arrays(self.path, ".npz archive")
+        arrays = load_arrays(self.path, ".npz archive")
         if isinstance(arrays, np.ndarray):
             raise DataError(
                 f"{self.path} is no readable .npz archive: it is a single array; use --dataset Npy, or save it with "
@@ -169,7 +169,7 @@ class Npy(OwnImages):
         return self._images(train, test)
 
     def _array(self, path: Path) -> np.ndarray:
-        array = _load_arrays(path, ".npy file")
+        array = load_arrays(path, ".npy file")
         if not isinstance(array, np.ndarray):
             raise DataError(f"{path} is no readable .npy file: it is an archive of arrays; use --dataset Npz")
         return array

@@ -65,7 +65,7 @@ class Inputs(nn.Module):
         levels, divided by the largest; counts, as log(1 + count), and reals, by their mean and standard deviation.
         """
         loc, scale, counts = (value.clone() for value in (self.loc, self.scale, self.counts))
-        for part, columns in _heads(head, torch.arange(x.shape[1], device=x.device)):
+        for part, columns in heads_of(head, torch.arange(x.shape[1], device=x.device)):
             mine = x[:, columns]
             if part.encoding == "integers" and part.levels is not None:
                 scale[columns] = max(1.0, part.levels - 1.0)
@@ -94,13 +94,13 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 1e-6 * scale.max().clamp(min=1e-6), scale, 1.0)
 
 
-def _heads(head: Likelihood, columns: Tensor) -> list[tuple[Likelihood, Tensor]]:
+def heads_of(head: Likelihood, columns: Tensor) -> list[tuple[Likelihood, Tensor]]:
     """The heads that entries have, of which Mixed has several, and their places."""
     if not isinstance(head, Mixed):
         return [(head, columns)]
     heads: list[Any] = list(head.heads)
     parts = columns[head._order].split([part.event_size for part in heads])
-    return [found for part, mine in zip(heads, parts, strict=True) for found in _heads(part, mine)]
+    return [found for part, mine in zip(heads, parts, strict=True) for found in heads_of(part, mine)]
 
 
 def calm(network: Network, sizes: tuple[int, ...], features: Tensor) -> None:

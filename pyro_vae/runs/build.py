@@ -2,12 +2,14 @@
 
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from pyro_vae.data.datasets import Data, Schema, Source
+from pyro_vae.data.tables import heads
 from pyro_vae.errors import ContractError, DataError, RunError
 from pyro_vae.infer.checks import check_part
 from pyro_vae.infer.objectives import Objective
@@ -15,8 +17,9 @@ from pyro_vae.infer.programs import evaluating
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import first_tensor, select, split
 from pyro_vae.parts.conditional import Conditional, num_outputs
-from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.parts.networks import MLP
+from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
+from pyro_vae.parts.missing import Incomplete
+from pyro_vae.parts.networks import MLP, Network
 from pyro_vae.parts.posteriors import MeanField
 from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, TwoLayerVAE
@@ -60,13 +63,29 @@ def load_dataset(dataset: Source, device: torch.device | str) -> Data:
 
 def build(settings: Settings, schema: Schema) -> VAE | TwoLayerVAE:
     """The untrained model of ``settings`` for data of this schema."""
-    event_size, shape = schema.size, schema.shape
-    likelihood = make("likelihood", settings.likelihood, event_size)
+    likelihood = head_of(settings, schema)
     posterior = make("posterior", settings.posterior, settings.latent_dim)
-    decoder = make("decoder", settings.decoder, settings.latent_dim, num_outputs(likelihood), image_shape=shape)
-    encoder = make("encoder", settings.encoder, event_size, num_outputs(posterior), image_shape=shape)
+    decoder = make("decoder", settings.decoder, settings.latent_dim, num_outputs(likelihood), image_shape=schema.shape)
+    encoder = encoder_of(settings, schema, num_outputs(posterior))
     below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
     return MODELS[settings.model](settings, *below)
+
+
+def head_of(settings: Settings, schema: Schema) -> Likelihood:
+    """The likelihood of the settings or, of a table for which none was chosen, that of its columns."""
+    chosen = settings.likelihood
+    usual = (chosen.func, chosen.keywords) == (Bernoulli, {}) if isinstance(chosen, partial) else chosen is Bernoulli
+    return heads(schema.columns) if schema.columns and usual else make("likelihood", chosen, schema.size)
+
+
+def encoder_of(settings: Settings, schema: Schema, out_features: int) -> Network:
+    """The encoder, which sees what is missing where data have gaps."""
+    if not schema.missing:
+        return make("encoder", settings.encoder, schema.size, out_features, image_shape=schema.shape)
+    mask = settings.missing == "mask"
+    inputs = 2 * schema.size if mask else schema.size
+    network = make("encoder", settings.encoder, inputs, out_features, image_shape=(inputs,))
+    return Incomplete(network, schema.size, mask)
 
 
 def one_layer(settings: Settings, likelihood: Conditional, posterior: Conditional) -> VAE:

@@ -108,10 +108,12 @@ class Settings:
         dataset: source of data.
         data_dir: folder of data files and downloads; null: the user's cache folder.
         prior: p(z).
-        likelihood: p(x | z), the head of the decoder.
+        likelihood: p(x | z), the head of the decoder; of a table, Bernoulli stands for heads by the kinds of columns.
         posterior: q(z | x), the head of the encoder.
         encoder: network from an image to the posterior's parameters.
         decoder: network from z to the likelihood's parameters.
+        missing: what the encoder sees of data with gaps, standardized: zeros in their place, and with mask, for each
+            entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; pyro runs
@@ -152,6 +154,7 @@ class Settings:
     posterior: Callable[[int], Posterior] = MeanField
     encoder: Callable[[int, int], Network] = MLP
     decoder: Callable[[int, int], Network] = MLP
+    missing: Literal["mask", "zeros"] = "mask"
     latent_dim: int = 50
     objective: Callable[[], Objective | ELBO] = Trace_ELBO
     engine: Literal["compiled", "pyro"] = "compiled"
