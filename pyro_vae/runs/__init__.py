@@ -77,6 +77,7 @@ from pyro_vae.runs.studies import (
     write_study,
 )
 from pyro_vae.runs.training import compiled_engine, train
+from pyro_vae.runs.using import Filled, Using
 
 __all__ = [
     "Comparison",
@@ -84,6 +85,7 @@ __all__ = [
     "Difference",
     "EvaluationSettings",
     "EvidenceSettings",
+    "Filled",
     "Finished",
     "Run",
     "RunError",
@@ -93,6 +95,7 @@ __all__ = [
     "StudySettings",
     "Summary",
     "TopSettings",
+    "Using",
     "annealed_alike",
     "best",
     "build",

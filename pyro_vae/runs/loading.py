@@ -11,15 +11,17 @@ import xarray as xr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from pyro_vae.data.datasets import Data, Schema
+from pyro_vae.data.datasets import Data, Schema, Source
 from pyro_vae.data.fetched import cache_folder
-from pyro_vae.data.images import ImageData
+from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import RunError
+from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.build import build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
 from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.using import Filled, Latents, Using
 from pyro_vae.vae import VAE, TwoLayerVAE
 
 
@@ -67,9 +69,44 @@ class Run:
         return load_model(self.path)
 
     @cached_property
+    def schema(self) -> Schema:
+        """What the model knows of its data."""
+        return load_schema(self.path)
+
+    @cached_property
     def data(self) -> Data:
         """The data set, on the CPU."""
         return load_data(self.path)
+
+    @cached_property
+    def using(self) -> Using:
+        """The model with what it knows of its data; what follows is its."""
+        with torch.random.fork_rng([]):  # a model that is made draws its first weights
+            return Using(self.model, self.schema)
+
+    def encode(self, x: Any, num_samples: int | None = None, given: Any = None) -> Latents:
+        """Posterior means of z for new data, ``(N, D)``, or draws, ``(S, N, D)``; see :meth:`Using.encode`."""
+        return self.using.encode(x, num_samples, given)
+
+    def decode(self, z: Any, given: Any = None) -> Any:
+        """E[x | z], a tensor ``(N, *shape)``, or a DataFrame of a table; see :meth:`Using.decode`."""
+        return self.using.decode(z, given)
+
+    def sample(self, num_samples: int, given: Any = None) -> Any:
+        """Draws of x from the model, of the form of :meth:`decode`; see :meth:`Using.sample`."""
+        return self.using.sample(num_samples, given)
+
+    def reconstruct(self, x: Any, given: Any = None) -> Any:
+        """E[x | z] at the posterior mean of z, for new data; see :meth:`Using.reconstruct`."""
+        return self.using.reconstruct(x, given)
+
+    def score(self, x: Any, estimator: str = "annealed", given: Any = None, **settings: Any) -> Evidence:
+        """log p(x) of each row of new data, in nats, with errors; see :meth:`Using.score`."""
+        return self.using.score(x, estimator, given, **settings)
+
+    def impute(self, x: Any, given: Any = None, **settings: Any) -> Filled:
+        """New data with values for what was not seen, which is NaN; see :meth:`Using.impute`."""
+        return self.using.impute(x, given, **settings)
 
 
 def load(directory: Path | str) -> Run:
@@ -126,11 +163,38 @@ def load_model(directory: Path | str) -> VAE | TwoLayerVAE:
     return vae.eval()
 
 
+def load_schema(directory: Path | str) -> Schema:
+    """What the model of a run knows of its data. Only for images of an earlier version are these read for that.
+
+    Raises:
+        RunError: if ``directory`` holds no trained model.
+    """
+    weights = Path(directory) / "model.safetensors"
+    try:
+        with safe_open(weights, "pt") as file:
+            schema = _schema(file.metadata() or {})
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{weights} is damaged, or not there: {' '.join(str(error).split())}") from error
+    if schema.pixels is None and isinstance(_source(load_settings(directory)), Dataset):
+        try:
+            return load_data(directory).schema
+        except RunError as error:
+            raise RunError(
+                f"{directory} is of an earlier version, which did not keep how pixels become observations, and its "
+                f"data set is not here: {error}"
+            ) from error
+    return schema
+
+
 def _schema(metadata: dict[str, str]) -> Schema:
     """What a model must know of its data; before version 0.2.0 all were images."""
     if "schema" not in metadata:
         return Schema(tuple(json.loads(metadata["image_shape"])))
     return Schema.loads(metadata["schema"])
+
+
+def _source(settings: Settings) -> Source:
+    return make("dataset", settings.dataset, settings.data_dir or cache_folder())
 
 
 def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
@@ -140,7 +204,7 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
         RunError: if it cannot be had, or is another one than the run was trained on.
     """
     settings, directory = load_settings(directory), Path(directory)
-    dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
+    dataset = _source(settings)
     find_again(directory, dataset)
     data = load_dataset(dataset, device)
     check_same_data(directory, dataset, data)

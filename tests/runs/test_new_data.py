@@ -1,0 +1,182 @@
+"""A finished run used on data that it has not seen."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from pyro_vae import MLP, Conditional, Gaussian, LinearGaussianVAE, MeanField, StandardNormal, TwoLayerVAE, cli, runs
+from pyro_vae.data import Digits
+from pyro_vae.data.datasets import Schema
+from pyro_vae.errors import RunError
+from pyro_vae.runs.using import Using
+
+DIGITS = load_digits().images.astype(np.uint8)[1400:]
+MINUTE = [
+    *("--dataset=Digits", "--encoder.hidden=[4]", "--decoder.hidden=[4]", "--latent_dim=2", "--epochs=1"),
+    *("--device=cpu", "--evidence.num_samples=5", "--evidence.num_images=2", "--evidence.annealed_images=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a small run, and its scores."""
+    path = tmp_path_factory.mktemp("new") / "run"
+    cli.train([*MINUTE, f"--run_dir={path}"])
+    settings = {"num_samples": 20, "num_images": None, "device": "cpu"}
+    return path, runs.score(path, estimator="importance", **settings).evidence["importance"]
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    """The run, whose data set cannot be had any more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Digits, "read", None)
+        yield runs.load(trained[0])
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A model of which everything is known, used on tables of reals."""
+    torch.manual_seed(1)
+    vae = LinearGaussianVAE(torch.randn(4, 2), torch.randn(4), 0.5)
+    return vae, Using(vae, Schema((4,), "row"), lambda line: None)
+
+
+def test_the_pixels_of_the_test_set_have_the_numbers_of_evaluate(run, trained, capsys):
+    torch.manual_seed(0)
+    evidence = run.score(DIGITS, "importance", num_samples=20)
+    assert torch.equal(evidence.log_px, trained[1].log_px)
+    assert torch.equal(evidence.mc_se, trained[1].mc_se)
+    assert "1 with probability pixel / 16, drawn with seed 777" in capsys.readouterr().out
+
+
+def test_embeddings_are_the_means_of_the_guide(run):
+    x = run.using.data(DIGITS[:20])
+    torch.testing.assert_close(run.encode(DIGITS[:20]), run.model.posterior(x).mean)
+    draws = run.encode(DIGITS[:20], num_samples=3000)
+    made = run.model.posterior(x)
+    assert draws.shape == (3000, 20, 2)
+    assert ((draws.mean(0) - made.mean) / made.stddev * 3000**0.5).abs().max() < 5
+
+
+def test_reconstructions_are_those_of_the_embeddings(run):
+    found = run.reconstruct(DIGITS[:5])
+    assert found.shape == (5, 1, 8, 8)
+    torch.testing.assert_close(found.flatten(1), run.model.likelihood(run.encode(DIGITS[:5])).mean)
+    torch.testing.assert_close(run.decode(run.encode(DIGITS[:5]).numpy()), found)
+
+
+def test_samples_are_of_the_shape_and_support(run):
+    x = run.sample(7)
+    assert x.shape == (7, 1, 8, 8)
+    assert set(x.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_samples_have_the_distribution_of_the_model(linear):
+    vae, using = linear
+    x = using.sample(4000)
+    covariance = vae.weight @ vae.weight.mT + 0.25 * torch.eye(4)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (x - vae.mean).mT, upper=False)
+    assert stats.kstest(white.flatten().numpy(), "norm").pvalue > 1e-3
+    assert (white @ white.mT / 4000 - torch.eye(4)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "int64", "bool"])
+def test_latents_and_log_px_of_rows_are_exact(linear, kind):
+    vae, using = linear
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(kind)
+    exact = torch.from_numpy(x.astype(np.float32))
+    torch.testing.assert_close(using.encode(x), vae.posterior(exact).mean)
+    torch.testing.assert_close(
+        using.score(x, "importance", num_samples=2, num_checked=0).log_px.float(), vae.log_px(exact)
+    )
+    torch.testing.assert_close(using.decode(using.encode(x)), vae.posterior(exact).mean @ vae.weight.mT + vae.mean)
+
+
+def test_what_was_not_seen_is_filled_in(linear):
+    vae, using = linear
+    x = torch.randn(5, 4)
+    x[0, 1], x[3, :2] = np.nan, np.nan
+    seen = ~x.isnan()
+    filled = using.impute(x, num_samples=4000, num_checked=0)
+    mean = vae.posterior(x, seen).mean @ vae.weight.mT + vae.mean
+    assert torch.equal(filled.values[seen], x[seen])
+    torch.testing.assert_close(filled.values, torch.where(seen, x, mean), rtol=0, atol=0.06)
+    torch.testing.assert_close(filled.imputation.evidence.log_px.float(), vae.log_px(x, seen))
+    torch.testing.assert_close(
+        using.score(x, "importance", num_samples=2, num_checked=0).log_px.float(), vae.log_px(x, seen)
+    )
+    with pytest.raises(RunError, match="nothing is missing"):
+        using.impute(torch.zeros(2, 4))
+
+
+def test_images_with_gaps_are_scored_and_filled_by_an_encoder_that_knows_none(run):
+    x = DIGITS[:6].astype(float)
+    x[:3, 4:] = np.nan
+    filled = run.impute(x, num_samples=50, num_draws=10, num_checked=0)
+    assert not filled.values.isnan().any()
+    assert ((filled.values[:3, 0, 4:] > 0) & (filled.values[:3, 0, 4:] < 1)).all()
+    torch.manual_seed(0)
+    some = run.score(x, "importance", num_samples=200, num_checked=0)
+    whole = run.score(DIGITS[:6], "importance", num_samples=200, num_checked=0)
+    assert (some.log_px[:3] > whole.log_px[:3] + 3).all()
+    x[2] = np.nan
+    with pytest.raises(RunError, match="row 2: all of its values are missing"):
+        run.score(x)
+
+
+def test_two_layers_have_two_latent_sites():
+    torch.manual_seed(0)
+    vae = TwoLayerVAE(
+        StandardNormal(2),
+        Conditional(MLP(2, 6, [4]), MeanField(3)),
+        Conditional(MLP(3, 5, [4]), Gaussian(5)),
+        Conditional(MLP(5, 6, [4]), MeanField(3)),
+        Conditional(MLP(3, 4, [4]), MeanField(2)),
+    ).eval()
+    using = Using(vae, Schema((5,), "row"))
+    x = torch.rand(3, 5)
+    z = using.encode(x)
+    torch.testing.assert_close(z["z1"], vae.posterior(x).mean, rtol=0, atol=0.3)
+    assert z["z2"].shape == (3, 2)
+    assert torch.equal(using.encode(x)["z2"], z["z2"])
+    torch.testing.assert_close(using.decode(z), vae.likelihood(z["z1"]).mean)
+    with pytest.raises(RunError, match=r"z must be z1 of shape \(N, 3\) and z2 of shape \(N, 2\)"):
+        using.decode(z["z1"])
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda run: run.score(DIGITS[:, :4]), "expected images of shape"),
+        (lambda run: run.score([1, 2]), "got list"),
+        (lambda run: run.encode(DIGITS + 5), "pixels must be in 0..16"),
+        (lambda run: run.score(DIGITS[:3], "guess"), "must be one of annealed"),
+        (lambda run: run.score(DIGITS[:3], "importance", num_samples=0), "num_samples must be at least 1"),
+        (lambda run: run.score(DIGITS[:3], "smc", samples=4), "estimator smc: .*samples"),
+        (lambda run: run.score(DIGITS[:3], given=3), "has no condition"),
+        (lambda run: run.sample(0), "num_samples must be at least 1"),
+        (lambda run: run.decode(torch.zeros(2, 5)), r"z must be z of shape \(N, 2\), got \(2, 5\)"),
+        (lambda run: run.decode(torch.tensor(2.0)), "one row for each"),
+    ],
+)
+def test_bad_input_is_one_line(run, use, message):
+    with pytest.raises(RunError, match=message) as refused:
+        use(run)
+    assert "\n" not in str(refused.value)
+
+
+def test_data_outside_the_support_are_named_by_row(linear):
+    vae = linear[0]
+    from pyro_vae import VAE, Bernoulli
+
+    binary = VAE(
+        StandardNormal(2), Conditional(MLP(2, 4, [3]), Bernoulli(4)), Conditional(MLP(4, 4, [3]), MeanField(2))
+    )
+    x = torch.ones(3, 4)
+    x[1, 2] = 0.4
+    with pytest.raises(RunError, match="row 1"):
+        Using(binary.eval(), Schema((4,), "row")).score(x)
+    assert vae.weight.shape == (4, 2)
