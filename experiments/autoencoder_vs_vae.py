@@ -38,7 +38,7 @@ from pyro_vae.data.fetched import MNIST, cache_folder
 from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import Judge, nearest, pairs_of_classes
-from pyro_vae.runs.studies import standard_error
+from pyro_vae.runs.summaries import standard_error
 
 
 @dataclass(frozen=True)

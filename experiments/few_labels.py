@@ -39,7 +39,7 @@ from pyro_vae.data.images import ImageData
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import classes
-from pyro_vae.runs.studies import standard_error
+from pyro_vae.runs.summaries import standard_error
 
 
 @dataclass(frozen=True)

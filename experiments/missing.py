@@ -43,7 +43,7 @@ from pyro_vae import (
 )
 from pyro_vae.parts.mixed import Scaled
 from pyro_vae.runs import figures
-from pyro_vae.runs.studies import standard_error
+from pyro_vae.runs.summaries import standard_error
 
 TABLES: dict[str, Callable] = {"wine": load_wine, "breast cancer": load_breast_cancer, "diabetes": load_diabetes}
 IMPUTERS: dict[str, Callable] = {

@@ -59,19 +59,14 @@ from pyro_vae.runs.settings import (
     check_numbers,
     check_seed,
 )
-from pyro_vae.runs.studies import (
-    Study,
-    StudySettings,
+from pyro_vae.runs.studies import Study, StudySettings, report_study, run_study, slug, study
+from pyro_vae.runs.summaries import (
     Summary,
     difference,
     estimators,
     forest,
     load_study,
-    report_study,
-    run_study,
-    slug,
     standard_error,
-    study,
     summarize,
     summary_table,
     write_study,

@@ -32,8 +32,8 @@ from pyro_vae.runs.factories import (
 T = TypeVar("T")
 
 
-PLACE = ("run_dir", "resume", "tensorboard")
-"""Settings that say where a run is written and not what it is; ``config.yaml`` leaves them out."""
+PLACE = ("run_dir", "resume", "tensorboard", "workers")
+"""Settings that say where and how a run is written and not what it is; ``config.yaml`` leaves them out."""
 MISTAKES = (ArgumentError, ValueError, TypeError, OSError, SyntaxError)
 """What the parser and constructors raise at a user's mistakes."""
 

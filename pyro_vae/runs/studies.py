@@ -2,33 +2,41 @@
 
 Usage: pyro-vae study --contenders.NAME 'ARGUMENTS' --contenders.OTHER 'ARGUMENTS' [options]
 
-Each contender is a line of arguments of pyro-vae train; differences of log p(x) are those to the first one.
+Each contender is a line of arguments of pyro-vae train; differences of log p(x) are those to the first one. Runs are
+independent: --workers N does N at a time, and the same command, given again in other shells or as the tasks of an array
+of jobs, on this machine or on others that share the directory, shares the work. A run that fails does not stop the
+others; the same command with --resume runs it again.
 """
 
-import json
-import math
+import csv
 import shlex
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import numpy as np
 import yaml
 
 from pyro_vae.errors import RunError
-from pyro_vae.runs import figures
 from pyro_vae.runs.build import make
-from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
-from pyro_vae.runs.directory import open_run, table, write_json, write_text, writing
-from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.directory import open_run, writing
 from pyro_vae.runs.parsing import parse, settings_text
-from pyro_vae.runs.scoring import number
 from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.summaries import (
+    Summary,
+    best_by_validation,
+    choice,
+    estimators,
+    forest,
+    summarize,
+    summary_table,
+    write_study,
+)
 from pyro_vae.runs.training import train
+from pyro_vae.runs.workers import CLAIMS, Shared, in_processes
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class StudySettings:
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
         resume: go on with the interrupted study in --run_dir; what is finished is not run again.
+        workers: runs at a time, each in a process of its own with its part of the processor's threads, at least 1.
     """
 
     contenders: dict[str, str]
@@ -49,8 +58,11 @@ class StudySettings:
     seeds: int = 3
     run_dir: Path | None = None
     resume: bool = False
+    workers: int = 1
 
     def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
         if not self.contenders:
@@ -62,53 +74,6 @@ class StudySettings:
     def arguments(self) -> list[str]:
         """Arguments of pyro-vae train for all runs."""
         return shlex.split(self.common)
-
-
-class Summary(NamedTuple):
-    """What the seeds of one contender say; every error is a standard error, None if there is only one seed.
-
-    Attributes:
-        name: of the contender.
-        reference: the contender that it is compared with.
-        unit: of all log-likelihoods.
-        elbo: mean over seeds.
-        estimator: of ``log_likelihood`` and the differences: ``annealed`` if these runs and those of the reference have
-            that, of the same images, else ``importance``.
-        log_likelihood: mean over seeds.
-        importance_sampled: the same by importance sampling from the guide.
-        seed_error: of ``log_likelihood``, over seeds.
-        differences: log-likelihood minus that of the reference, for each seed.
-        difference: their mean.
-        difference_seed_error: of ``difference``, over seeds: other seeds would differ by this.
-        difference_image_error: of ``difference``, over images: another test set would differ by this.
-        share_khat: of images whose Pareto k is above its threshold for so many samples; there the importance-sampled
-            log-likelihood is too low by an unknown amount.
-        active_units: mean over seeds.
-        seconds: of training, mean over seeds.
-        bits_per_dim: mean over seeds; None where it makes no sense.
-        validation: log-likelihood of validation data by importance sampling, mean over seeds: what to choose by. NaN in
-            studies of earlier versions.
-        validation_seed_error: of ``validation``, over seeds.
-    """
-
-    name: str
-    reference: str
-    unit: str
-    elbo: float
-    estimator: str
-    log_likelihood: float
-    importance_sampled: float
-    seed_error: float | None
-    differences: list[float]
-    difference: float
-    difference_seed_error: float | None
-    difference_image_error: float
-    share_khat: float
-    active_units: float
-    seconds: float
-    bits_per_dim: float | None
-    validation: float = math.nan
-    validation_seed_error: float | None = None
 
 
 class Study(NamedTuple):
@@ -131,6 +96,7 @@ def study(
     seeds: int = 3,
     run_dir: Path | str | None = None,
     resume: bool = False,
+    workers: int = 1,
 ) -> Study:
     """Run every contender with every seed, and compare each with the first.
 
@@ -140,13 +106,14 @@ def study(
         seeds: runs of each contender, at least 1.
         run_dir: directory to write, new or empty; None: one under runs/, named by time.
         resume: go on with the interrupted study in ``run_dir``; what is finished is not run again.
+        workers: runs at a time, each in a process of its own with its part of the processor's threads, at least 1.
 
     Raises:
         RunError: for a mistake in the settings, or if the directory holds anything else.
     """
     given = cast(dict[str, str], dict(contenders))  # what stands for Settings there is only what a command line has
     try:
-        settings = StudySettings(given, common, seeds, None if run_dir is None else Path(run_dir), resume)
+        settings = StudySettings(given, common, seeds, None if run_dir is None else Path(run_dir), resume, workers)
     except ValueError as error:
         raise RunError(str(error)) from error
     content = {"contenders": {}, "common": common, "seeds": seeds}
@@ -172,9 +139,19 @@ def _run(settings: StudySettings, text: str, name: str) -> Study:
     for contender in settings.contenders:  # a mistake in the last one is found now, not after hours
         with _named(contender):
             make("objective", _planned(settings, contender, 0)[0].objective)
-    open_run(run_dir, text, settings.resume)
+    # the same command may be given in several shells: all but the first find the study there
+    open_run(run_dir, text, settings.resume or _holds(run_dir, text))
     directories = run_all(settings, run_dir)
     return Study(settings, run_dir, directories, summarize(directories))
+
+
+def _holds(run_dir: Path, text: str) -> bool:
+    """Whether the directory holds this very study, on its way."""
+    saved = run_dir / "config.yaml"
+    try:
+        return not (run_dir / "result.json").exists() and yaml.safe_load(saved.read_text()) == yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # what is wrong with it is told where it is opened
 
 
 def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
@@ -182,21 +159,58 @@ def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
 
     Returns:
         The run directories of each contender, one per seed.
+
+    Raises:
+        RunError: if runs failed, when all others are finished.
     """
-    result: dict[str, list[Path]] = {name: [] for name in settings.contenders}
-    for seed in range(settings.seeds):
-        for name in settings.contenders:
-            directory = run_dir / f"{slug(name)}-seed{seed}"
-            if not (directory / "result.json").exists():
-                print(f"\n=== {name}, seed {seed}")
-                try:
-                    with _named(name):
-                        train(*_planned(settings, name, seed, directory))
-                except KeyboardInterrupt as interrupt:
-                    hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
-                    raise KeyboardInterrupt(hint) from interrupt
-            result[name].append(directory)
-    return result
+    shared = partial(_shared, settings, run_dir)
+    work = shared()
+    work.forget_failures()
+    try:
+        if settings.workers == 1:
+            work.work(tell=lambda name: print(f"\n=== {name}"))
+        else:
+            status = partial(_status, run_dir)
+            in_processes(shared, min(settings.workers, len(work.names)), partial(_log, run_dir), status)
+    except KeyboardInterrupt as interrupt:
+        hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
+        raise KeyboardInterrupt(hint) from interrupt
+    if failures := work.failures():
+        (first, reason), *others = failures.items()
+        more = f"; {len(others)} more failed, see {run_dir / CLAIMS}/*.failed" if others else ""
+        raise RunError(f"{first}: {reason}{more}; the same command with --run_dir {run_dir} --resume runs it again")
+    return {name: [run_dir / _directory(name, s) for s in range(settings.seeds)] for name in settings.contenders}
+
+
+def _directory(name: str, seed: int) -> str:
+    """Where in the study a run is."""
+    return f"{slug(name)}-seed{seed}"
+
+
+def _shared(settings: StudySettings, run_dir: Path) -> Shared:
+    """The runs of a study, as work that processes share."""
+    runs = {_directory(name, seed): (name, seed) for seed in range(settings.seeds) for name in settings.contenders}
+
+    def do(directory: str) -> None:
+        name, seed = runs[directory]
+        with _named(name):
+            train(*_planned(settings, name, seed, run_dir / directory))
+
+    return Shared(run_dir, list(runs), do, lambda directory: (run_dir / directory / "result.json").exists())
+
+
+def _log(run_dir: Path, directory: str) -> Path:
+    """What a run of a worker prints."""
+    return run_dir / f"{directory}.log"
+
+
+def _status(run_dir: Path, directory: str) -> str:
+    """How far a run is that another process works on."""
+    try:
+        *_, last = csv.DictReader((run_dir / directory / "metrics.csv").read_text().splitlines())
+        return f"epoch {last['epoch']}, validation ELBO {float(last['validation_elbo']):.2f}"
+    except (OSError, ValueError, KeyError):
+        return "starts"
 
 
 def _planned(settings: StudySettings, name: str, seed: int, directory: Path | None = None) -> tuple[Settings, str]:
@@ -224,43 +238,6 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
-def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
-    """A summary of each contender, compared with the first one that it can be compared with at all."""
-    references: dict[tuple, tuple[str, list[Run]]] = {}
-    summaries = []
-    for name, paths in directories.items():
-        finished = [load(path) for path in paths]
-        results = [run.result for run in finished]
-        meaning = tuple(results[0].get(each) for each in MUST_AGREE)
-        reference, others = references.setdefault(meaning, (name, finished))
-        estimator = "annealed" if annealed_alike([*finished, *others]) else "importance"
-        pairs = list(zip(finished, others, strict=True))
-        paired = difference(pairs, estimator)
-        key = "annealed_log_likelihood" if estimator == "annealed" else "test_log_likelihood"
-        likelihoods = _values(results, key)
-        chosen = _values([{"v": each.get("validation_log_likelihood")} for each in results], "v")
-        summaries.append(
-            Summary(
-                name=name,
-                reference=reference,
-                unit=results[0]["unit"],
-                elbo=_mean(results, "test_elbo"),
-                estimator=estimator,
-                log_likelihood=statistics.fmean(likelihoods),
-                importance_sampled=_mean(results, "test_log_likelihood"),
-                seed_error=standard_error(likelihoods),
-                **paired._asdict(),
-                share_khat=_mean(results, "share_khat_above_threshold"),
-                active_units=_mean(results, "active_units"),
-                seconds=_mean(results, "train_seconds"),
-                bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
-                validation=statistics.fmean(chosen),
-                validation_seed_error=standard_error(chosen),
-            )
-        )
-    return summaries
-
-
 def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | None = None, remarks: str = "") -> Path:
     """Write table and figure of a study whose contenders can all be compared; return its directory.
 
@@ -281,153 +258,8 @@ def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | No
         "a bad Pareto k.",
         "",
         summary_table(summaries, more),
-        *_choice(summaries),
+        *choice(summaries),
         *(["", remarks] if remarks else []),
     ]
     write_study(run_dir, "\n".join(lines), summaries, directories)
     return run_dir
-
-
-def best_by_validation(summaries: Sequence[Summary]) -> Summary:
-    """The summary of the highest validation log-likelihood among those with the reference of the first one.
-
-    Raises:
-        RunError: if a study of an earlier version knows none.
-    """
-    known = [s for s in summaries if s.reference == summaries[0].reference and math.isfinite(s.validation)]
-    if not known:
-        raise RunError("no run of this study has validation numbers, which earlier versions did not write")
-    return max(known, key=lambda s: s.validation)
-
-
-def _choice(summaries: Sequence[Summary]) -> list[str]:
-    """The line that says which contender the validation data choose, if they are known."""
-    if len(summaries) < 2 or not all(math.isfinite(s.validation) for s in summaries):
-        return []
-    best = best_by_validation(summaries)
-    spread = "" if best.validation_seed_error is None else f" +- {best.validation_seed_error:.2f} over seeds"
-    return ["", f"The validation data choose {best.name}: log p(x) {best.validation:.2f}{spread}."]
-
-
-def estimators(summaries: Sequence[Summary]) -> str:
-    """How log p(x) was estimated: of all alike, or of each contender."""
-    titles = {"annealed": "annealed", "importance": "by importance sampling"}
-    names = {each: [s.name for s in summaries if s.estimator == each] for each in titles}
-    found = [each for each in titles if names[each]]
-    return " and ".join(titles[each] + f" for {', '.join(names[each])}" * (len(found) > 1) for each in found)
-
-
-class PairedDifference(NamedTuple):
-    """Differences of log p(x), paired by seed and image; see :class:`Summary`."""
-
-    differences: list[float]
-    difference: float
-    difference_seed_error: float | None
-    difference_image_error: float
-
-
-def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDifference:
-    """How much better the first runs are than the second, which have the same seeds."""
-    differences = [difference_of(run, other, estimator).mean for run, other in pairs]
-    log_px = (tuple(run.evidence[estimator]["log_px"].values for run in pair) for pair in pairs)
-    per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
-    return PairedDifference(
-        differences,
-        statistics.fmean(differences),
-        standard_error(differences),
-        float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
-    )
-
-
-def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Summaries with the same reference as a Markdown table, with ``more`` columns by their headers."""
-    reference = summaries[0].reference
-    header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
-    header += ["bad k", "active units", "train s"]
-    validated = all(math.isfinite(s.validation) for s in summaries)
-    header += ["validation"] * validated
-    bits = any(s.bits_per_dim is not None for s in summaries)
-    rows = [header + ["bits/dim"] * bits]
-    for s in summaries:
-        row = [s.name, *(f"{value:.2f}" for value in (s.elbo, s.importance_sampled, s.log_likelihood))]
-        row.append(number(s.seed_error, 2))
-        if s.name == reference:
-            row += ["", "", ""]
-        else:
-            row += [f"{s.difference:+.2f}", number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
-        row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
-        row += [f"{s.validation:.2f}"] * validated
-        rows.append(row + [number(s.bits_per_dim)] * bits)
-    for name, cells in (more or {}).items():
-        rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
-    return table(rows)
-
-
-def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
-    """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
-    others = [s for s in summaries if s.name != s.reference]
-    with figures.figure(path, 6.4, 1.2 + 0.4 * len(others)) as axes:
-        for row, s in enumerate(others):
-            axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)
-            axes.errorbar(s.difference, row, xerr=s.difference_seed_error, fmt="o", color="C0", capsize=3, zorder=3)
-        axes.axvline(0, color="C3", lw=1)
-        axes.set_yticks(range(len(others)), [s.name for s in others])
-        axes.set_ylim(len(others) - 0.5, -0.5)
-        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per image", title=title)
-
-
-def write_study(
-    run_dir: Path, text: str, summaries: Sequence[Summary], directories: dict[str, list[Path]], **more: Any
-) -> None:
-    """Print ``text`` and write it to table.md; write result.json, with devices, versions and commits of the runs."""
-    results = [load(path).result for paths in directories.values() for path in paths]
-    origins = {}
-    for name in ("device", "versions", "commit"):
-        origins[name] = [each for i, r in enumerate(results) if (each := r[name]) not in [s[name] for s in results[:i]]]
-    with writing(run_dir):
-        write_text(run_dir / "table.md", text + "\n")
-        write_json(run_dir / "result.json", {"summaries": [s._asdict() for s in summaries], **more, **origins})
-    print(f"\n{text}\n\n{run_dir}")
-
-
-def load_study(directory: Path | str) -> list[Summary]:
-    """What a finished study says of each contender; version 0.1.0 wrote it to summary.json.
-
-    Raises:
-        RunError: if ``directory`` holds no finished study.
-    """
-    files = [file for name in ("result.json", "summary.json") if (file := Path(directory) / name).exists()]
-    if not files:
-        raise RunError(f"{directory} holds no finished study: there is no result.json")
-    try:
-        return [_summary(each) for each in json.loads(files[0].read_text())["summaries"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{files[0]} is no summary of a study: {' '.join(str(error).split())}") from error
-
-
-def _summary(content: dict[str, Any]) -> Summary:
-    """A summary as it was written; before there were annealed estimates, there was one log-likelihood alone."""
-    estimator = "annealed" if "importance_sampled" in content else "importance"
-    content = {"estimator": estimator, "importance_sampled": content["log_likelihood"]} | content
-    # these may be None; for others JSON has null for NaN
-    absent = ("seed_error", "difference_seed_error", "bits_per_dim", "validation_seed_error")
-    content = Summary._field_defaults | content
-    values = {name: content[name] for name in Summary._fields}
-    known: dict[str, Any] = {n: math.nan if v is None and n not in absent else v for n, v in values.items()}
-    return Summary(**known)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of ``values``; None for a single one, NaN if one of them is."""
-    if len(values) > 1 and not all(map(math.isfinite, values)):  # which the standard library cannot
-        return math.nan
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _mean(results: Sequence[dict[str, Any]], name: str) -> float:
-    return statistics.fmean(_values(results, name))
-
-
-def _values(results: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """One number of each result; JSON has null for NaN."""
-    return [math.nan if r[name] is None else r[name] for r in results]

@@ -47,6 +47,7 @@ from pyro_vae.runs.memory import check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
 from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.workers import alone
 from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training, fit
 from pyro_vae.vae import VAE, TwoLayerVAE
 
@@ -94,11 +95,12 @@ def train(settings: Settings, text: str | None = None) -> Run:
         f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
     )
     try:
-        history = fit_run(settings, vae, data, objective, run_dir)
-        if device.type == "mps":  # has no double precision
-            print("scoring on the CPU, in double precision, which mps lacks")
-            vae, data = vae.cpu(), load_dataset(dataset, "cpu")
-        finish(settings, vae.eval(), data, history, run_dir)
+        with alone(run_dir):
+            history = fit_run(settings, vae, data, objective, run_dir)
+            if device.type == "mps":  # has no double precision
+                print("scoring on the CPU, in double precision, which mps lacks")
+                vae, data = vae.cpu(), load_dataset(dataset, "cpu")
+            finish(settings, vae.eval(), data, history, run_dir)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
     except OSError as error:

@@ -13,7 +13,7 @@ from experiments.likelihood_study import CrossEntropy
 from pyro_vae import Bernoulli, Gaussian, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.parts.likelihoods import Categorical
-from pyro_vae.runs import studies
+from pyro_vae.runs import studies, summaries
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_a_study_says_how_log_likelihoods_were_estimated(finished):
 
 
 def test_one_run_without_a_number_leaves_none_for_the_mean():
-    values = studies._values([{"a": 1.0}, {"a": None}], "a")  # JSON has no NaN
+    values = summaries._values([{"a": 1.0}, {"a": None}], "a")  # JSON has no NaN
     assert math.isnan(values[1])
     assert math.isnan(runs.standard_error(values))
     assert runs.standard_error([1.0, 3.0]) == pytest.approx(1)

@@ -1,0 +1,233 @@
+"""Work that several processes share: claims that a dead process loses, and workers on one machine."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyro_vae.errors import NonFiniteError, RunError
+
+CLAIMS = ".claims"
+"""The folder, in a directory whose work is shared, of the files that are locked while somebody works on a part."""
+
+
+class Taken(RunError):
+    """Somebody else is at work on this."""
+
+
+@contextlib.contextmanager
+def claim(directory: Path, name: str) -> Iterator[None]:
+    """Context: nobody else does the part ``name`` of the work in ``directory``, on this machine or on others that share
+    its file system. The operating system frees the claim of a process that dies, however it does.
+
+    Raises:
+        Taken: if another process has claimed it.
+        RunError: if the claim cannot be written.
+    """
+    path = directory / CLAIMS / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    with file:
+        if not _lock(file):
+            file.seek(0)
+            raise Taken(f"{directory}: {file.read().strip() or 'another process'} is at work on {name}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Context: nobody else trains the run in this directory, which has its settings already.
+
+    Raises:
+        Taken: if another process does.
+    """
+    with (run_dir / "config.yaml").open("r+") as file:  # network file systems lock only what could be written
+        if not _lock(file):
+            raise Taken(f"--run_dir: another process is at work on {run_dir}")
+        yield
+
+
+def _lock(file: Any) -> bool:
+    """Lock a file until it is closed, if nobody else has; where a system has no such locks, nobody is told."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Shared:
+    """Parts of a work by name, each done once by whoever claims it first; what is done can be seen in the directory.
+
+    Args:
+        directory: of the work.
+        names: of its parts, which are names of files too, in the order in which they are taken.
+        do: does one of them; an error of one does not stop the others, and its reason is written to the directory.
+        is_done: whether one of them is done, by whomever.
+    """
+
+    def __init__(
+        self, directory: Path, names: Sequence[str], do: Callable[[str], object], is_done: Callable[[str], bool]
+    ):
+        self.directory, self.names = directory, list(names)
+        self.do, self.is_done = do, is_done
+
+    def open(self) -> list[str]:
+        """What is neither done nor has failed."""
+        return [name for name in self.names if not self.is_done(name) and not self._failure(name).exists()]
+
+    def failures(self) -> dict[str, str]:
+        """Reasons by name."""
+        return {name: self._failure(name).read_text() for name in self.names if self._failure(name).exists()}
+
+    def forget_failures(self) -> None:
+        """Let what has failed be tried again."""
+        for name in self.names:
+            self._failure(name).unlink(missing_ok=True)
+
+    def work(self, tell: Callable[[str], object] = lambda name: None) -> None:
+        """Do what nobody else does, until all is done; wait for others, in case one of them dies."""
+        waiting = False
+        while left := self.open():
+            took = False
+            for name in left:
+                with contextlib.suppress(Taken), claim(self.directory, name):
+                    took = True
+                    if name in self.open():  # it was not done in the meantime
+                        tell(name)
+                        self._try(name)
+            if not took:
+                if not waiting:
+                    print(f"waiting for other processes, which are at work on {', '.join(left)}")
+                waiting = True
+                time.sleep(0.5)
+
+    def _try(self, name: str) -> None:
+        try:
+            self.do(name)
+        except Taken:
+            raise
+        except (RunError, NonFiniteError) as error:
+            self._failed(name, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._failed(name, f"{type(error).__name__}: {error}")
+
+    def _failed(self, name: str, reason: str) -> None:
+        reason = " ".join(reason.split())
+        print(f"{name} failed: {reason}", file=sys.stderr)
+        self._failure(name).write_text(reason)
+
+    def _failure(self, name: str) -> Path:
+        return self.directory / CLAIMS / f"{name}.failed"
+
+
+WIDTH = 200
+
+
+def in_processes(
+    shared: Callable[[], Shared], workers: int, log: Callable[[str], Path], status: Callable[[str], str]
+) -> None:
+    """Do a shared work in ``workers`` new processes on this machine, each with its part of the processor's threads.
+
+    Args:
+        shared: makes the work, in this process and in each of the others: it must be picklable.
+        workers: how many processes.
+        log: where the output of each part is written.
+        status: a few words on a part that is on its way, for its line of progress.
+
+    Raises:
+        RunError: if every worker died.
+        KeyboardInterrupt: when Ctrl-C was pressed, after all have stopped.
+    """
+    here, context = shared(), multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    told = [context.Array("c", WIDTH, lock=False) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(shared, log, threads, each), daemon=True) for each in told]
+    try:
+        for process in processes:
+            process.start()
+        _watch(here, processes, told, status)
+    except KeyboardInterrupt:
+        for process in processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGINT)
+        raise
+    finally:
+        for process in processes:
+            process.join(10)
+            process.terminate()
+    if here.open():
+        codes = ", ".join(str(process.exitcode) for process in processes)
+        raise RunError(
+            f"{here.directory}: the workers ended before their work did, with exit status {codes}; see {log('*')}"
+        )
+
+
+def _watch(here: Shared, processes: Sequence[Any], told: Sequence[Any], status: Callable[[str], str]) -> None:
+    """Show how far the work is, and each worker, until the last one ends."""
+    total, lines = len(here.names), []
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total, desc="runs", unit="run"))
+        lines = [stack.enter_context(tqdm(bar_format="{desc}", position=1 + i)) for i in range(len(processes))]
+        alive = True
+        while alive:
+            alive = any(process.is_alive() for process in processes)
+            bar.n = total - len(here.open())
+            bar.set_postfix({"failed": len(here.failures())}, refresh=True)
+            for line, process, name in zip(lines, processes, told, strict=True):
+                text = name.value.decode()
+                line.set_description_str(
+                    f"  {text}: {status(text)}" if process.is_alive() and text else "  idle", refresh=True
+                )
+            time.sleep(0.3)
+
+
+def _worker(shared: Callable[[], Shared], log: Callable[[str], Path], threads: int, told: Any) -> None:
+    """The life of a worker: it ends with its parent."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(threads)
+
+    def tell(name: str) -> None:
+        told.value = name.encode()[: WIDTH - 1]
+        _write_to(log(name))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        shared().work(tell)
+    told.value = b""
+
+
+def _write_to(path: Path) -> None:
+    """Let all that this process prints, and what its libraries do, go to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with path.open("a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
