@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
 
 if TYPE_CHECKING:
-    from pyro_vae.runs import Comparison, Run, Scored, Study
+    from pyro_vae.runs import Classified, Comparison, Run, Scored, Study
 
 USAGE = """usage: pyro-vae COMMAND [options]
 
   train      train a VAE, score it and draw it; the directory it writes is a run
   evaluate   score a finished run again: by another estimator, on more data, on training data
+  classify   p(label given x) of a run that is told labels: its accuracy and log-loss, with their errors
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
   study      the same run for several contenders and seeds, and their differences
 
@@ -26,7 +27,7 @@ pyro-vae COMMAND --help shows the options that matter first, --help.all every on
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "evaluate": evaluate, "compare": compare, "study": study}
+    commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
 
     def run() -> None:
         if not argv or argv[0] in ("-h", "--help"):
@@ -69,6 +70,16 @@ def evaluate(argv: Sequence[str] | None = None) -> "Scored":
     scored = runs.evaluate(settings, text)
     print(f"\n{runs.evaluation_table(scored.result)}\n\n{scored.path}")
     return scored
+
+
+def classify(argv: Sequence[str] | None = None) -> "Classified":
+    """Score a finished run as a classifier, as told by ``argv``."""
+    from pyro_vae import runs
+
+    settings, text = runs.parse(runs.ClassificationSettings, argv, first="run", prog="pyro-vae classify")
+    classified = runs.run_classification(settings, text)
+    print(f"\n{runs.classification_table(classified.result)}\n\n{classified.path}")
+    return classified
 
 
 def compare(argv: Sequence[str] | None = None) -> "Comparison":

@@ -236,7 +236,7 @@ class ConditionalVAE(nn.Module):
 
     def initialize(self, x: Tensor, c: Tensor) -> None:
         """Start every part from training data, ``(N, X)`` and ``(N, C)``. Call once, before making the optimizer."""
-        self.posterior.initialize(x, self.likelihood.head)
+        self.posterior.initialize(x, self.likelihood.head, c if self.encoder_sees else None)
         self.likelihood.initialize(x)
         if isinstance(self.prior, Prior):
             _initialize_prior(self.prior, x, self.posterior)

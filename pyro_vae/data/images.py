@@ -4,8 +4,11 @@ Validation images are the last of the training images. Binarized validation and 
 seed of the data set's own, so that runs with different seeds share them.
 """
 
+import copy
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.datasets import Data, Pixels, Schema, Source, held_out
+from pyro_vae.data.datasets import Column, Data, Pixels, Schema, Source, held_out
 from pyro_vae.errors import DataError
 from pyro_vae.parts.likelihoods import Likelihood
 
@@ -33,6 +36,10 @@ ENCODINGS = {
 
 MOST = 2**24
 """Whole numbers up to this are exact as observations, which are of single precision."""
+
+
+MOST_CLASSES = 1000
+"""A condition has one number for each class."""
 
 
 class Images(NamedTuple):
@@ -111,8 +118,10 @@ class ImageData(Data):
     Attributes:
         image_shape: ``(C, H, W)``.
         train_pixels: training images as stored, ``(N, X)``.
-        validation, test: observations ``(N, X)``, float32, fixed.
+        validation, test: observations ``(N, X)``, float32, fixed; or, with a condition, ``(x, c)``.
     """
+
+    _condition: Tensor | None = None
 
     def __init__(self, dataset: Dataset, images: Images, device: torch.device | str):
         name = type(dataset).__name__
@@ -163,11 +172,46 @@ class ImageData(Data):
     def num_train(self) -> int:
         return len(self.train_pixels)
 
-    def observe(self, index: Tensor) -> Tensor:
+    def observe(self, index: Tensor) -> Any:
         """Training observations ``(len(index), X)``, redrawn by torch's global generator if they are noisy."""
         if self._train is not None:
-            return self._train[index]
-        return observed(self.train_pixels[index], self.max_value, self._redrawn, None)
+            x = self._train[index]
+        else:
+            x = observed(self.train_pixels[index], self.max_value, self._redrawn, None)
+        return x if self._condition is None else (x, self._condition[index])
+
+    def given(self, names: Sequence[str]) -> "ImageData":
+        name = self.about["dataset"]
+        if list(names) != ["label"]:
+            raise DataError(f"--condition {', '.join(names)}: {name} has nothing beside its images but label")
+        parts: dict[str, Tensor] = {}
+        for part, of in (("training", "train"), ("validation", "validation"), ("test", "test")):
+            if (labels := getattr(self, f"{of}_labels")) is None:
+                raise DataError(f"--condition label: the {part} images of {name} have no labels")
+            parts[part] = labels
+        known = parts["training"].unique()
+        if not 2 <= len(known) <= MOST_CLASSES:
+            raise DataError(
+                f"--condition label: {name} has {len(known):,} different training labels, there must be between 2 and "
+                f"{MOST_CLASSES:,}"
+            )
+        for part, labels in parts.items():
+            if len(rows := (~torch.isin(labels, known)).nonzero()):
+                row = int(rows[0])
+                raise DataError(
+                    f"--condition label: {part} image {row} (from 0) of {name} has the label {labels[row]}, which no "
+                    "training image has"
+                )
+        column = Column("label", "categorical", tuple(known.tolist()))
+        train, validation, test = (
+            column.encode(torch.searchsorted(known, labels)).to(self.device) for labels in parts.values()
+        )
+        result = copy.copy(self)
+        result.schema = replace(self.schema, condition=(column,))
+        result.about = {**self.about, "condition": ["label"]}
+        result._condition = train
+        result.validation, result.test = (self.validation, validation), (self.test, test)
+        return result
 
     def check(self, head: Likelihood) -> None:
         levels, wanted, of = head.levels, head.encoding, f"--likelihood {type(head).__name__}"

@@ -74,15 +74,17 @@ class Conditional(nn.Module, Generic[Head]):
                 )
         return made
 
-    def initialize(self, x: Tensor, scored: Likelihood | None = None) -> None:
+    def initialize(self, x: Tensor, scored: Likelihood | None = None, c: Tensor | None = None) -> None:
         """Start from training data ``x``, shape ``(N, X)``, of which NaN was not seen: the head; the encoder, whose
-        input is standardized as suits the likelihood that scores x; or the decoder at the outputs that suit x."""
+        input is standardized as suits the likelihood that scores x, and conditions ``c``, shape ``(N, C)``, if it sees
+        them, are not; or the decoder at the outputs that suit x."""
         if self.inputs is not None:
             self.network.initialize(x)
             if scored is not None and not isinstance(self.network, Incomplete):
                 self.inputs.initialize(without_gaps(x), scored)
-            if scored is not None and self.network.in_features == x.shape[1]:
-                calm(self.network, self.head.sizes, self.inputs(x))
+            read = x if c is None else torch.cat([x, c.to(x)], -1)
+            if scored is not None and self.network.in_features == read.shape[1]:
+                calm(self.network, self.head.sizes, self.inputs(read))
             return
         x, head = without_gaps(x), cast(Likelihood, self.head)
         head.initialize(x)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae.errors import check_widths
+from pyro_vae.errors import check_at_least_one, check_widths
 
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "softplus"]
 
@@ -130,6 +130,41 @@ class GatedMLP(Network):
     def start_at(self, output: Tensor) -> None:
         with torch.no_grad():
             self.output.bias.copy_(output)
+
+
+class Told(Network):
+    """A network of images, or any other, that is told a condition c beside its features x: it reads x + A c.
+
+    A has a plane for each number of c, learned, and zero at first. A network of any number of features, such as the
+    MLP, is better made with C more of them.
+
+    Args:
+        network: reads x alone.
+        condition_dim: C, numbers of one condition, at least 1.
+
+    Raises:
+        ValueError: if ``condition_dim`` is below 1.
+
+    >>> Told(ConvEncoder(64, 4, image_shape=(1, 8, 8)), 10)(torch.zeros(3, 64 + 10)).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, network: Network, condition_dim: int):
+        check_at_least_one(condition_dim=condition_dim)
+        super().__init__(network.in_features + condition_dim, network.out_features)
+        self.planes = nn.Linear(condition_dim, network.in_features, bias=False)
+        nn.init.zeros_(self.planes.weight)
+        self.network = network
+
+    def forward(self, features: Tensor) -> Tensor:
+        x, c = features.split([self.network.in_features, self.in_features - self.network.in_features], -1)
+        return self.network(x + self.planes(c))
+
+    def initialize(self, x: Tensor) -> None:
+        self.network.initialize(x)
+
+    def start_at(self, output: Tensor) -> None:
+        self.network.start_at(output)
 
 
 class _Activation(nn.Module):

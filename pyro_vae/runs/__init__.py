@@ -11,6 +11,13 @@ need_extra("runs", NEEDED.split())
 
 from pyro_vae.runs import figures, judge
 from pyro_vae.runs.build import build, load_dataset, make
+from pyro_vae.runs.classifying import (
+    ClassificationSettings,
+    Classified,
+    classification_table,
+    classify,
+    run_classification,
+)
 from pyro_vae.runs.comparing import Comparison, ComparisonSettings, Difference, annealed_alike, compare, difference_of
 from pyro_vae.runs.directory import (
     check_empty,
@@ -75,6 +82,8 @@ from pyro_vae.runs.training import compiled_engine, train
 from pyro_vae.runs.using import Filled, Using
 
 __all__ = [
+    "ClassificationSettings",
+    "Classified",
     "Comparison",
     "ComparisonSettings",
     "Difference",
@@ -99,6 +108,8 @@ __all__ = [
     "check_run_dir",
     "check_seed",
     "choose_device",
+    "classification_table",
+    "classify",
     "compare",
     "compiled_engine",
     "conclude",
@@ -129,6 +140,7 @@ __all__ = [
     "reliable",
     "report_run",
     "report_study",
+    "run_classification",
     "run_study",
     "score",
     "score_test",

@@ -19,12 +19,13 @@ from pyro_vae.infer.trees import first_tensor, select, split
 from pyro_vae.parts.conditional import Conditional, num_outputs
 from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
 from pyro_vae.parts.missing import Incomplete
-from pyro_vae.parts.networks import MLP, Network
+from pyro_vae.parts.networks import MLP, Network, Told
 from pyro_vae.parts.posteriors import MeanField
 from pyro_vae.runs.settings import Settings
-from pyro_vae.vae import VAE, TwoLayerVAE
+from pyro_vae.vae import VAE, ConditionalVAE, TwoLayerVAE
 
 T = TypeVar("T")
+Model = VAE | ConditionalVAE | TwoLayerVAE
 
 
 OTHERS_ERRORS = (ValueError, TypeError, AssertionError, AttributeError, LookupError, RuntimeError)
@@ -53,21 +54,26 @@ def refusal(error: Exception, prefix: str = "") -> str:
     return f"{prefix}{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def load_dataset(dataset: Source, device: torch.device | str) -> Data:
-    """The data, or a RunError that says why they cannot be had."""
+def load_dataset(dataset: Source, device: torch.device | str, condition: Sequence[str] = ()) -> Data:
+    """The data, given the condition of these names, or a RunError that says why they cannot be had."""
     try:
-        return dataset.load(device)
+        data = dataset.load(device)
+        return data.given(condition) if condition else data
     except DataError as error:
         raise RunError(" ".join(str(error).split())) from error
 
 
-def build(settings: Settings, schema: Schema) -> VAE | TwoLayerVAE:
+def build(settings: Settings, schema: Schema) -> Model:
     """The untrained model of ``settings`` for data of this schema."""
+    told = dict.fromkeys(settings.condition_in, schema.condition_dim)
     likelihood = head_of(settings, schema)
     posterior = make("posterior", settings.posterior, settings.latent_dim)
-    decoder = make("decoder", settings.decoder, settings.latent_dim, num_outputs(likelihood), image_shape=schema.shape)
-    encoder = encoder_of(settings, schema, num_outputs(posterior))
+    read = settings.latent_dim + told.get("decoder", 0)
+    decoder = make("decoder", settings.decoder, read, num_outputs(likelihood), image_shape=schema.shape)
+    encoder = encoder_of(settings, schema, num_outputs(posterior), told.get("encoder", 0))
     below = make("decoder", Conditional, decoder, likelihood), make("encoder", Conditional, encoder, posterior)
+    if schema.condition_dim:
+        return conditional(settings, *below, schema.condition_dim)
     return MODELS[settings.model](settings, *below)
 
 
@@ -78,14 +84,37 @@ def head_of(settings: Settings, schema: Schema) -> Likelihood:
     return heads(schema.columns) if schema.columns and usual else make("likelihood", chosen, schema.size)
 
 
-def encoder_of(settings: Settings, schema: Schema, out_features: int) -> Network:
-    """The encoder, which sees what is missing where data have gaps."""
-    if not schema.missing:
-        return make("encoder", settings.encoder, schema.size, out_features, image_shape=schema.shape)
-    mask = settings.missing == "mask"
+def encoder_of(settings: Settings, schema: Schema, out_features: int, told: int = 0) -> Network:
+    """The encoder, which sees what is missing where data have gaps, and a condition of ``told`` numbers."""
+    mask = schema.missing and settings.missing == "mask"
     inputs = 2 * schema.size if mask else schema.size
-    network = make("encoder", settings.encoder, inputs, out_features, image_shape=(inputs,))
-    return Incomplete(network, schema.size, mask)
+    network = _told(settings, inputs, told, out_features, (inputs,) if schema.missing else schema.shape)
+    return Incomplete(network, schema.size, mask) if schema.missing else network
+
+
+def _told(settings: Settings, size: int, told: int, out_features: int, shape: tuple[int, ...]) -> Network:
+    """A network that reads x and c; of those that refuse so many features, one of x that is told c."""
+    if told:
+        try:
+            network = make("encoder", settings.encoder, size + told, out_features, image_shape=shape)
+            with torch.no_grad(), evaluating(network):
+                network(torch.zeros(1, size + told))
+            return network
+        except (RunError, *OTHERS_ERRORS):
+            return Told(make("encoder", settings.encoder, size, out_features, image_shape=shape), told)
+    return make("encoder", settings.encoder, size, out_features, image_shape=shape)
+
+
+def conditional(
+    settings: Settings, likelihood: Conditional, posterior: Conditional, condition_dim: int
+) -> ConditionalVAE:
+    """z, c -> x."""
+    if "prior" in settings.condition_in:
+        head = MeanField(settings.latent_dim)
+        network = MLP(condition_dim, num_outputs(head), settings.condition_hidden)
+        return ConditionalVAE(Conditional(network, head), likelihood, posterior, condition_dim)
+    prior = make("prior", settings.prior, settings.latent_dim)
+    return make("condition_in", ConditionalVAE, prior, likelihood, posterior, condition_dim)
 
 
 def one_layer(settings: Settings, likelihood: Conditional, posterior: Conditional) -> VAE:
@@ -121,7 +150,7 @@ def check_pairing(head: Likelihood, data: Data) -> None:
         raise RunError(str(error)) from error
 
 
-def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tree], data: Data) -> None:
+def check_observations(vae: Model, observations: Sequence[Tree], data: Data) -> None:
     """Refuse parts that break their contract, and observations that the likelihood cannot score.
 
     Binary observations are alike, so that a few stand for all.
@@ -139,7 +168,7 @@ def check_observations(vae: VAE | TwoLayerVAE, observations: Sequence[Tree], dat
         raise RunError(f"{problem} ({chosen}{data.options})") from error
 
 
-def check_objective(objective: Objective, vae: VAE | TwoLayerVAE, x: Tree) -> None:
+def check_objective(objective: Objective, vae: Model, x: Tree) -> None:
     """Refuse an objective that cannot serve the model, before anything is written; nothing is left changed.
 
     Raises:

@@ -18,7 +18,7 @@ from pyro_vae.data.images import ImageData
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
-from pyro_vae.infer.trees import select
+from pyro_vae.infer.trees import call, select
 from pyro_vae.training import Epoch
 
 STYLE: dict[Any, Any] = {
@@ -162,11 +162,22 @@ def posterior_mean(guide: Program, x: Tree, num_samples: int = 64) -> Latents:
         return {name: z.mean(0) for name, z in posterior_samples(guide, x, num_samples).items()}
 
 
-def decode(model: Program, size: int, like: Tensor, latents: Latents | None = None, draw: bool = False) -> Tensor:
-    """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior."""
+def decode(
+    model: Program,
+    size: int,
+    like: Tensor,
+    latents: Latents | None = None,
+    draw: bool = False,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior.
+
+    A model that is told a condition takes one of each, ``(size, C)``.
+    """
     program = poutine.condition(poutine.uncondition(model), data=latents or {})
+    x = like.new_zeros(size, like.shape[-1])
     with torch.no_grad():
-        nodes: Any = poutine.trace(program).get_trace(like.new_zeros(size, like.shape[-1])).nodes
+        nodes: Any = call(poutine.trace(program).get_trace, x if condition is None else (x, condition)).nodes
     (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
     return observed["value"] if draw else observed["fn"].mean
 
@@ -175,7 +186,7 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     """The latent space; of images, reconstructions, prior samples and interpolations too."""
     latent_scatter(guide, data, run_dir / "latent_space.png")
     if isinstance(data, ImageData):
-        _images(model, guide, data, run_dir)
+        (_images_given if data.schema.condition else _images)(model, guide, data, run_dir)
 
 
 def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> None:
@@ -206,6 +217,41 @@ def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> N
         run_dir / "interpolation.png",
         "From one test image to another, straight through latent space",
     )
+
+
+MOST_ROWS = 20
+"""Classes that are drawn, the first ones."""
+
+
+def _images_given(model: Program, guide: Program, data: ImageData, run_dir: Path) -> None:
+    """Images of a model that is told the class: what it says of each."""
+    shape, (column,), (test, told) = data.image_shape, data.schema.condition, data.test
+    classes = column.encode(torch.arange(len(column.values), device=test.device))[:MOST_ROWS]
+    labels = [str(value) for value in column.values[: len(classes)]]
+    codes = posterior_mean(guide, select(data.test, slice(10)))
+    mean = decode(model, len(test[:10]), test, codes, condition=told[:10])
+    title = "Test images (top) and their reconstructions"
+    image_grid(data.picture(torch.stack([test[:10], mean])), shape, run_dir / "reconstructions.png", title)
+    image_grid(
+        data.picture(samples_given(model, test, classes)),
+        shape,
+        run_dir / "samples.png",
+        "Means of p(x | z, class), a row for each class, z of the same noise in a column",
+        labels,
+    )
+    of_others = [decode(model, len(test[:10]), test, codes, condition=c.expand(len(test[:10]), -1)) for c in classes]
+    rows = torch.stack([test[:10], *of_others])
+    title = "Test images (top), and the same z with each class in place of theirs"
+    image_grid(data.picture(rows), shape, run_dir / "other_classes.png", title, ["", *labels])
+
+
+def samples_given(model: Program, like: Tensor, classes: Tensor, number: int = 10) -> Tensor:
+    """Means of x given each of L conditions ``(L, C)``, shape ``(L, number, X)``; z is of the same noise for all."""
+    rows, gpus = [], [like.device] if like.device.type == "cuda" else []
+    for c in classes:
+        with torch.random.fork_rng(gpus):
+            rows.append(decode(model, number, like, condition=c.expand(number, -1)))
+    return torch.stack(rows)
 
 
 def image_grid(

@@ -11,18 +11,17 @@ import xarray as xr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from pyro_vae.data.datasets import Data, Schema, Source
+from pyro_vae.data.datasets import Data, Schema, Source, names_of
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import RunError
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.runs.build import build, load_dataset, make
+from pyro_vae.runs.build import Model, build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
 from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.using import Filled, Latents, Using
-from pyro_vae.vae import VAE, TwoLayerVAE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +63,7 @@ class Run:
         return load_settings(self.path)
 
     @cached_property
-    def model(self) -> VAE | TwoLayerVAE:
+    def model(self) -> Model:
         """The trained model, on the CPU, in evaluation mode."""
         return load_model(self.path)
 
@@ -143,7 +142,7 @@ def load_settings(directory: Path | str) -> Settings:
     return settings
 
 
-def load_model(directory: Path | str) -> VAE | TwoLayerVAE:
+def load_model(directory: Path | str) -> Model:
     """The trained model of a run, on the CPU, in evaluation mode; its data set is not needed.
 
     Raises:
@@ -206,7 +205,7 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
     settings, directory = load_settings(directory), Path(directory)
     dataset = _source(settings)
     find_again(directory, dataset)
-    data = load_dataset(dataset, device)
+    data = load_dataset(dataset, device, settings.conditions)
     check_same_data(directory, dataset, data)
     return data
 
@@ -214,7 +213,7 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
 class Finished(NamedTuple):
     """A finished run of images, opened to be studied: model, data, their device, and the directory that is written."""
 
-    vae: VAE | TwoLayerVAE
+    vae: Model
     data: ImageData
     device: torch.device
     run_dir: Path
@@ -231,6 +230,8 @@ def open_finished(directory: Path, run_dir: Path | None, name: str, device: str,
     run_dir = run_dir or directory / name
     check_empty(run_dir)
     vae, data = load_finished(directory, chosen)
+    if told := data.schema.condition:
+        raise RunError(f"this is made for models of p(x), {directory} is told {names_of(told)}")
     torch.manual_seed(seed)
     return Finished(vae, images_of(data), chosen, run_dir)
 
@@ -246,7 +247,7 @@ def images_of(data: Data) -> ImageData:
     return data
 
 
-def load_finished(directory: Path, device: torch.device) -> tuple[VAE | TwoLayerVAE, Data]:
+def load_finished(directory: Path, device: torch.device) -> tuple[Model, Data]:
     """Model and data of a finished run, on ``device``.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.data.datasets import Data
+from pyro_vae.data.datasets import Data, names_of
 from pyro_vae.data.images import ImageData
 from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
@@ -29,6 +29,7 @@ from pyro_vae.infer.programs import Program
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
 from pyro_vae.parts.likelihoods import Likelihood
+from pyro_vae.runs.build import Model
 from pyro_vae.runs.directory import (
     check_empty,
     choose_device,
@@ -43,7 +44,6 @@ from pyro_vae.runs.directory import (
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
-from pyro_vae.vae import VAE, TwoLayerVAE
 
 OTHERS = {"smc": smc, "bridge": bridge_sampling, "thermodynamic": thermodynamic_integration}
 PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
@@ -98,7 +98,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         "estimator": settings.estimator,
         "split": "simulated" if bdmc else settings.split,
         "num_images": len(among),
-        "unit": vae.likelihood.head.unit(data.schema.noun),
+        "unit": unit_of(vae, data),
         "seconds": time.perf_counter() - start,
         "seed": settings.seed,
         **provenance(device),
@@ -197,7 +197,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
     return table(rows)
 
 
-def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
+def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
     """Score the test images.
 
     Returns:
@@ -225,7 +225,7 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
             "num_samples": settings.num_samples,
             "num_images": data_size(test),
             "test_set": content_hash(test),
-            "unit": vae.likelihood.head.unit(data.schema.noun),
+            "unit": unit_of(vae, data),
             "median_ess": evidence.ess.median().item(),
             "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
             "khat_threshold": pareto_k_threshold(settings.num_samples),
@@ -243,6 +243,12 @@ def score_test(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> tuple[dict[
     )
 
 
+def unit_of(vae: Model, data: Data) -> str:
+    """The unit of log p(x), or of log p(x given c): numbers of different units are never compared."""
+    told = f", given {names_of(data.schema.condition)}" if data.schema.condition else ""
+    return vae.likelihood.head.unit(data.schema.noun) + told
+
+
 def content_hash(x: Tree) -> str:
     """A short hash of observations, by which runs know whether they were scored on the same."""
     known = hashlib.sha256()
@@ -255,7 +261,7 @@ MOST_VALIDATION = 1000
 """Validation images of which log p(x) is estimated: choices among models need no more, and all are scored often."""
 
 
-def score_validation(run: Settings, vae: VAE | TwoLayerVAE, data: Data) -> dict[str, Any]:
+def score_validation(run: Settings, vae: Model, data: Data) -> dict[str, Any]:
     """The entries of result.json that models are chosen by: what a test set is asked once, these are asked often.
 
     The ELBO is that of all validation images; log p(x), by importance sampling, that of some, the same in every run.
@@ -302,7 +308,7 @@ def doubted(evidence: Evidence, importance: Evidence) -> Evidence:
 
 
 def anneal(
-    settings: EvidenceSettings, vae: VAE | TwoLayerVAE, test: Tree, importance: Evidence
+    settings: EvidenceSettings, vae: Model, test: Tree, importance: Evidence
 ) -> tuple[xr.Dataset | None, dict[str, Any]]:
     """Annealed importance sampling of some of the test images, and what it says about all of them."""
     whole = data_size(test)

@@ -8,6 +8,7 @@ name, or by import path for a class of your own; a part takes its own options af
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -105,6 +106,11 @@ class Settings:
     Args:
         model: VAE, or TwoLayerVAE with two stochastic layers, whose prior is that of the upper one.
         top: the upper layer of TwoLayerVAE.
+        condition: what the model is told beside x, so that it is p(x given c): label, or the name of a column of a
+            table or '[several, names]'; null: nothing.
+        condition_in: which parts are told: prior, decoder, encoder. The decoder reads c after z, the encoder after x,
+            or, if it is a network of images, sees x + A c; a prior that is told is Gaussian given c.
+        condition_hidden: width of each hidden layer of the network of a prior that is told.
         dataset: source of data.
         data_dir: folder of data files and downloads; null: the user's cache folder.
         prior: p(z).
@@ -140,13 +146,16 @@ class Settings:
     """
 
     MAIN: ClassVar[tuple[str, ...]] = (
-        *("dataset", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim", "objective"),
+        *("dataset", "condition", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim", "objective"),
         *("epochs", "lr", "seed", "device", "run_dir", "resume"),
     )
     """What ``--help`` shows."""
 
     model: Literal["VAE", "TwoLayerVAE"] = "VAE"
     top: TopSettings = field(default_factory=TopSettings)
+    condition: Sequence[str] | str | None = None
+    condition_in: Sequence[Literal["prior", "decoder", "encoder"]] = ("decoder", "encoder")
+    condition_hidden: Sequence[int] = (100,)
     dataset: Callable[[Path], Source] = MNIST
     data_dir: Path | None = None
     prior: Callable[[int], Prior] = StandardNormal
@@ -187,6 +196,30 @@ class Settings:
         for name, usual in (("precision", "float32"), ("max_norm", None)):
             if self.engine == "pyro" and getattr(self, name) != usual:
                 raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")
+        self._check_condition()
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of what the model is told."""
+        return (self.condition,) if isinstance(self.condition, str) else tuple(self.condition or ())
+
+    def _check_condition(self) -> None:
+        parts = tuple(self.condition_in)
+        check_widths("--condition_hidden", self.condition_hidden)
+        if not parts or len(set(parts)) < len(parts) or not set(parts) <= {"prior", "decoder", "encoder"}:
+            raise ValueError(f"--condition_in must be different ones of prior, decoder, encoder, got {list(parts)}")
+        names = self.conditions
+        if self.condition is None:
+            if set(parts) != {"decoder", "encoder"}:
+                raise ValueError("--condition_in needs --condition, what the parts are told")
+            return
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"--condition must be different names, got {list(names)}")
+        if self.model != "VAE":
+            raise ValueError(f"--condition is for --model VAE, {self.model} takes none")
+        prior = self.prior.func if isinstance(self.prior, partial) else self.prior
+        if "prior" in parts and prior is not StandardNormal:
+            raise ValueError("--prior cannot be chosen with prior in --condition_in: it is a Gaussian given c")
 
 
 EVALUATION = """Score a finished run again: another estimator of log p(x), more samples, other images, training images.

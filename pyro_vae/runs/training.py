@@ -23,6 +23,7 @@ from pyro_vae.infer.trees import call, data_size, select
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import (
+    Model,
     as_options,
     build,
     check_objective,
@@ -49,7 +50,6 @@ from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, sc
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.workers import alone
 from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training, fit
-from pyro_vae.vae import VAE, TwoLayerVAE
 
 WORTH_COMPILING = 5000
 """Gradient steps above which the seconds of compiling pay; below, the compiled engine runs the graph as it is."""
@@ -80,7 +80,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     torch.manual_seed(settings.seed)
     if settings.resume:
         find_again(run_dir, dataset)
-    data = load_dataset(dataset, device)
+    data = load_dataset(dataset, device, settings.conditions)
     if settings.resume:
         check_same_data(run_dir, dataset, data, "--resume: ")
     vae = prepare(settings, data, objective)
@@ -122,7 +122,7 @@ def _reread(saved: Path) -> str:
     return parse(Settings, [f"--config={saved}"])[1]
 
 
-def prepare(settings: Settings, data: Data, objective: Objective | ELBO) -> VAE | TwoLayerVAE:
+def prepare(settings: Settings, data: Data, objective: Objective | ELBO) -> Model:
     """The model before its first step, on the device of ``data``, with all that does not fit refused.
 
     Raises:
@@ -141,7 +141,7 @@ def prepare(settings: Settings, data: Data, objective: Objective | ELBO) -> VAE 
 
 def finish(
     settings: Settings,
-    vae: VAE | TwoLayerVAE,
+    vae: Model,
     data: Data,
     history: list[Epoch],
     run_dir: Path,
@@ -199,9 +199,7 @@ class Log(Callback):
             self._writer.close()
 
 
-def fit_run(
-    settings: Settings, vae: VAE | TwoLayerVAE, data: Data, objective: Objective | ELBO, run_dir: Path
-) -> list[Epoch]:
+def fit_run(settings: Settings, vae: Model, data: Data, objective: Objective | ELBO, run_dir: Path) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
     log = Log(run_dir, settings.tensorboard)
     callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume), log]

@@ -1,0 +1,257 @@
+"""Runs that are told a condition: labels from data to model, scores, figures and class posteriors."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pyro_vae import MLP, ConditionalVAE, Network, cli, quadrature, runs
+from pyro_vae.data.datasets import Schema
+from pyro_vae.data.fetched import Digits
+from pyro_vae.data.images import Dataset, Images
+from pyro_vae.errors import DataError, RunError
+from pyro_vae.parts.likelihoods import Gaussian
+from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, Told
+from pyro_vae.parts.priors import GaussianMixture, VampPrior
+from pyro_vae.runs.build import build
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 2, 2)).astype(np.uint8)
+LABELS = np.random.default_rng(1).choice([7, -1, 3], 40)
+LABELS[:3] = [7, -1, 3]
+
+
+class Own(Dataset):
+    """Thirty training images, the last five of them held out, and ten test images."""
+
+    labels = LABELS
+
+    def read(self) -> Images:
+        train, test = (None, None) if self.labels is None else np.split(self.labels, [30])
+        return Images(PIXELS[:30], PIXELS[30:], 255, train, test)
+
+
+def own(tmp_path, labels=LABELS):
+    source = Own(tmp_path, num_validation=5)
+    source.labels = labels
+    return source.load()
+
+
+def settings(**more):
+    linear = functools.partial(MLP, hidden=())
+    like = functools.partial(Gaussian, scale=0.5)
+    return runs.Settings(**({"encoder": linear, "decoder": linear, "likelihood": like, "latent_dim": 2} | more))
+
+
+def test_labels_become_a_condition(tmp_path):
+    data = own(tmp_path)
+    told = data.given(["label"])
+    (column,) = told.schema.condition
+    assert (column.name, column.kind, column.values) == ("label", "categorical", (-1, 3, 7))
+    assert told.schema.condition_dim == 3
+    assert told.about["condition"] == ["label"]
+    assert told.fingerprint == data.fingerprint
+    assert Schema.loads(told.schema.dumps()) == told.schema
+    wanted = torch.as_tensor(LABELS[:, None] == np.array([-1, 3, 7])).float()
+    for (x, c), labels in zip([told.validation, told.test], [wanted[25:30], wanted[30:]], strict=True):
+        assert torch.equal(c, labels)
+        assert x.shape == (len(labels), 4)
+    index = torch.tensor([4, 0, 24])
+    assert torch.equal(told.observe(index)[1], wanted[index])
+    assert all(len(x) == len(c) for x, c in told.batches(7))
+    assert isinstance(data.test, torch.Tensor)  # the data themselves are as they were
+
+
+def changed(row, label):
+    labels = LABELS.copy()
+    labels[row] = label
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "words"),
+    [
+        (["age"], LABELS, "--condition age: Own has nothing beside its images but label"),
+        (["label", "age"], LABELS, "--condition label, age: Own has nothing"),
+        (["label"], None, "--condition label: the training images of Own have no labels"),
+        (["label"], np.zeros(40, int), "Own has 1 different training labels, there must be between 2 and 1,000"),
+        (["label"], changed(33, 8), "test image 3 .from 0. of Own has the label 8, which no training image has"),
+        (["label"], changed(26, 4), "validation image 1 .from 0. of Own has the label 4"),
+    ],
+)
+def test_what_cannot_be_a_condition_is_refused(tmp_path, names, labels, words):
+    with pytest.raises(DataError, match=words):
+        own(tmp_path, labels).given(names)
+
+
+@pytest.mark.parametrize(
+    "parts", [["decoder", "encoder"], ["prior"], ["prior", "decoder"], ["encoder"]], ids=lambda parts: "-".join(parts)
+)
+def test_log_px_given_c_of_a_model_from_settings_is_that_of_the_normal(tmp_path, doubles, parts):
+    vae = build(
+        settings(condition="label", condition_in=parts, condition_hidden=()), own(tmp_path).given(["label"]).schema
+    )
+    assert isinstance(vae, ConditionalVAE)
+    assert {part for part in ("prior", "decoder", "encoder") if getattr(vae, f"{part}_sees")} == set(parts)
+    c, x = torch.eye(3), torch.randn(3, 4)
+    found = quadrature(vae.model, vae.guide, (x, c)).log_px
+    weight = vae.likelihood.network.layers[0].weight.detach()
+    prior = vae.prior(c) if "prior" in parts else None
+    for i in range(3):
+        mean = weight[:, 2 + i] if "decoder" in parts else torch.zeros(4)
+        scale = torch.ones(2)
+        if prior is not None:
+            mean, scale = mean + weight[:, :2] @ prior.base_dist.loc[i].detach(), prior.base_dist.scale[i].detach()
+        covariance = weight[:, :2] * scale.square() @ weight[:, :2].mT + 0.25 * torch.eye(4)
+        assert found[i].item() == pytest.approx(stats.multivariate_normal(mean, covariance).logpdf(x[i]), abs=1e-6)
+
+
+class Averaged(Network):
+    """A network of images alone, of a user."""
+
+    def __init__(self, in_features, out_features, image_shape=None):
+        super().__init__(in_features, out_features, image_shape)
+        self.image_shape = image_shape
+        self.output = torch.nn.Linear(image_shape[-1], out_features)
+
+    def forward(self, features):
+        return self.output(features.reshape(*features.shape[:-1], *self.image_shape).mean((-3, -2)))
+
+
+@pytest.mark.parametrize(("encoder", "told"), [(MLP, False), (ConvEncoder, True), (Averaged, True)])
+def test_every_network_can_be_told(tmp_path, encoder, told):
+    schema = own(tmp_path).given(["label"]).schema
+    vae = build(settings(encoder=encoder, decoder=ConvDecoder, condition="label"), schema)
+    network = vae.posterior.network
+    assert isinstance(network, Told) == told
+    assert network.in_features == 4 + 3
+    x, c = torch.rand(5, 4), torch.eye(3)[torch.arange(5) % 3]
+    if told:
+        alone = network.network(x)
+        assert torch.equal(network(torch.cat([x, c], -1)), alone)
+        network.planes.weight.data.normal_()
+        assert torch.equal(network(torch.cat([x, c], -1)), network.network(x + c @ network.planes.weight.mT))
+    vae.initialize(100 * x, c)  # log scales start within +-1 of what the encoder is shown
+    network(torch.cat([vae.posterior.inputs(torch.cat([100 * x, c], -1))], -1))
+    assert vae.posterior(torch.cat([100 * x, c], -1)).base_dist.scale.log().abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"condition": ["label", "label"]}, "--condition must be different names"),
+        ({"condition": []}, "--condition must be different names"),
+        ({"condition_in": ["prior"]}, "--condition_in needs --condition"),
+        ({"condition": "label", "condition_in": ["top"]}, "--condition_in must be different ones of prior"),
+        ({"condition": "label", "model": "TwoLayerVAE"}, "--condition is for --model VAE"),
+        ({"condition": "label", "condition_hidden": [0]}, "--condition_hidden"),
+        ({"condition": "label", "condition_in": ["prior"], "prior": GaussianMixture}, "--prior cannot be chosen"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(more, words):
+    with pytest.raises(ValueError, match=words):
+        settings(**more)
+
+
+TINY = "--dataset Digits --latent_dim 2 --encoder.hidden [16] --decoder.hidden [16] --epochs 6 --lr 0.01 --device cpu "
+TINY += "--evidence.num_samples 50 --evidence.num_images 40 --evidence.annealed_images 0"
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    return cli.train([*TINY.split(), "--condition=label", f"--run_dir={folder / 'told'}"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_labels(told, tmp_path):
+    assert told.result["condition"] == ["label"]
+    assert told.result["unit"] == "nats per image, mass, given label"
+    again = runs.load_model(told.path)  # from its own file, without data
+    assert isinstance(again, ConditionalVAE)
+    x, c = (each[:40] for each in told.data.test)
+    shuffled = c[torch.randperm(40)]
+    elbo = [
+        runs.scoring.estimate_elbo(again.model, again.guide, (x, each), num_samples=20).mean() for each in (c, shuffled)
+    ]
+    assert elbo[0] == pytest.approx(told.result["test_elbo"], abs=0.3)
+    assert elbo[1] < elbo[0] - 1  # a wrong label is worth less
+    plain = cli.train([*TINY.split(), f"--run_dir={tmp_path / 'plain'}"])
+    with pytest.raises(RunError, match="unit is 'nats per image, mass' and 'nats per image, mass, given label'"):
+        runs.compare([told, plain])
+    with pytest.raises(RunError, match=r"made for models of p.x., .* is told label"):
+        runs.open_finished(told.path, None, "study", "cpu", 0)
+    with pytest.raises(RunError, match=r"is told nothing: p.c given x. needs a run with one column of classes"):
+        runs.classify(plain)
+    scored = runs.score(told, num_images=5, estimator="importance", num_samples=50)
+    assert scored.result["unit"] == told.result["unit"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_labels_resumes_as_if_it_had_not_stopped(told, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    argv = [*TINY.split(), "--condition=label", f"--run_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.training, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cli.train(argv)
+    resumed = cli.train([f"--run_dir={tmp_path / 'run'}", "--resume"])
+    assert resumed.result["test_log_likelihood"] == told.result["test_log_likelihood"]
+    with pytest.raises(RunError, match=r"was run with another --condition .label, now None."):
+        cli.train([*TINY.split(), "--condition=null", f"--run_dir={tmp_path / 'run'}", "--resume"])
+
+
+@pytest.mark.slow
+def test_class_posteriors_of_a_run_are_those_of_brute_force(told, tmp_path, capsys):
+    found = runs.classify(told, num_images=12, run_dir=tmp_path / "classes")
+    vae, data = told.model, told.data
+    (x, _), among = runs.some_images(data, "test", 12)
+    prior = torch.bincount(data.train_labels) / len(data.train_labels)
+    # a regular grid over z: the midpoint rule is exact to rounding here
+    side = torch.linspace(-6, 6, 121)
+    z = torch.cartesian_prod(side, side)
+    log_prior = -0.5 * z.square().sum(-1) - np.log(2 * np.pi) + 2 * np.log(0.1)
+    with torch.no_grad():
+        of_class = [vae.likelihood(torch.cat([z, k.expand(len(z), -1)], -1)) for k in torch.eye(10)]
+        rows = [torch.stack([(each.log_prob(row) + log_prior).logsumexp(0) for each in of_class]) for row in x]
+    joint = torch.stack(rows)
+    wanted = (joint + prior.log()).log_softmax(-1)
+    torch.testing.assert_close(found.posterior.log_prob.float(), wanted, rtol=0, atol=0.05)
+    right = data.test_labels[among]
+    assert found.result["log_loss"] == pytest.approx(-wanted[torch.arange(12), right].mean().item(), abs=0.02)
+    assert found.result["accuracy"] == pytest.approx((wanted.argmax(-1) == right).double().mean().item())
+    assert found.result["log_loss_of_prior"] == pytest.approx(-prior.log()[right].mean().item(), abs=1e-6)
+    assert json.loads((tmp_path / "classes" / "result.json").read_text())["classes"] == list(range(10))
+    with pytest.raises(RunError, match="never overwritten"):
+        runs.classify(told, num_images=12, run_dir=tmp_path / "classes")
+    cli.main(["classify", str(told.path), "--num_images", "2", "--run_dir", str(tmp_path / "more")])
+    assert "| accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_figures_of_a_run_that_is_told_labels(told, tmp_path):
+    runs.figures.pictures(told.model.model, told.model.guide, told.data, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("latent_space.png", "reconstructions.png", "samples.png", "other_classes.png"),
+    }
+    classes = torch.eye(10)
+    x = runs.figures.samples_given(told.model.model, told.data.test[0], classes, 3)
+    torch.manual_seed(0)
+    y = runs.figures.samples_given(told.model.model, told.data.test[0], classes, 3)
+    torch.manual_seed(0)
+    z = torch.randn(3, 2)
+    with torch.no_grad():
+        wanted = told.model.likelihood(torch.cat([z, classes[4].expand(3, -1)], -1)).mean
+    torch.testing.assert_close(y[4], wanted)
+    assert x.shape == (10, 3, 64)
+
+
+@pytest.mark.slow
+def test_a_vamp_prior_beside_an_encoder_that_is_told_is_refused(tmp_path):
+    with pytest.raises(RunError, match="this encoder sees a condition too"):
+        runs.train(runs.Settings(dataset=Digits, prior=VampPrior, condition="label", run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
