@@ -13,7 +13,7 @@ from pyro_vae.errors import ContractError, check_at_least_one
 from pyro_vae.infer.supports import innermost, into_support, is_whole_space
 from pyro_vae.parts.conditional import Conditional, check_made, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.parts.missing import Incomplete, check_seen, of_seen
+from pyro_vae.parts.missing import Incomplete, check_seen, of_seen, without_gaps
 from pyro_vae.parts.posteriors import Posterior
 from pyro_vae.parts.priors import Prior, VampPrior
 
@@ -280,7 +280,7 @@ def _initialize_prior(prior: Prior, x: Tensor, posterior: Conditional[Posterior]
     """Start a prior; one that is made of posteriors is told how the encoder sees x."""
     if isinstance(prior, VampPrior) and posterior.inputs is not None:
         prior.inputs = copy.deepcopy(posterior.inputs)
-    prior.initialize(x)
+    prior.initialize(without_gaps(x))
 
 
 def _scored(

@@ -241,6 +241,12 @@ class TableData(Data):
                     )
 
 
+def densities(head: Likelihood, columns: Sequence[Column]) -> list[str]:
+    """Names of the columns of which log p is a density: two log p(x) can be compared where these are the same."""
+    found = heads_of(head, torch.arange(len(columns)))
+    return [columns[place].name for part, places in found if part.is_density for place in places.tolist()]
+
+
 def heads(columns: Sequence[Column]) -> Mixed:
     """The likelihood of columns: a head for those of each kind, and of each number of values.
 

@@ -79,9 +79,10 @@ class Conditional(nn.Module, Generic[Head]):
         input is standardized as suits the likelihood that scores x, and conditions ``c``, shape ``(N, C)``, if it sees
         them, are not; or the decoder at the outputs that suit x."""
         if self.inputs is not None:
-            self.network.initialize(x)
-            if scored is not None and not isinstance(self.network, Incomplete):
+            if scored is not None:
                 self.inputs.initialize(without_gaps(x), scored)
+            # a network that knows of gaps sees NaN in what is standardized; others start from the data as they are
+            self.network.initialize(self.inputs.first(x) if isinstance(self.network, Incomplete) else x)
             read = x if c is None else torch.cat([x, c.to(x)], -1)
             if scored is not None and self.network.in_features == read.shape[1]:
                 calm(self.network, self.head.sizes, self.inputs(read))

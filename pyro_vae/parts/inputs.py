@@ -45,6 +45,11 @@ class Inputs(nn.Module):
             x = torch.where(self.counts, x.clamp(min=0).log1p(), x)
         return (x - self.loc) / self.scale
 
+    def first(self, x: Tensor) -> Tensor:
+        """What the encoder sees of the first entries, ``x`` of shape ``(N, X)``, without the conditions after them."""
+        others = len(self.loc) - x.shape[-1]
+        return self(torch.nn.functional.pad(x, (0, others)))[..., : x.shape[-1]]
+
     def inverse(self, seen: Tensor) -> Tensor:
         """The x, shape ``(*, X)``, that is seen so."""
         if self.is_identity:

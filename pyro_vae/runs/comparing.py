@@ -19,10 +19,10 @@ import yaml
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
-from pyro_vae.runs.directory import check_run_dir, open_run, table, write_json, write_text, writing
+from pyro_vae.runs.directory import check_run_dir, noun_of, open_run, table, write_json, write_text, writing
 from pyro_vae.runs.loading import Run, load
 
-MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "test_set")
+MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "test_set", "densities")
 """What numbers mean; those of importance sampling must have as many samples, too."""
 
 
@@ -58,13 +58,13 @@ class Comparison(NamedTuple):
         """The comparison in Markdown, with a line above that says what its numbers are."""
         first, *others = self.runs
         means = [f"{run.evidence[self.estimator]['log_px'].values.mean():.3f}" for run in self.runs]
-        rows = [("run", "log p(x)", "difference", "error over images", "Monte Carlo error", "bad k")]
+        rows = [("run", "log p(x)", "difference", f"error over {noun_of(first.result)}s", "Monte Carlo error", "bad k")]
         rows.append((str(first.path), means[0], "", "", "", _share(first)))
         for run, mean, d in zip(others, means[1:], self.differences, strict=True):
             rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
         result, size = first.result, first.evidence[self.estimator].sizes["datum"]
         how = "annealed" if self.estimator == "annealed" else f"{result['num_samples']:,} importance samples"
-        return f"{result['unit']}; {result['dataset']}, {size:,} test images, {how}\n{table(rows)}"
+        return f"{result['unit']}; {result['dataset']}, {size:,} test {noun_of(result)}s, {how}\n{table(rows)}"
 
 
 def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None, text: str | None = None) -> Comparison:

@@ -208,6 +208,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def noun_of(result: dict[str, Any]) -> str:
+    """What a datum of a result is called, which its unit says."""
+    found = re.match(r"nats per (\w+)", str(result.get("unit")))
+    return found[1] if found else "image"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as an aligned Markdown table; the first row is the header, columns of numbers are right-aligned."""
     columns = list(zip(*rows, strict=True))

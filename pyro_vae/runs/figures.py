@@ -19,6 +19,7 @@ from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import call, select
+from pyro_vae.runs.directory import noun_of
 from pyro_vae.training import Epoch
 
 STYLE: dict[Any, Any] = {
@@ -35,7 +36,7 @@ Latents = dict[str, Tensor]
 
 
 def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots: Any) -> "_Figure":
-    """Context: axes of one figure, saved to ``path`` as PNG at the end."""
+    """Context: axes of one figure, in so many ``rows`` if told so, saved to ``path`` as PNG at the end."""
     return _Figure(path, width, height, columns, subplots)
 
 
@@ -46,10 +47,11 @@ class _Figure:
 
     def __enter__(self) -> Any:
         width, height, columns, subplots = self.arguments
+        rows = subplots.pop("rows", 1)
         self._style = matplotlib.rc_context(STYLE)
         self._style.__enter__()
         self.figure = Figure(figsize=(width, height), layout="constrained")
-        return self.figure.subplots(1, columns, **subplots)
+        return self.figure.subplots(rows, columns, **subplots)
 
     def __exit__(self, *error):
         if error[0] is None:
@@ -57,7 +59,7 @@ class _Figure:
         return self._style.__exit__(*error)
 
 
-def training_curve(history: Sequence[Epoch], path: Path) -> None:
+def training_curve(history: Sequence[Epoch], path: Path, noun: str = "image") -> None:
     """Training and validation bound against epochs."""
     epochs = [row.epoch for row in history]
     with figure(path) as axes:
@@ -70,7 +72,7 @@ def training_curve(history: Sequence[Epoch], path: Path) -> None:
         if np.isfinite(values).all():
             low, high = np.quantile(values, 0.05), max(values)
             axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
-        axes.set(xlabel="epoch", ylabel="nats per image", title="Evidence lower bound")
+        axes.set(xlabel="epoch", ylabel=f"nats per {noun}", title="Evidence lower bound")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower right")
 
@@ -84,7 +86,7 @@ def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> Non
         run_dir: to write ``log_px.png`` and ``pareto_k.png`` to.
     """
     log_px, ess, khat = (getattr(importance, name).cpu().numpy() for name in ("log_px", "ess", "khat"))
-    log_px = log_px[np.isfinite(log_px)]
+    log_px, noun = log_px[np.isfinite(log_px)], noun_of(result)
     annealed = result.get("annealed_log_likelihood")
     with figure(run_dir / "log_px.png") as axes:
         axes.hist(log_px, bins=60, color="C0", alpha=0.8)
@@ -95,13 +97,13 @@ def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> Non
             axes.axvline(annealed, color="C2", ls="--", label=f"mean {annealed:.2f}, annealed")
         if axes.lines:
             axes.legend(loc="upper left")
-        title = "Log-likelihood per test image, by importance sampling"
-        axes.set(xlabel="log p(x), nats", ylabel="test images", title=title)
+        title = f"Log-likelihood per test {noun}, by importance sampling"
+        axes.set(xlabel="log p(x), nats", ylabel=f"test {noun}s", title=title)
     known = np.isfinite(khat)  # few samples have no k, and bounded weights have k = -inf
     with figure(run_dir / "pareto_k.png") as axes:
         axes.scatter(ess[known], khat[known], s=4, alpha=0.4, linewidths=0)
         if not known.all():
-            axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} images", transform=axes.transAxes)
+            axes.text(0.02, 0.02, f"no finite k: {(~known).sum():,} {noun}s", transform=axes.transAxes)
         threshold = result["khat_threshold"]
         label = f"threshold {threshold:.2f}: above it, not to be trusted"
         axes.axhline(threshold, color="C3", lw=1, label=label)
@@ -110,7 +112,7 @@ def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> Non
             xscale="log" if known.any() else "linear",
             xlabel="effective sample size",
             ylabel="Pareto k",
-            title="How reliable is each image's estimate?",
+            title=f"How reliable is each {noun}'s estimate?",
         )
 
 

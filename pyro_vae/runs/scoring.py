@@ -34,6 +34,7 @@ from pyro_vae.runs.directory import (
     check_empty,
     choose_device,
     make_directory,
+    noun_of,
     provenance,
     table,
     write_evidence,
@@ -166,32 +167,33 @@ def _reliable_share(evidence: Evidence) -> dict[str, Any]:
 
 def evaluation_table(result: dict[str, Any]) -> str:
     """The result of an evaluation as a short table."""
-    rows = [(f"{result['num_images']:,} {result['split']} images", result["unit"], "")]
+    images = f"{noun_of(result)}s"
+    rows = [(f"{result['num_images']:,} {result['split']} {images}", result["unit"], "")]
     if "width" in result:
         whose = "the exact posterior" if result["split"] == "simulated" else "long posterior chains"
         rows = [
-            (f"{result['num_images']:,} {result['split']} images", result["unit"], ""),
+            *rows,
             ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
             ("upper", number(result["upper"]), f"annealed back from {whose}: high in expectation"),
-            ("width", number(result["width"]), f"+- {result['width_se']:.3f} over images"),
+            ("width", number(result["width"]), f"+- {result['width_se']:.3f} over {images}"),
         ]
         if not result["reliable"]:
-            rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"])))
+            rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"], images)))
     else:
         believe = "another run would differ by this"
         if "reliable" in result and result["reliable"] is None:
             believe = "too few samples to tell whether it may be believed"
         if result.get("reliable") is False and "share_reliable" in result:
-            believe = f"not to be believed: {unreliable(result['share_reliable'])}"
+            believe = f"not to be believed: {unreliable(result['share_reliable'], images)}"
         elif result.get("reliable") is False:
             share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
-            believe = f"not to be believed: {share:.0%} of the images have a Pareto k above {threshold:.2f}"
+            believe = f"not to be believed: {share:.0%} of the {images} have a Pareto k above {threshold:.2f}"
             believe = believe if share > MANY else MORE_ELSEWHERE
         rows += [
             (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),
             ("  Monte Carlo error", number(result["mc_se"]), believe),
             ("  low by about", number(result["shortfall"]), "in expectation, if that error may be believed"),
-            ("  error over images", number(result["log_likelihood_se"]), "other images would differ by this"),
+            (f"  error over {images}", number(result["log_likelihood_se"]), f"other {images} would differ by this"),
         ]
     rows.append(("seconds", f"{result['seconds']:.0f}", ""))
     return table(rows)
@@ -363,8 +365,9 @@ def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float |
 def report_run(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
     result = json.loads((run_dir / "result.json").read_text())
-    images = f"{result['num_images']:,}"
-    samples = f"{result['num_samples']:,} samples from the guide, {images} test images: the customary number"
+    noun = noun_of(result)
+    tests = f"{result['num_images']:,} test {noun}s"
+    samples = f"{result['num_samples']:,} samples from the guide, {tests}: the customary number"
     share, believe = result["share_khat_above_threshold"], "another run would differ by this"
     if result.get("reliable") is False:
         samples += ", too low here"
@@ -374,32 +377,32 @@ def report_run(run_dir: Path) -> None:
         ("ELBO", number(result["test_elbo"], 2), "the evidence lower bound, E_q[log p(x, z) - log q(z given x)]"),
         ("log p(x), importance sampling", number(result["test_log_likelihood"], 2), samples),
         ("  Monte Carlo error", number(result["mc_se"]), believe),
-        ("  images with bad k", "-", "too few samples to tell")
+        (f"  {noun}s with bad k", "-", "too few samples to tell")
         if share is None
         else (
-            f"  images with k > {result['khat_threshold']:.2f}",
+            f"  {noun}s with k > {result['khat_threshold']:.2f}",
             f"{share:.0%}",
             "Pareto k of the weights: there, neither the estimate nor its error is to be trusted",
         ),
     ]
     if result.get("annealed_log_likelihood") is not None:
-        how = f"of {result['annealed_images']:,} images; their mean difference corrects the number above"
+        how = f"of {result['annealed_images']:,} {noun}s; their mean difference corrects the number above"
         rows += [
             ("log p(x), annealed", number(result["annealed_log_likelihood"], 2), how),
             (
                 "  error",
                 number(result["annealed_mc_se"]),
-                "another draw of these images, and another run, would",
+                f"another draw of these {noun}s, and another run, would",
             ),
             ("  low by about", number(result.get("annealed_shortfall")), "in expectation; more temperatures help"),
         ]
         if result.get("annealed_reliable") is False:
             share = result["annealed_share_reliable"]
-            rows.append(("  reliable images", f"{share:.1%}", f"not to be believed: {unreliable(share)}"))
+            rows.append((f"  reliable {noun}s", f"{share:.1%}", f"not to be believed: {unreliable(share, noun + 's')}"))
     rows += [
-        ("error over images", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
+        (f"error over {noun}s", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
         *_of_validation(result),
-        ("active units", str(result["active_units"]), "latent units that vary with the image"),
+        ("active units", str(result["active_units"]), f"latent units that vary with the {noun}"),
         ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]
     if result.get("bits_per_dim") is not None:
@@ -413,15 +416,16 @@ def _of_validation(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What models are chosen by; earlier versions did not write it."""
     if (log_likelihood := result.get("validation_log_likelihood")) is None:
         return []
-    how = f"importance sampling, {result['num_validation_images']:,} images: choose models by this, not by the test set"
+    rows = f"{result['num_validation_images']:,} {noun_of(result)}s"
+    how = f"importance sampling, {rows}: choose models by this, not by the test set"
     return [("validation", number(log_likelihood, 2), how)]
 
 
-def unreliable(share: float) -> str:
+def unreliable(share: float, images: str) -> str:
     """What is wrong where only a share of the estimates is reliable, and what would mend it."""
     return (
-        f"{1 - share:.1%} of the images failed a check; more --annealing.num_climbs or most_temperatures may mend it, "
-        "or --annealing.start prior"
+        f"{1 - share:.1%} of the {images} failed a check; more --annealing.num_climbs or most_temperatures may mend "
+        "it, or --annealing.start prior"
     )
 
 

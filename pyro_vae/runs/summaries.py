@@ -186,7 +186,7 @@ def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
         axes.axvline(0, color="C3", lw=1)
         axes.set_yticks(range(len(others)), [s.name for s in others])
         axes.set_ylim(len(others) - 0.5, -0.5)
-        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per image", title=title)
+        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per datum", title=title)
 
 
 def write_study(

@@ -15,6 +15,7 @@ from pyro.infer import ELBO
 
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.fetched import cache_folder
+from pyro_vae.data.tables import densities
 from pyro_vae.errors import CheckpointError, ContractError, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
@@ -32,6 +33,7 @@ from pyro_vae.runs.build import (
     load_dataset,
     make,
 )
+from pyro_vae.runs.columns import write_columns
 from pyro_vae.runs.directory import (
     check_run_dir,
     choose_device,
@@ -159,13 +161,16 @@ def finish(
         "seed": settings.seed,
         "data": data.fingerprint,
         **data.about,
+        **({"densities": densities(vae.likelihood.head, data.schema.columns)} if data.schema.columns else {}),
         **provenance(choose_device(settings.device, scores=False)),
     }
     importance = evidence.to_dataset(unit=result["unit"])
     groups = {"importance": importance} | ({} if annealed is None else {"annealed": annealed})
     write_evidence(run_dir / "evidence.nc", groups)
-    figures.training_curve(history, run_dir / "training.png")
+    figures.training_curve(history, run_dir / "training.png", data.schema.noun)
     figures.evidence(evidence, result, run_dir)
+    if data.schema.columns:
+        write_columns(vae.model, vae.guide, data, run_dir)
     figures.pictures(vae.model, vae.guide, data, run_dir)
     write_json(run_dir / "result.json", result)
 
