@@ -54,6 +54,8 @@ from .parts.posteriors import MeanField as MeanField
 from .parts.posteriors import Posterior as Posterior
 from .parts.priors import Prior as Prior
 from .parts.priors import StandardNormal as StandardNormal
+from .semi_supervised import SemiSupervisedELBO as SemiSupervisedELBO
+from .semi_supervised import SemiSupervisedVAE as SemiSupervisedVAE
 from .training import fit as fit
 from .vae import VAE as VAE
 from .vae import Conditional as Conditional

@@ -213,26 +213,22 @@ class ConditionalVAE(nn.Module):
         self._check(x, c)
         x, seen = _scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
-            z = pyro.sample("z", self._prior(c))
-            made = self.likelihood(_beside(z, c) if self.decoder_sees else z)
-            return pyro.sample("x", of_seen(made, seen, self.likelihood.head), obs=x)
+            z = pyro.sample("z", self.prior_given(c))
+            return pyro.sample("x", of_seen(self.likelihood_given(z, c), seen, self.likelihood.head), obs=x)
 
     def guide(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z | x, c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
         self._check(x, c)
         x = _encoded(x, seen, self.posterior)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
-            made = self.posterior(_beside(x, c) if self.encoder_sees else x)
-            if isinstance(self.prior, Prior):
-                made = _into_support(made, self.prior, lambda: self._prior(c))
-            return pyro.sample("z", made)
+            return pyro.sample("z", self.posterior_given(x, c))
 
     def sample(self, c: Tensor) -> Tensor:
         """One draw of x for each condition: ``(*, C) -> (*, X)``."""
         with torch.no_grad():
-            prior = self._prior(c)
+            prior = self.prior_given(c)
             z = prior.sample() if self.prior_sees else prior.sample(c.shape[:-1])
-            return self.likelihood(_beside(z, c) if self.decoder_sees else z).sample()
+            return self.likelihood_given(z, c).sample()
 
     def initialize(self, x: Tensor, c: Tensor) -> None:
         """Start every part from training data, ``(N, X)`` and ``(N, C)``. Call once, before making the optimizer."""
@@ -243,7 +239,17 @@ class ConditionalVAE(nn.Module):
         else:
             self.prior.initialize(c)
 
-    def _prior(self, c: Tensor) -> dist.TorchDistribution:
+    def likelihood_given(self, z: Tensor, c: Tensor) -> dist.TorchDistribution:
+        """p(x | z, c), ``(*, D)`` and ``(*, C)``, whose batch shapes broadcast."""
+        return self.likelihood(_beside(z, c) if self.decoder_sees else z)
+
+    def posterior_given(self, x: Tensor, c: Tensor) -> dist.TorchDistribution:
+        """q(z | x, c), ``(*, X)`` and ``(*, C)``, whose batch shapes broadcast."""
+        made = self.posterior(_beside(x, c) if self.encoder_sees else x)
+        return _into_support(made, self.prior, lambda: self.prior_given(c)) if isinstance(self.prior, Prior) else made
+
+    def prior_given(self, c: Tensor) -> dist.TorchDistribution:
+        """p(z | c), of conditions ``(*, C)``; without batch shape, where it does not see them."""
         if not isinstance(self.prior, Prior):
             return self.prior(c)
         made = self.prior(_without_condition if self.encoder_sees else self.posterior)
@@ -266,7 +272,8 @@ def _sees(name: str, part: Conditional, own: int, condition_dim: int) -> bool:
 
 
 def _beside(x: Tensor, c: Tensor) -> Tensor:
-    return torch.cat([x, c.to(x).expand(*x.shape[:-1], c.shape[-1])], -1)
+    batch = torch.broadcast_tensors(x[..., 0], c[..., 0])[0].shape
+    return torch.cat([x.expand(*batch, x.shape[-1]), c.to(x).expand(*batch, c.shape[-1])], -1)
 
 
 def _without_condition(x: Tensor) -> dist.TorchDistribution:

@@ -16,6 +16,7 @@ ORDER = (
     "parts",
     "data optimizers",
     "vae linear handrolled training",
+    "semi_supervised",
     "testing",
     "runs",
     "cli",

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform, MaskedDistribution, Unit, constraints
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, MixtureSameFamily
 
 from pyro_vae.errors import ContractError, reason_of
 from pyro_vae.infer.programs import (
@@ -210,11 +210,20 @@ def seen_entries(site: dict[str, Any]) -> Tensor:
     if mask is not None:
         mask = torch.as_tensor(mask, device=seen.device).bool()
         seen = seen & mask.reshape((*mask.shape, *[1] * fn.event_dim))
+    return seen & _unmasked(fn).to(seen.device)
+
+
+def _unmasked(fn: Any) -> Tensor:
+    """Which entries a distribution itself does not mask; of a mixture, those that count in one of its parts."""
+    seen = torch.ones((), dtype=torch.bool)
     while isinstance(fn, Independent | MaskedDistribution):
         if isinstance(fn, MaskedDistribution):
-            mask = torch.as_tensor(fn._mask, device=seen.device).bool()
-            seen = seen & mask.reshape((*mask.shape, *[1] * fn.event_dim))
+            mask = torch.as_tensor(fn._mask).bool()
+            seen = seen.to(mask.device) & mask.reshape((*mask.shape, *[1] * fn.event_dim))
         fn = fn.base_dist
+    if isinstance(fn, MixtureSameFamily):
+        parts, place = _unmasked(fn.component_distribution), -1 - len(fn.event_shape)
+        return seen.to(parts.device) & (parts.any(place) if parts.dim() >= -place else parts)
     return seen
 
 
