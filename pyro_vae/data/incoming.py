@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_vae.data.columns import Entries, Frame, check_rows, encoded, frame_of
 from pyro_vae.data.datasets import Column, Pixels, Schema, names_of
 from pyro_vae.data.images import ENCODINGS, MOST, Binarization, observed
 from pyro_vae.errors import DataError
@@ -20,20 +22,17 @@ def observations(raw: Any, schema: Schema, told: Callable[[str], object] = print
 
     Args:
         raw: a NumPy array or torch tensor ``(N, *shape)``, ``(N, X)`` or, of images of one channel, ``(N, H, W)``, of
-            booleans, whole or real numbers; or a DataFrame, of a table with its columns in any order.
+            booleans, whole or real numbers; or a DataFrame or Frame, of a table with its columns in any order.
         schema: of the model.
         told: called with a line on each thing that is done to the values.
 
     Raises:
         DataError: if it is something else, or a value cannot be an observation; row and column are named.
     """
-    if schema.columns and hasattr(raw, "columns"):
-        told_of_others(raw, schema, told)
-        return stored(raw, schema.columns, schema.missing, told)
-    array = _flat(_array(raw), schema)
     if schema.columns:
-        frame = {column.name: array[:, place] for place, column in enumerate(schema.columns)}
-        return stored(frame, schema.columns, schema.missing, told)
+        frame = _frame(raw if hasattr(raw, "columns") else _named(_flat(_array(raw), schema), schema))
+        return _of_columns(frame, schema, told)
+    array = _flat(_array(raw), schema)
     if schema.pixels is not None:
         return _of_pixels(array, schema.pixels, told)
     rows = ~np.isfinite(array) & ~np.isnan(array)
@@ -60,114 +59,74 @@ def conditions(given: Any, size: int, schema: Schema) -> Tensor | None:
         raise DataError("given: the model has no condition")
     if given is None:
         raise DataError(f"the model has a condition: give {names}")
-    if not isinstance(given, Mapping) and not hasattr(given, "columns"):
-        first, *others = schema.condition
+    if not hasattr(given, "columns"):
+        given = _frame_of_given(given, size, schema.condition)
+    frame = _frame(given)
+    if absent := [column.name for column in schema.condition if column.name not in frame.columns]:
+        raise DataError(f"the model has a condition: '{absent[0]}' is not given")
+    entries = encoded(frame, schema.condition)
+    if len(entries) != size:
+        raise DataError(f"given has {len(entries)} rows, and there are {size} {schema.noun}s")
+    _refuse_gaps(frame, entries, schema.condition)
+    columns = zip(schema.condition, torch.from_numpy(entries).mT, strict=True)
+    return torch.cat([column.encode(each) for column, each in columns], 1)
+
+
+def _frame_of_given(given: Any, size: int, columns: Sequence[Column]) -> pd.DataFrame:
+    """Values of a condition, by their names unless there is one, as a table of ``size`` rows."""
+    if not isinstance(given, Mapping):
+        first, *others = columns
         if others:
-            raise DataError(f"given must be a dict or a DataFrame of the columns {names}")
+            raise DataError(f"given must be a dict or a DataFrame of the columns {names_of(columns)}")
         given = {first.name: given}
-    frame = {}
-    for column in schema.condition:
-        if column.name not in given:
-            raise DataError(f"the model has a condition: '{column.name}' is not given")
-        values = given[column.name]
+    table = {}
+    for name, values in given.items():
         values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         values = np.full(size, values.item()) if values.size == 1 else values
         if values.shape != (size,):
-            raise DataError(
-                f"given '{column.name}' must be one value, or {size} of them, it is of shape {values.shape}"
-            )
-        frame[column.name] = values
-    entries = stored(frame, schema.condition, False, _silent)
-    return torch.cat([column.encode(entry) for column, entry in zip(schema.condition, entries.mT, strict=True)], 1)
+            raise DataError(f"given '{name}' must be one value, or {size} of them, it is of shape {values.shape}")
+        kind = next((column for column in columns if column.name == name), None)
+        if values.dtype.kind in "OU" and kind is not None and not isinstance((*kind.values, 0.0)[0], str):
+            numbers: Any = pd.to_numeric(pd.Series(values), errors="coerce")
+            values = values if numbers.isna().any() else np.asarray(numbers)
+        table[name] = values
+    return pd.DataFrame(table)
 
 
-def _silent(line: str) -> None:
-    """Told nothing."""
+def _frame(raw: Any) -> Frame:
+    return raw if isinstance(raw, Frame) else frame_of(raw)
 
 
-def told_of_others(frame: Any, schema: Schema, told: Callable[[str], object]) -> None:
-    """Tell of columns that the model has no use for, and refuse names that are there twice."""
-    names = list(map(str, frame.columns))
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"column '{twice[0]}' is there twice")
+def _named(array: np.ndarray, schema: Schema) -> pd.DataFrame:
+    """An array ``(N, X)`` as a table with the columns of the model, in its order."""
+    return pd.DataFrame(array, columns=pd.Index([column.name for column in schema.columns]))
+
+
+def _of_columns(frame: Frame, schema: Schema, told: Callable[[str], object]) -> Tensor:
+    """The columns of the model as numbers, and what was not seen as NaN."""
+    if not frame.num_rows:
+        raise DataError(f"{frame.title} holds no rows")
     known = {column.name for column in (*schema.columns, *schema.condition)}
-    if others := [name for name in names if name not in known]:
+    if others := [name for name in frame.columns if name not in known]:
         told(f"columns that the model does not know are left out: {', '.join(others)}")
-
-
-def stored(frame: Any, columns: Sequence[Column], gaps: bool, told: Callable[[str], object]) -> Tensor:
-    """Columns of a table, by name, as numbers ``(N, len(columns))``; NaN was not seen.
-
-    Args:
-        frame: a DataFrame, or a dict of arrays ``(N,)``.
-        columns: of the model.
-        gaps: whether values may be missing.
-        told: called with a line on columns that are missing.
-
-    Raises:
-        DataError: naming row and column.
-    """
-    there = [column for column in columns if column.name in frame]
-    if absent := [column for column in columns if column.name not in frame]:
-        if not gaps or not there:
-            raise DataError(f"column '{absent[0].name}' is missing; the model has {names_of(columns)}")
+    absent = [column for column in schema.columns if column.name not in frame.columns]
+    if absent and schema.missing and len(absent) < len(schema.columns):
         told(f"columns that are missing count as not seen: {names_of(absent)}")
-    size = len(frame[there[0].name])
-    if not size:
-        raise DataError("there is no row")
-    found = [
-        _entries(np.asarray(frame[column.name]), column, gaps) if column in there else np.full(size, np.nan)
-        for column in columns
-    ]
-    result = np.stack(found, 1)
-    if (empty := np.isnan(result).all(1)).any():
-        raise DataError(f"row {empty.argmax()}: all of its values are missing")
-    return torch.from_numpy(result.astype(np.float32))
+        nothing = Entries(None, np.full(frame.num_rows, np.nan))
+        frame = frame._replace(columns={**frame.columns, **{column.name: nothing for column in absent}})
+    x = encoded(frame, schema.columns)
+    check_rows(frame, x)
+    if not schema.missing:
+        _refuse_gaps(frame, x, schema.columns)
+    return torch.from_numpy(x)
 
 
-def _entries(values: np.ndarray, column: Column, gaps: bool) -> np.ndarray:
-    """The entries of a column as numbers; of one with a list of values, their places in it."""
-    result = np.empty(len(values))
-    known = {value: place for place, value in enumerate(column.values)}
-    for row, value in enumerate(values.tolist()):
-        where = f"row {row}, column '{column.name}'"
-        if value is None or value != value or value == "":
-            if not gaps:
-                raise DataError(f"{where}: the value is missing, which the model does not know")
-            result[row] = np.nan
-            continue
-        if column.values:
-            place = next((known[each] for each in _spellings(value) if each in known), None)
-            if place is None:
-                raise DataError(f"{where}: {value!r} is none of {', '.join(map(repr, column.values))}")
-            result[row] = place
-            continue
-        result[row] = _number(value, column.kind, where)
-    return result
-
-
-def _spellings(value: Any) -> list[Any]:
-    """A value as it may be stored: as it is, as a number, as text."""
-    try:
-        number = [float(value)]
-    except (TypeError, ValueError):
-        number = []
-    whole = [str(int(number[0]))] if number and number[0].is_integer() else []
-    return [value, *number, str(value), *whole]
-
-
-def _number(value: Any, kind: str, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {value!r} is no number") from error
-    if not np.isfinite(number):
-        raise DataError(f"{where}: {value!r} is not finite")
-    if kind == "positive" and number <= 0:
-        raise DataError(f"{where}: {number:g} is not positive")
-    if kind == "count" and (number < 0 or not number.is_integer()):
-        raise DataError(f"{where}: {number:g} is no count")
-    return number
+def _refuse_gaps(frame: Frame, x: np.ndarray, columns: Sequence[Column]) -> None:
+    """Refuse what was not seen of a model that knows no gaps."""
+    for place, column in enumerate(columns):
+        if (gaps := np.isnan(x[:, place])).any():
+            where = frame.at(column.name, int(gaps.argmax()))
+            raise DataError(f"{where}: the value is missing, and nothing was missing where the model was trained")
 
 
 def restored(x: Tensor, schema: Schema) -> Any:
@@ -177,17 +136,15 @@ def restored(x: Tensor, schema: Schema) -> Any:
     """
     if not schema.columns:
         return x.reshape(*x.shape[:-1], *schema.shape)
-    import pandas as pd  # here: images should not wait for it
-
-    frame = {}
+    table = {}
     for column, entries in zip(schema.columns, x.detach().cpu().double().numpy().T, strict=True):
         values: Any = entries
         if column.values:
             gaps = np.isnan(entries)
             places = np.where(gaps, 0, entries).astype(int)
             values = [None if gap else column.values[i] for gap, i in zip(gaps, places, strict=True)]
-        frame[column.name] = values
-    return pd.DataFrame(frame)
+        table[column.name] = values
+    return pd.DataFrame(table)
 
 
 def _array(raw: Any) -> np.ndarray:

@@ -195,13 +195,17 @@ class Using:
 
     def _like(self, size: int, given: Any) -> Tree:
         """Possible observations, which programs are called with where x is drawn."""
-        filler = getattr(self._part("likelihood", "head"), "filler", 0.0)
-        x = torch.as_tensor(filler, device=self.device, dtype=torch.float32).expand(size, self.schema.size)
+        x = self._filler().expand(size, self.schema.size)
         try:
             c = conditions(given, size, self.schema)
         except DataError as error:
             raise RunError(str(error)) from error
         return x if c is None else (x, c.to(x))
+
+    def _filler(self) -> Tensor:
+        """A value in the support, or one of each entry."""
+        filler = getattr(self._part("likelihood", "head"), "filler", 0.0)
+        return torch.as_tensor(filler, device=self.device, dtype=torch.float32)
 
     def _part(self, *names: str) -> Any:
         """A part of the model; None of one that is composed otherwise."""
@@ -235,10 +239,10 @@ class Using:
             x = torch.stack([fn.sample() for _ in range(100)]).mean(0)
         while hasattr(fn, "base_dist") and fn.event_shape:
             fn = fn.base_dist
-        for place, column in enumerate(self.schema.columns):
-            if column.values:
-                scores = [
-                    fn.log_prob(torch.full_like(site["value"], float(i)))[..., place] for i in range(len(column.values))
-                ]
-                x[..., place] = torch.stack(scores).argmax(0).to(x)
-        return x
+        levels = torch.tensor([len(column.values) for column in self.schema.columns])
+        scores = []
+        for level in range(int(levels.max()) if len(levels) else 0):
+            value = self._filler().expand(x.shape).clone()
+            value[..., levels > level] = float(level)
+            scores.append(torch.where((levels > level).to(x.device), fn.log_prob(value), -torch.inf))
+        return torch.where((levels > 0).to(x.device), torch.stack(scores).argmax(0).to(x), x) if scores else x

@@ -156,15 +156,15 @@ def change(column, row, value):
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (change("colour", 1, "green"), "row 1, column 'colour': 'green' is none of 'blue', 'red'"),
-        (change("grade", 0, 3), "row 0, column 'grade': 3 is none of 1.0, 2.0, 4.0"),
-        (change("number", 2, 1.5), "row 2, column 'number': 1.5 is no count"),
-        (change("length", 2, "long"), "row 2, column 'length': 'long' is no number"),
-        (change("length", 2, np.inf), "row 2, column 'length': inf is not finite"),
-        (FRAME.iloc[:0], "there is no row"),
-        (FRAME.rename(columns={"more": "length"}), "column 'length' is there twice"),
-        (FRAME.iloc[2:].assign(number=np.nan, length=np.nan), "row 0: all of its values are missing"),
-        (FRAME[["more"]], "column 'length' is missing; the model has length, number, colour, grade"),
+        (change("colour", 1, "green"), "column 'colour', row 1: 'green' is none of the values 'blue', 'red'"),
+        (change("grade", 0, 3), "column 'grade', row 0: 3 is none of the values 1, 2, 4"),
+        (change("number", 2, 1.5), "column 'number', row 2: 1.5 is no count"),
+        (change("length", 2, "long"), "column 'length', row 2: 'long' is no number"),
+        (change("length", 2, np.inf), "column 'length', row 2: inf is not finite"),
+        (FRAME.iloc[:0], "holds no rows"),
+        (FRAME.rename(columns={"more": "length"}), "both called 'length'"),
+        (FRAME.iloc[2:].assign(number=np.nan, length=np.nan), "row 0: nothing was seen"),
+        (FRAME[["more"]], "no column 'length'; it has more"),
     ],
 )
 def test_a_bad_table_is_refused_by_row_and_column(frame, message):
@@ -173,7 +173,7 @@ def test_a_bad_table_is_refused_by_row_and_column(frame, message):
 
 
 def test_what_is_missing_is_refused_by_a_model_that_knows_no_gaps():
-    with pytest.raises(DataError, match="row 1, column 'length': the value is missing"):
+    with pytest.raises(DataError, match="column 'length', row 1: the value is missing"):
         observations(FRAME, Schema((4,), "row", TABLE.columns), lambda line: None)
 
 
@@ -200,7 +200,7 @@ def test_a_condition_of_two_columns():
     [
         (1, BINARY, "has no condition"),
         (None, LABELLED, "give label"),
-        (2, LABELLED, "row 0, column 'label': 2 is none of 0.0, 1.0, 3.0"),
+        (2, LABELLED, "column 'label', row 0: 2 is none of the values 0, 1, 3"),
         (np.array([0, 1, 0]), LABELLED, "one value, or 2 of them"),
         (1, TWO, "label, age"),
         ({"label": "a"}, TWO, "'age' is not given"),
