@@ -65,7 +65,7 @@ class Settings:
 
     num_data: int = 2000
     num_columns: int = 60
-    epochs: int = 40
+    epochs: int = 30
     num_seeds: int = 3
     seed: int = 0
     run_dir: Path | None = None
