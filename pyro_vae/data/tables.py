@@ -1,5 +1,6 @@
 """Tables: rows of columns that differ in kind, each scored by a head of its own, with gaps where nothing was seen."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from pyro_vae.data.columns import (
 from pyro_vae.data.datasets import Column, Data, Kind, Schema, Source, held_out
 from pyro_vae.data.images import fingerprint
 from pyro_vae.errors import DataError
+from pyro_vae.infer.trees import data_size, select
 from pyro_vae.parts.inputs import heads_of
 from pyro_vae.parts.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NegativeBinomial
 from pyro_vae.parts.mixed import LogNormal, Mixed, Ordinal, Scaled
@@ -100,12 +102,15 @@ class Table(Source):
             num_test = max(2, len(rows) // 10) if self.num_test is None else self.num_test
             if num_test >= len(rows):
                 raise DataError(f"{frame.title}: a test set of {num_test} leaves nothing of {len(rows)} rows")
-            test, train = rows[order[-num_test:]], rows[order[:-num_test]]
+            origin = frame, order[-num_test:]
+            order = order[:-num_test]
+            test, train = rows[origin[1]], rows[order]
         else:
             known = {*(column.name for column in columns), *self.columns}
             if odd := next((name for name in other.columns if name not in known), None):
                 raise DataError(f"{other.title} has the column '{odd}', which {frame.title} has not")
             test, train = encoded(other, columns), rows[order]
+            origin = other, np.arange(len(test))
             check_rows(other, test)
             if len(test) < 2:
                 raise DataError(
@@ -115,6 +120,7 @@ class Table(Source):
         columns = tuple(_with_statistics(column, train[:, place]) for place, column in enumerate(columns))
         last = held_out(len(train), self.num_validation, frame.title)
         data = TableData(columns, train[:-last], train[-last:], test, frame.title, device)
+        data.origins = (frame, order[:-last]), (frame, order[-last:]), origin
         data.report(frame.num_rows + (0 if other is None else other.num_rows))
         return data
 
@@ -177,8 +183,12 @@ class TableData(Data):
 
     Attributes:
         columns: as given.
-        train, validation, test: the rows, float32 ``(N, X)``.
+        train, validation, test: the rows, float32 ``(N, X)``; or, with a condition, ``(x, c)``.
+        origins: of each of the three, where its rows were read, and which they are there.
     """
+
+    train: Any
+    origins: tuple[tuple[Frame, np.ndarray], ...] = ()
 
     def __init__(
         self,
@@ -202,11 +212,66 @@ class TableData(Data):
 
     @property
     def num_train(self) -> int:
-        return len(self.train)
+        return data_size(self.train)
 
-    def observe(self, index: Tensor) -> Tensor:
+    def observe(self, index: Tensor) -> Any:
         """Training rows ``(len(index), X)``."""
-        return self.train[index]
+        return select(self.train, index)
+
+    def given(self, names: Sequence[str]) -> "TableData":
+        places = {column.name: place for place, column in enumerate(self.columns)}
+        if odd := next((name for name in names if name not in places), None):
+            few = f"{', '.join([*places][:20])}{', ...' if len(places) > 20 else ''}"
+            raise DataError(f"--condition {odd}: there is no such column in {self.title}: {few}")
+        if not (kept := [place for name, place in places.items() if name not in names]):
+            raise DataError(f"--condition {', '.join(names)}: no column is left to be modelled")
+        columns = [self.columns[places[name]] for name in names]
+        for column in columns:
+            self._check_condition(column, places[column.name])
+        parts = [
+            (rows[:, kept], torch.cat([column.encode(rows[:, places[column.name]]) for column in columns], 1).to(rows))
+            for rows in (self.train, self.validation, self.test)
+        ]
+        result = copy.copy(self)
+        result.columns = tuple(self.columns[place] for place in kept)
+        result.train, result.validation, result.test = parts
+        result.missing = float(torch.cat([x.isnan() for x, _ in parts]).double().mean())
+        for part, (x, _) in enumerate(parts):
+            if len(empty := x.isnan().all(1).nonzero()):
+                raise DataError(
+                    f"--condition {', '.join(names)}: {self._where(part, empty[0])} has nothing else that was seen; "
+                    "leave it out"
+                )
+        result.schema = Schema((len(kept),), "row", result.columns, result.missing > 0, tuple(columns))
+        result.title = f"{self.title}, given {', '.join(names)}"
+        result.about = {
+            "dataset": "Table",
+            "columns": {column.name: column.kind for column in result.columns},
+            "condition": list(names),
+        }
+        return result
+
+    def _check_condition(self, column: Column, place: int) -> None:
+        """Refuse gaps in a condition, and values that no training row has."""
+        known = self.train[:, place].unique()
+        for part, rows in enumerate((self.train, self.validation, self.test)):
+            entries = rows[:, place]
+            if len(gaps := entries.isnan().nonzero()):
+                raise DataError(
+                    f"--condition {column.name}: {self._where(part, gaps[0])} is missing, and a condition must be known"
+                )
+            if column.values and len(odd := (~torch.isin(entries, known)).nonzero()):
+                value = column.values[int(entries[odd[0]])]
+                raise DataError(
+                    f"--condition {column.name}: {self._where(part, odd[0])} is {value!r}, which no training row is"
+                )
+
+    def _where(self, part: int, row: Tensor) -> str:
+        """A row of one of the three parts, as it is found in its file."""
+        if not self.origins:
+            return f"{('training', 'validation', 'test')[part]} row {int(row)}"
+        frame, places = self.origins[part]
+        return f"{frame.title}, {frame.row(int(places[int(row)]))}"
 
     def report(self, num_rows: int) -> None:
         """Print what the columns were taken for."""

@@ -4,6 +4,7 @@ import functools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -12,6 +13,7 @@ from pyro_vae import MLP, ConditionalVAE, Network, cli, quadrature, runs
 from pyro_vae.data.datasets import Schema
 from pyro_vae.data.fetched import Digits
 from pyro_vae.data.images import Dataset, Images
+from pyro_vae.data.tables import Table
 from pyro_vae.errors import DataError, RunError
 from pyro_vae.parts.likelihoods import Gaussian
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, Told
@@ -106,6 +108,93 @@ def test_log_px_given_c_of_a_model_from_settings_is_that_of_the_normal(tmp_path,
             mean, scale = mean + weight[:, :2] @ prior.base_dist.loc[i].detach(), prior.base_dist.scale[i].detach()
         covariance = weight[:, :2] * scale.square() @ weight[:, :2].mT + 0.25 * torch.eye(4)
         assert found[i].item() == pytest.approx(stats.multivariate_normal(mean, covariance).logpdf(x[i]), abs=1e-6)
+
+
+def table(**changed):
+    """Forty rows; what is changed holds for the rows that are named."""
+    noise = np.random.default_rng(0).standard_normal((40, 3))
+    frame = pd.DataFrame(noise, columns=["height", "weight", "age"])
+    frame["age"] = 40 + 10 * frame["age"]
+    frame["sex"] = ["f", "m", "m", "x"] * 10
+    for name, (row, value) in changed.items():
+        frame.loc[row, name] = value
+    return frame
+
+
+def rows(frame, split=None):
+    split = Table("unused", frame, num_test=8) if split is None else split
+    return split.load()
+
+
+def test_columns_become_a_condition():
+    whole = rows(table(weight=(3, np.nan)))
+    data = whole.given(["sex", "age"])
+    assert [column.name for column in data.schema.columns] == ["height", "weight"]
+    assert [column.name for column in data.schema.condition] == ["sex", "age"]
+    assert (data.schema.shape, data.schema.condition_dim, data.schema.missing) == ((2,), 4, True)
+    assert data.about["condition"] == ["sex", "age"]
+    assert data.fingerprint == whole.fingerprint
+    age = torch.cat([whole.train, whole.validation])[:, 2]
+    x, c = data.test
+    assert torch.equal(x, whole.test[:, :2])
+    assert torch.equal(c[:, :3].argmax(1).float(), whole.test[:, 3])
+    torch.testing.assert_close(c[:, 3], (whole.test[:, 2] - age.mean()) / age.std(correction=0))
+    index = torch.tensor([5, 2])
+    torch.testing.assert_close(data.observe(index)[0], whole.train[index, :2], equal_nan=True)
+    assert data.num_train == whole.num_train == len(data.observe(torch.arange(data.num_train))[1])
+    assert not rows(table(sex=(3, "f"))).given(["sex"]).schema.missing
+    assert Schema.loads(data.schema.dumps()) == data.schema
+
+
+@pytest.mark.parametrize(
+    ("frame", "names", "words"),
+    [
+        (
+            table(),
+            ["shoe"],
+            "--condition shoe: there is no such column in the table, 4 columns: height, weight, age, sex",
+        ),
+        (table(), ["height", "weight", "age", "sex"], "no column is left to be modelled"),
+        (table(age=(7, np.nan)), ["sex", "age"], "--condition age: the table, row 7 is missing, and a condition must"),
+        (table(sex=(7, None)), ["sex"], "--condition sex: the table, row 7 is missing"),
+        (
+            table(height=(6, np.nan), weight=(6, np.nan)),
+            ["sex", "age"],
+            "--condition sex, age: the table, row 6 has nothing else that was seen",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_a_condition_are_refused(frame, names, words):
+    with pytest.raises(DataError, match=words):
+        rows(frame).given(names)
+
+
+def test_a_value_that_no_training_row_has_is_refused():
+    order = np.random.default_rng(0).permutation(40)  # as the table is split
+    with pytest.raises(
+        DataError, match=f"--condition sex: the table, row {order[-2]} is 'rare', which no training row"
+    ):
+        rows(table(sex=(order[-2], "rare"))).given(["sex"])
+
+
+def test_log_px_given_columns_is_that_of_the_normal(doubles):
+    """In the units of the file, with the condition standardized."""
+    frame = table()
+    data = rows(frame).given(["age", "sex"])
+    vae = build(settings(condition=["age", "sex"]), data.schema)
+    x = torch.tensor(frame[["height", "weight"]].to_numpy()[:4].copy())
+    train = np.random.default_rng(0).permutation(40)[:-8]
+    age = ((frame["age"] - frame["age"][train].mean()) / frame["age"][train].std(ddof=0)).to_numpy()
+    sex = frame["sex"].to_numpy()[:, None] == np.array(["f", "m", "x"])
+    c = torch.tensor(np.column_stack([age, sex])[:4].astype(float))
+    found = quadrature(vae.model, vae.guide, (x, c)).log_px
+    weight = vae.likelihood.network.layers[0].weight.detach()
+    covariance = weight[:, :2] @ weight[:, :2].mT + 0.25 * torch.eye(2)
+    for i in range(4):
+        wanted = stats.multivariate_normal(weight[:, 2:] @ c[i], covariance).logpdf(x[i])
+        assert found[i].item() == pytest.approx(wanted, abs=1e-6)
+    given = torch.cat([data.observe(torch.arange(data.num_train))[1], data.validation[1], data.test[1]])
+    assert given[:, 0].sort().values.tolist() == pytest.approx(np.sort(age), abs=1e-5)
 
 
 class Averaged(Network):
