@@ -190,7 +190,7 @@ def test_another_unit_changes_the_density_alone(tmp_path):
         log_w.append(log_weights(vae.model, vae.guide, data.train, 5).detach())
         seen = (~data.train[:, :2].isnan()).sum(1)
     assert set(seen.tolist()) >= {1, 2}
-    torch.testing.assert_close(log_w[0] - log_w[1], (seen * math.log(1000)).expand(5, -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_w[0] - log_w[1], (seen * math.log(1000)).expand(5, -1), atol=1e-3, rtol=0)
 
 
 def test_tables_without_gaps_have_a_plain_encoder():
