@@ -8,6 +8,7 @@ from pyro_vae.data.datasets import Batches, Column, Data, Schema, Source
 from pyro_vae.data.fetched import KMNIST, MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST, cache_folder
 from pyro_vae.data.images import ENCODINGS, Dataset, ImageData, Images
 from pyro_vae.data.own import ImageFolder, Npy, Npz
+from pyro_vae.data.sequences import SequenceData, Sequences
 from pyro_vae.data.tables import Table, TableData, heads
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "Npz",
     "Omniglot",
     "Schema",
+    "SequenceData",
+    "Sequences",
     "Source",
     "StaticMNIST",
     "Table",

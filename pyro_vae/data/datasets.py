@@ -72,6 +72,7 @@ class Schema:
         missing: whether entries may be missing, as NaN.
         condition: the columns of what the model is told beside it; none: nothing.
         pixels: of images, how they become observations; None: what is stored is what is observed.
+        entries: of sequences, what all entries hold; None: columns tell, or it is not known.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +81,7 @@ class Schema:
     missing: bool = False
     condition: tuple[Column, ...] = field(default=())
     pixels: Pixels | None = None
+    entries: Kind | None = None
 
     @property
     def size(self) -> int:

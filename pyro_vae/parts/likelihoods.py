@@ -123,27 +123,35 @@ class LocationScale(Likelihood):
         scale: a positive number fixes the scale; learned: one parameter for all pixels; per_pixel: the decoder outputs
             it, beside the location of each pixel.
         min_scale: smallest scale that can be learned, positive; keeps constant pixels from an infinite density.
+        features: F of sequences (T, F), each with a learned scale of its own; null: one for all.
 
     Raises:
-        ValueError: if a scale is not positive.
+        ValueError: if a scale is not positive, or ``features`` does not divide ``event_size`` or has no use.
     """
 
     encoding = "dequantized"
     is_density = True
 
     def __init__(
-        self, event_size: int, scale: float | Literal["learned", "per_pixel"] = "learned", min_scale: float = 1e-3
+        self,
+        event_size: int,
+        scale: float | Literal["learned", "per_pixel"] = "learned",
+        min_scale: float = 1e-3,
+        features: int | None = None,
     ):
         super().__init__(event_size)
         if not min_scale > 0:
             raise ValueError(f"min_scale must be positive, got {min_scale}")
         if scale not in ("learned", "per_pixel") and not (isinstance(scale, float | int) and scale > 0):
             raise ValueError(f"scale must be positive, 'learned' or 'per_pixel', got {scale}")
+        if features is not None and (scale != "learned" or features < 1 or event_size % features):
+            raise ValueError(f"features must divide {event_size} entries, whose scale is learned, got {features}")
         self.min_scale = min_scale
         if scale == "per_pixel":
             self.sizes = (event_size, event_size)
         elif scale == "learned":
-            self.raw_scale = nn.Parameter(_inverse_softplus(torch.tensor(0.2)))
+            start = _inverse_softplus(torch.tensor(0.2))
+            self.raw_scale = nn.Parameter(start if features is None else start.repeat(features))
         else:
             self.register_buffer("fixed_scale", torch.tensor(float(scale)), persistent=False)
 
@@ -158,6 +166,8 @@ class LocationScale(Likelihood):
         if raw_scale is None:
             raw_scale = getattr(self, "raw_scale", None)
         scale = self.fixed_scale if raw_scale is None else self.min_scale + F.softplus(raw_scale)
+        if scale.dim() == 1 and loc.shape[-1] != len(scale):
+            scale = scale.repeat(loc.shape[-1] // len(scale))
         return self.family(loc, scale.expand_as(loc)).to_event(1)
 
     def marginal(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -173,6 +183,7 @@ class Gaussian(LocationScale):
         scale: a positive number fixes the scale; learned: one parameter for all pixels; per_pixel: the decoder outputs
             it, beside the location of each pixel.
         min_scale: smallest scale that can be learned, positive; keeps constant pixels from an infinite density.
+        features: F of sequences (T, F), each with a learned scale of its own; null: one for all.
     """
 
     family = staticmethod(dist.Normal)
@@ -186,6 +197,7 @@ class Laplace(LocationScale):
         scale: a positive number fixes the scale; learned: one parameter for all pixels; per_pixel: the decoder
             outputs it.
         min_scale: smallest scale that can be learned, positive; keeps constant pixels from an infinite density.
+        features: F of sequences (T, F), each with a learned scale of its own; null: one for all.
     """
 
     family = staticmethod(dist.Laplace)

@@ -22,9 +22,11 @@ class Incomplete(Network):
         network: maps ``(*, in_features)`` to the raw outputs, with ``event_size`` more inputs if it is given the mask.
         event_size: number X of entries, which are the first features; conditions after them pass as they are.
         mask: append for each entry 1 if it was seen, 0 if not.
+        features: F of sequences ``(T, F)``: each has one mean and one standard deviation, for all steps, of which some
+            may hardly ever be seen; None: each entry its own.
 
     Raises:
-        ValueError: if the network has not inputs enough.
+        ValueError: if the network has not inputs enough, or ``features`` does not divide the entries.
 
     >>> from pyro_vae import MLP
     >>> encoder = Incomplete(MLP(6, 4), event_size=3)
@@ -35,13 +37,14 @@ class Incomplete(Network):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, network: Network, event_size: int, mask: bool = True):
+    def __init__(self, network: Network, event_size: int, mask: bool = True, features: int | None = None):
         inputs = network.in_features - event_size if mask else network.in_features
         if inputs < event_size:
             told = f"{event_size} entries and as many of the mask" if mask else f"{event_size} entries"
             raise ValueError(f"{type(network).__name__} reads {network.in_features} features, it needs {told}")
+        check_features(features, event_size)
         super().__init__(inputs, network.out_features)
-        self.network, self.event_size, self.mask = network, event_size, mask
+        self.network, self.event_size, self.mask, self.features = network, event_size, mask, features
         self.register_buffer("loc", torch.zeros(event_size))
         self.register_buffer("scale", torch.ones(event_size))
 
@@ -53,15 +56,27 @@ class Incomplete(Network):
 
     def initialize(self, x: Tensor) -> None:
         """Take means and standard deviations from what was seen of ``x``, shape ``(N, X)``."""
+        x = x if self.features is None else x.reshape(-1, self.features)
         seen = ~x.isnan()
         count = seen.sum(0).clamp(min=1)
         mean = torch.where(seen, x, 0.0).sum(0) / count
         scale = (torch.where(seen, x - mean, 0.0).square().sum(0) / count).sqrt()
-        self.loc.copy_(mean)
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        repeats = self.event_size // len(mean)
+        self.loc.copy_(mean.repeat(repeats))
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0).repeat(repeats))
 
     def start_at(self, output: Tensor) -> None:
         self.network.start_at(output)
+
+
+def check_features(features: int | None, event_size: int) -> None:
+    """Refuse a number of features that does not divide the entries of a sequence.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if features is not None and (features < 1 or event_size % features):
+        raise ValueError(f"features must divide the {event_size} entries, got {features}")
 
 
 def check_seen(x: Tensor, seen: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.parts import distributions
 from pyro_vae.parts.likelihoods import Likelihood, LocationScale
-from pyro_vae.parts.missing import independent_entries
+from pyro_vae.parts.missing import check_features, independent_entries
 
 
 class LogNormal(LocationScale):
@@ -22,6 +22,7 @@ class LogNormal(LocationScale):
         scale: of the logarithm: a positive number fixes it; learned: one parameter for all entries; per_pixel: the
             decoder outputs it, beside the location of each entry.
         min_scale: smallest scale that can be learned, positive.
+        features: F of sequences (T, F), each with a learned scale of its own; null: one for all.
     """
 
     encoding = None
@@ -91,20 +92,22 @@ class Scaled(Likelihood):
 
     Args:
         head: a likelihood of real entries, such as ``Gaussian(3)``, whose distribution is one of independent entries.
+        features: F of sequences ``(T, F)``: each has one loc and one scale, for all steps; None: each entry its own.
 
     Raises:
-        ValueError: if the head is no density.
+        ValueError: if the head is no density, or ``features`` does not divide its entries.
     """
 
     loc: Tensor
     scale: Tensor
     is_density = True
 
-    def __init__(self, head: Likelihood):
+    def __init__(self, head: Likelihood, features: int | None = None):
         super().__init__(head.event_size)
         if not head.is_density:
             raise ValueError(f"{type(head).__name__} is no density: whole numbers have no scale")
-        self.head = head
+        check_features(features, head.event_size)
+        self.head, self.features = head, features
         self.sizes = head.sizes
         self.register_buffer("loc", torch.zeros(head.event_size))
         self.register_buffer("scale", torch.ones(head.event_size))
@@ -115,9 +118,11 @@ class Scaled(Likelihood):
 
     def initialize(self, x: Tensor) -> None:
         """Take location and scale from ``x``, shape ``(N, X)``; a column of one value keeps its own unit."""
-        scale = x.std(0) if len(x) > 1 else torch.zeros_like(x[0])
-        self.loc.copy_(x.mean(0))
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        values = x if self.features is None else x.reshape(-1, self.features)
+        scale = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+        repeats = self.event_size // len(scale)
+        self.loc.copy_(values.mean(0).repeat(repeats))
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0).repeat(repeats))
         self.head.initialize((x - self.loc) / self.scale)
 
     def marginal(self, x: Tensor) -> tuple[Tensor, ...] | None:

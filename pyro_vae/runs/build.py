@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from pyro_vae.data.datasets import Data, Schema, Source
+from pyro_vae.data.sequences import entries_head
 from pyro_vae.data.tables import heads
 from pyro_vae.errors import ContractError, DataError, RunError
 from pyro_vae.infer.checks import check_part
@@ -78,9 +79,11 @@ def build(settings: Settings, schema: Schema) -> Model:
 
 
 def head_of(settings: Settings, schema: Schema) -> Likelihood:
-    """The likelihood of the settings or, of a table for which none was chosen, that of its columns."""
+    """The likelihood of the settings or, of a table or sequences for which none was chosen, that of what they hold."""
     chosen = settings.likelihood
     usual = (chosen.func, chosen.keywords) == (Bernoulli, {}) if isinstance(chosen, partial) else chosen is Bernoulli
+    if usual and schema.entries:
+        return entries_head(schema)
     return heads(schema.columns) if schema.columns and usual else make("likelihood", chosen, schema.size)
 
 
@@ -88,8 +91,9 @@ def encoder_of(settings: Settings, schema: Schema, out_features: int, told: int 
     """The encoder, which sees what is missing where data have gaps, and a condition of ``told`` numbers."""
     mask = schema.missing and settings.missing == "mask"
     inputs = 2 * schema.size if mask else schema.size
-    network = _told(settings, inputs, told, out_features, (inputs,) if schema.missing else schema.shape)
-    return Incomplete(network, schema.size, mask) if schema.missing else network
+    network = _told(settings, inputs, told, out_features, schema.shape)
+    features = schema.shape[1] if schema.entries else None
+    return Incomplete(network, schema.size, mask, features) if schema.missing else network
 
 
 def _told(settings: Settings, size: int, told: int, out_features: int, shape: tuple[int, ...]) -> Network:

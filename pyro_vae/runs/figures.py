@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
+from pyro_vae.data.sequences import SequenceData
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
@@ -189,6 +190,27 @@ def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     latent_scatter(guide, data, run_dir / "latent_space.png")
     if isinstance(data, ImageData):
         (_images_given if data.schema.condition else _images)(model, guide, data, run_dir)
+    if isinstance(data, SequenceData):
+        _sequences(model, guide, data, run_dir)
+
+
+def _sequences(model: Program, guide: Program, data: SequenceData, run_dir: Path) -> None:
+    """Four test sequences with their reconstructions, and as many draws of the model."""
+    steps, features = data.schema.shape
+    some = data.test[:4]
+    means = decode(model, len(some), data.test, posterior_mean(guide, some))
+    draws = decode(model, len(some), data.test, draw=True)
+    titles = {"reconstructions.png": "Test sequences (dots), and their reconstructions", "samples.png": "Samples"}
+    for (name, title), dots, lines in zip(titles.items(), (some, None), (means, draws), strict=True):
+        with figure(run_dir / name, 2.8 * len(some), 2.4, len(some), sharey=True, squeeze=False) as rows:
+            for place, axes in enumerate(rows[0]):
+                for feature in range(min(features, 4)):
+                    of = slice(feature, None, features)
+                    axes.plot(range(steps), lines[place, of].cpu(), color=f"C{feature}", lw=1.2)
+                    if dots is not None:
+                        axes.plot(range(steps), dots[place, of].cpu(), ".", color=f"C{feature}", ms=5)
+                axes.set_xlabel("step")
+            rows[0][0].figure.suptitle(title)
 
 
 def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> None:
