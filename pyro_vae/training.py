@@ -1,15 +1,12 @@
 """fit: epochs of an engine's steps, with validation and a learning-rate schedule; callbacks do the rest."""
 
-import io
 import math
-import os
 import textwrap
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -17,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, OnEpoch
 from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, check_at_least_one
 from pyro_vae.infer.batches import Watch, explained
 from pyro_vae.infer.checks import check_data, check_program
@@ -31,26 +29,6 @@ FORMAT = "pyro_vae.training/3"  # of a checkpoint; another layout gets another n
 RECENT = 5000  # observations on which the training ELBO is estimated
 
 
-class Epoch(NamedTuple):
-    """One row of a training history, in nats per datum.
-
-    Attributes:
-        epoch: counted from 1.
-        objective: minus the loss, averaged over the epoch's steps; whatever bound that is.
-        train_elbo: the plain ELBO after the epoch, of the last ``RECENT`` observations trained on, about.
-        validation_elbo: the plain ELBO after the epoch; NaN without validation data.
-        learning_rate: of the epoch's last step.
-        seconds: that the epoch took.
-    """
-
-    epoch: int
-    objective: float
-    train_elbo: float
-    validation_elbo: float
-    learning_rate: float
-    seconds: float
-
-
 class Batches(Protocol):
     """What ``fit`` trains on: each iteration is one epoch of mini-batches; ``len`` is their number.
 
@@ -61,127 +39,6 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Data]: ...
 
     def __len__(self) -> int: ...
-
-
-class Callback:
-    """Something to do in a training: override what is needed. Callbacks are called in the order given."""
-
-    def load(self, training: "Training") -> None:
-        """Before anything else: put the training where it is to begin."""
-
-    def start(self, training: "Training") -> None:
-        """Before the first epoch, after every ``load``: ``training.history`` has the epochs of an earlier call."""
-
-    def epoch(self, training: "Training") -> None:
-        """After each epoch: ``training.history[-1]`` is its row, the module has its weights."""
-
-    def save(self, training: "Training") -> None:
-        """After each epoch, when every callback's ``epoch`` is done: write what is to outlast the process."""
-
-    def end(self, training: "Training") -> None:
-        """After the last epoch; not where something was raised, which ends the training."""
-
-
-class EarlyStopping(Callback):
-    """Stop when the validation ELBO has not risen for ``patience`` epochs.
-
-    Raises:
-        ValueError: if ``patience`` is below 1; by ``fit``, without validation data.
-    """
-
-    def __init__(self, patience: int):
-        check_at_least_one(patience=patience)
-        self.patience = patience
-
-    def start(self, training: "Training") -> None:
-        _check_validation(self, training)
-        self.epoch(training)
-
-    def epoch(self, training: "Training") -> None:
-        if len(training.history) - best_epoch(training.history) >= self.patience:
-            training.stop()
-
-
-class BestWeights(Callback):
-    """Leave the module with the weights of the highest validation ELBO, not with the last ones.
-
-    Raises:
-        ValueError: by ``fit``, without validation data.
-        CheckpointError: by ``fit``, if a training is resumed that did not keep them.
-    """
-
-    def start(self, training: "Training") -> None:
-        _check_validation(self, training)
-        if training.history and not training.kept.get("best_weights"):
-            raise CheckpointError("the checkpoint has no best weights, since BestWeights was not among its callbacks")
-
-    def epoch(self, training: "Training") -> None:
-        if best_epoch(training.history) == len(training.history):
-            training.kept["best_weights"] = training.weights()
-
-    def end(self, training: "Training") -> None:
-        training.module.load_state_dict(training.kept["best_weights"])
-
-
-class Checkpoint(Callback):
-    """Write everything needed to resume to a file, after each epoch, atomically.
-
-    Args:
-        path: the file.
-        resume: go on from it if it exists. The trajectory is that of an uninterrupted run.
-
-    Raises:
-        CheckpointError: by ``fit``, if the file is damaged, or of another model, optimizer or schedule.
-        OSError: by ``fit``, if it cannot be read or written.
-    """
-
-    def __init__(self, path: Path | str, resume: bool = False):
-        self.path, self.resume = Path(path), resume
-
-    def load(self, training: "Training") -> None:
-        if not (self.resume and self.path.exists()):
-            return
-        device, file = next(training.module.parameters()).device, io.BytesIO(self.path.read_bytes())
-        try:
-            content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
-            raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
-        try:
-            training.load_state_dict(content)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path} {error}") from error
-
-    def save(self, training: "Training") -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
-            torch.save(training.state_dict(), file)
-        os.replace(partial, self.path)
-
-
-class OnEpoch(Callback):
-    """Call a function with the history so far, after each epoch and once when a training is resumed: for a log.
-    Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written.
-    """
-
-    def __init__(self, function: Callable[[list[Epoch]], object]):
-        self.function = function
-
-    def start(self, training: "Training") -> None:
-        if training.history:
-            self.function(training.history)
-
-    def save(self, training: "Training") -> None:
-        self.function(training.history)
-
-
-def best_epoch(history: Sequence[Epoch]) -> int:
-    """The first of the epochs with the highest validation ELBO, counted from 1; 0 of an empty history."""
-    return max(history, key=lambda row: row.validation_elbo).epoch if history else 0
-
-
-def _check_validation(callback: Callback, training: "Training") -> None:
-    if training.validation is None:
-        raise ValueError(f"{type(callback).__name__} needs validation data")
 
 
 def fit(

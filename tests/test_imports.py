@@ -14,7 +14,7 @@ ORDER = (
     "errors",
     "infer",
     "parts",
-    "data optimizers",
+    "data optimizers callbacks",
     "vae linear handrolled training",
     "semi_supervised",
     "testing",

@@ -2,7 +2,9 @@ import itertools
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pytest
 import schedulefree
@@ -335,6 +337,44 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, first, second, words):
             assert str(path) in str(caught.value)
         else:
             fit(vae, Fixed(x), callbacks=[Checkpoint(path)], **settings)
+
+
+def test_a_flipped_bit_is_found_or_does_not_matter(tmp_path):
+    path, x, vae = tmp_path / "checkpoint.pt", binary(20), small_vae()
+    fit(vae, Fixed(x), epochs=1, callbacks=[Checkpoint(path)])
+    whole, generator, refused = path.read_bytes(), np.random.default_rng(0), 0
+    before = flat(torch.load(path, weights_only=True))
+    seen = []
+    training = SimpleNamespace(module=vae, load_state_dict=seen.append)
+    for place in generator.integers(len(whole), size=150):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << generator.integers(8)
+        path.write_bytes(spoilt)
+        try:
+            Checkpoint(path, resume=True).load(training)
+        except CheckpointError as error:
+            refused += 1
+            assert "is damaged" in str(error)  # noqa: PT017
+        else:
+            after = flat(seen[-1])
+            assert before == after
+    assert refused > 50
+
+
+def flat(content, name=""):
+    """Everything in a checkpoint by its place."""
+    if isinstance(content, dict):
+        return {k: v for key, each in content.items() for k, v in flat(each, f"{name}.{key}").items()}
+    if isinstance(content, list | tuple):
+        return {k: v for i, each in enumerate(content) for k, v in flat(each, f"{name}.{i}").items()}
+    return {name: repr(np.asarray(content).tolist())}
+
+
+def test_a_checkpoint_about_something_else_is_refused(tmp_path):
+    path, x = tmp_path / "checkpoint.pt", binary(20)
+    fit(small_vae(), Fixed(x), epochs=1, callbacks=[Checkpoint(path, about={"data": "these"})])
+    with pytest.raises(CheckpointError, match="belongs to a training with data these, not those"):
+        fit(small_vae(), Fixed(x), epochs=1, callbacks=[Checkpoint(path, resume=True, about={"data": "those"})])
 
 
 def test_a_constant_schedule_can_be_prolonged(tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
@@ -21,7 +22,6 @@ from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import call, select
 from pyro_vae.runs.directory import noun_of
-from pyro_vae.training import Epoch
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,

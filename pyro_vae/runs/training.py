@@ -3,7 +3,7 @@
 import inspect
 import shlex
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import yaml
 from pyro.infer import ELBO
 
+from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.tables import densities
@@ -51,7 +52,7 @@ from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.workers import alone
-from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training, fit
+from pyro_vae.training import fit
 
 WORTH_COMPILING = 5000
 """Gradient steps above which the seconds of compiling pay; below, the compiled engine runs the graph as it is."""
@@ -98,7 +99,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     )
     try:
         with alone(run_dir):
-            history = fit_run(settings, vae, data, objective, run_dir)
+            history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
             if device.type == "mps":  # has no double precision
                 print("scoring on the CPU, in double precision, which mps lacks")
                 vae, data = vae.cpu(), load_dataset(dataset, "cpu")
@@ -109,6 +110,28 @@ def train(settings: Settings, text: str | None = None) -> Run:
         raise RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
     report_run(run_dir)
     return load(run_dir)
+
+
+LATER = ("epochs", "evidence", "device", "data_dir", "patience", "weights")
+"""Settings that do not change what a training has done so far."""
+
+
+def _about(text: str, data: Data) -> dict[str, Any]:
+    """What a checkpoint says of its run: one of other settings, or of other data, is not gone on with."""
+    settings = {name: value for name, value in yaml.safe_load(text).items() if name not in LATER}
+    return dict(_flat(settings, "--")) | {"data": data.fingerprint}
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Settings by the options that make them, those of classes and of their arguments too."""
+    for name, value in settings.items():
+        if name in ("class_path", "init_args"):
+            inner = value if isinstance(value, dict) else {"": value}
+            yield from _flat(inner, f"{prefix}." if name == "init_args" else prefix)
+        elif isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}" + "." * ("class_path" not in value))
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _refuse_image_shape(text: str) -> None:
@@ -204,10 +227,12 @@ class Log(Callback):
             self._writer.close()
 
 
-def fit_run(settings: Settings, vae: Model, data: Data, objective: Objective | ELBO, run_dir: Path) -> list[Epoch]:
+def fit_run(
+    settings: Settings, vae: Model, data: Data, objective: Objective | ELBO, run_dir: Path, about: dict[str, Any]
+) -> list[Epoch]:
     """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
     log = Log(run_dir, settings.tensorboard)
-    callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume), log]
+    callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume, about), log]
     callbacks += [BestWeights()] if settings.weights == "best" else []
     callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []
     batches = data.batches(settings.batch_size)

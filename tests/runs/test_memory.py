@@ -165,3 +165,28 @@ def test_contenders_are_chosen_by_validation_data():
     assert "validation" not in summary_table(old)
     with pytest.raises(RunError, match="no run of this study has validation numbers"):
         best_by_validation(old)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seed: 0", "seed: 1", "--seed 0, not 1"),
+        ("batch_size: 256", "batch_size: 20", "--batch_size 256, not 20"),
+        ("StandardNormal", "GaussianMixture", "--prior"),
+        ("pyro.infer.Trace_ELBO", "pyro_vae.objectives.IWAE", "--objective"),
+        ("binarization_seed: 777", "binarization_seed: 778", "--dataset.binarization_seed 777, not 778"),
+    ],
+)
+def test_a_run_whose_settings_were_edited_is_not_gone_on_with(tmp_path, monkeypatch, old, new, words):
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr("pyro_vae.runs.training.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    argv = ["train", "--dataset=Digits", *QUICK, "--epochs=1", f"--run_dir={run_dir}"]
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    config = run_dir / "config.yaml"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    with pytest.raises(RunError, match=words):
+        runs.train(*runs.parse(runs.Settings, [f"--run_dir={run_dir}", "--resume"]))
+    assert (run_dir / "checkpoint.pt").read_bytes() == before

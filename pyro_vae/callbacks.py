@@ -1,0 +1,180 @@
+"""What happens in a training beside its steps: checkpoints, early stopping, the best weights, and what users add."""
+
+import io
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import CheckpointError, check_at_least_one
+
+
+class Epoch(NamedTuple):
+    """One row of a training history, in nats per datum.
+
+    Attributes:
+        epoch: counted from 1.
+        objective: minus the loss, averaged over the epoch's steps; whatever bound that is.
+        train_elbo: the plain ELBO after the epoch, of the last ``RECENT`` observations trained on, about.
+        validation_elbo: the plain ELBO after the epoch; NaN without validation data.
+        learning_rate: of the epoch's last step.
+        seconds: that the epoch took.
+    """
+
+    epoch: int
+    objective: float
+    train_elbo: float
+    validation_elbo: float
+    learning_rate: float
+    seconds: float
+
+
+class Training(Protocol):
+    """What a callback sees of a training; see :class:`pyro_vae.training.Training`."""
+
+    module: nn.Module
+    validation: Any
+    epochs: int
+    history: list[Epoch]
+    kept: dict[str, Any]
+
+    def stop(self) -> None: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, content: dict[str, Any]) -> None: ...
+
+
+class Callback:
+    """Something to do in a training: override what is needed. Callbacks are called in the order given."""
+
+    def load(self, training: Training) -> None:
+        """Before anything else: put the training where it is to begin."""
+
+    def start(self, training: Training) -> None:
+        """Before the first epoch, after every ``load``: ``training.history`` has the epochs of an earlier call."""
+
+    def epoch(self, training: Training) -> None:
+        """After each epoch: ``training.history[-1]`` is its row, the module has its weights."""
+
+    def save(self, training: Training) -> None:
+        """After each epoch, when every callback's ``epoch`` is done: write what is to outlast the process."""
+
+    def end(self, training: Training) -> None:
+        """After the last epoch; not where something was raised, which ends the training."""
+
+
+class EarlyStopping(Callback):
+    """Stop when the validation ELBO has not risen for ``patience`` epochs.
+
+    Raises:
+        ValueError: if ``patience`` is below 1; by ``fit``, without validation data.
+    """
+
+    def __init__(self, patience: int):
+        check_at_least_one(patience=patience)
+        self.patience = patience
+
+    def start(self, training: Training) -> None:
+        _check_validation(self, training)
+        self.epoch(training)
+
+    def epoch(self, training: Training) -> None:
+        if len(training.history) - best_epoch(training.history) >= self.patience:
+            training.stop()
+
+
+class BestWeights(Callback):
+    """Leave the module with the weights of the highest validation ELBO, not with the last ones.
+
+    Raises:
+        ValueError: by ``fit``, without validation data.
+        CheckpointError: by ``fit``, if a training is resumed that did not keep them.
+    """
+
+    def start(self, training: Training) -> None:
+        _check_validation(self, training)
+        if training.history and not training.kept.get("best_weights"):
+            raise CheckpointError("the checkpoint has no best weights, since BestWeights was not among its callbacks")
+
+    def epoch(self, training: Training) -> None:
+        if best_epoch(training.history) == len(training.history):
+            training.kept["best_weights"] = training.weights()
+
+    def end(self, training: Training) -> None:
+        training.module.load_state_dict(training.kept["best_weights"])
+
+
+class Checkpoint(Callback):
+    """Write everything needed to resume to a file, after each epoch, atomically.
+
+    Args:
+        path: the file.
+        resume: go on from it if it exists. The trajectory is that of an uninterrupted run.
+        about: what the training is of, such as its data: written to the file, and compared with what a file says.
+
+    Raises:
+        CheckpointError: by ``fit``, if the file is damaged, or of another model, optimizer or schedule, or about
+            something else.
+        OSError: by ``fit``, if it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | str, resume: bool = False, about: Mapping[str, Any] | None = None):
+        self.path, self.resume, self.about = Path(path), resume, dict(about or {})
+
+    def load(self, training: Training) -> None:
+        if not (self.resume and self.path.exists()):
+            return
+        device, file = next(training.module.parameters()).device, io.BytesIO(self.path.read_bytes())
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch writes checksums, and does not read them
+            file.seek(0)
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
+            raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
+        if damaged:
+            raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is another")
+        try:
+            known = content.get("about", {}) if isinstance(content, dict) else {}
+            for name, value in self.about.items():
+                if name in known and known[name] != value:
+                    raise CheckpointError(f"belongs to a training with {name} {known[name]}, not {value}")
+            training.load_state_dict(content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} {error}") from error
+
+    def save(self, training: Training) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
+            torch.save(training.state_dict() | {"about": self.about}, file)
+        os.replace(partial, self.path)
+
+
+class OnEpoch(Callback):
+    """Call a function with the history so far, after each epoch and once when a training is resumed: for a log.
+    Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written.
+    """
+
+    def __init__(self, function: Callable[[list[Epoch]], object]):
+        self.function = function
+
+    def start(self, training: Training) -> None:
+        if training.history:
+            self.function(training.history)
+
+    def save(self, training: Training) -> None:
+        self.function(training.history)
+
+
+def best_epoch(history: Sequence[Epoch]) -> int:
+    """The first of the epochs with the highest validation ELBO, counted from 1; 0 of an empty history."""
+    return max(history, key=lambda row: row.validation_elbo).epoch if history else 0
+
+
+def _check_validation(callback: Callback, training: Training) -> None:
+    if training.validation is None:
+        raise ValueError(f"{type(callback).__name__} needs validation data")
