@@ -253,12 +253,7 @@ class CompiledSVI:
         for name, value in zip(graph.replaced, result.replaced, strict=True):
             store._params[name] = value.detach().requires_grad_()
             store._param_to_name[store._params[name]] = name
-        pairs = [
-            # inductor pads matrix products on a GPU; fused optimizers refuse that
-            (p, gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient))
-            for p, gradient in zip(graph.trained, result.gradients, strict=True)
-        ]
-        self._steps.update(params, self._steps.through_hooks(pairs))
+        self._steps.update(params, self._steps.through_hooks(graph.pairs(result)))
         if (
             isinstance(self.optim, PyroOptim)
             and isinstance(self._steps.loss, PyroELBO)
@@ -299,7 +294,11 @@ class CompiledSVI:
         self._nodes = max(self._nodes, len(traced.graph.graph.nodes))
         if randomness.is_drawn_elsewhere():
             kind.reason = "the programs draw random numbers that are not torch's"
-        elif call.state.snapshot.holds() and store._params.keys() == before[0].keys():
+        elif changed := call.state.snapshot.changed(since=True):
+            kind.mismatches += call.state.snapshot.holds()  # but for tensors exchanged by the programs themselves
+            if kind.mismatches > 1:
+                kind.reason = f"the programs change {changed}"
+        elif store._params.keys() == before[0].keys():
             self._keep(kind, Graph(traced, outline, before[0], call.state.snapshot), call)
         # else: what came into being or changed belongs to the next kind
         if kind.reason:
@@ -387,8 +386,8 @@ class CompiledSVI:
             after.restore()
         if call.train:
             self._steps.update(theirs.params, theirs.gradients)
-        if not found and not call.state.snapshot.holds():
-            found = f"the programs change {call.state.snapshot.changed()}"
+        if not found and (changed := call.state.snapshot.changed(since=True)):
+            found = f"the programs change {changed}"
         if found:
             self._judge(kind, graph, found)
         else:
@@ -406,6 +405,7 @@ class CompiledSVI:
         try:
             loss, params, gradients = self._steps.differentiate(call.args, call.kwargs)
             met = {id(p): p for p in params.values()}  # one tensor may have several names
+            met |= {id(p): p for p, _ in before}  # and a backward pass may reach what programs did not meet
             gradients = gradients or [(p, p.grad) for p in met.values() if p.grad is not None]
             for p, _ in gradients:
                 p.grad = None

@@ -1,5 +1,6 @@
 """The step of one kind of call as a graph: when it holds, what it gives, and on a GPU its record."""
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -87,6 +88,7 @@ class Graph:
             if name not in self.replaced and (id(value) in places or id(value) in held)
         ]
         self._exchange(*snapshot.places())
+        self._layouts = _layouts(self.constants)
         self._needs = [(p, p.requires_grad) for p in (*self.params.values(), *self.trained, *self.constants)]
         num_losses = sum(isinstance(leaf, Tensor) for leaf in self._leaves)
         self._ends = [num_losses, num_losses + len(self.trained)]
@@ -130,12 +132,16 @@ class Graph:
         return bool(self._after) or self._judged
 
     def valid(self, result: Result) -> bool:
-        """Whether observed values lie in their supports; on a GPU spot checks see to it, so that nobody waits."""
-        return result.valid is None or result.valid.is_cuda or bool(result.valid)
+        """Whether observed values lie in their supports, and the loss is a number; on a GPU spot checks see to it, so
+        that nobody waits."""
+        if result.valid is None or result.valid.is_cuda:
+            return True
+        losses = [x for x in tree_leaves(result.loss) if isinstance(x, Tensor)]
+        return bool(result.valid) and not any(bool(x.isnan()) for x in losses)
 
     def looked(self) -> str:
         """What the program read from tensors, in words."""
-        return looked(self._after, "that are drawn") if self._after else looked(self._before)
+        return looked(self._after, "that are drawn or changed in a step") if self._after else looked(self._before)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the parameter store, what needs gradients, and what programs read from tensors are as they were."""
@@ -147,6 +153,8 @@ class Graph:
         if any(p.requires_grad is not needed for p, needed in self._needs):
             return False
         if any(place.tensor() is not tensor for place, tensor in self._pinned):
+            return False
+        if _layouts(self.constants) != self._layouts:  # a tensor's ``data`` may have been replaced
             return False
         if self._first is None:
             return True
@@ -167,6 +175,14 @@ class Graph:
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         loss = tree_unflatten(leaves, self._spec)
         return Result(loss, found[a:b], found[b:c], found[c] if self._judged else None, found[d:])
+
+    def pairs(self, result: Result) -> list[tuple[Tensor, Tensor]]:
+        """What is trained with its gradients, laid out alike: fused optimizers refuse others, and inductor pads matrix
+        products on a GPU."""
+        return [
+            (p, g if g.is_sparse or g.stride() == p.stride() else torch.empty_like(p).copy_(g))
+            for p, g in zip(self.trained, result.gradients, strict=True)
+        ]
 
     def attempt(self, tensors: Sequence[Tensor], compiled: bool = True) -> Result | str:
         """A run, or why it fails."""
@@ -209,6 +225,13 @@ class Graph:
         for place, name in self._from_store:
             constants[place] = params[name]
         return constants
+
+
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list, list]:
+    return list(map(_SHAPE_AND_TYPE, tensors)), list(map(Tensor.stride, tensors))
+
+
+_SHAPE_AND_TYPE = operator.attrgetter("shape", "dtype")
 
 
 def _lies(x: Tensor) -> tuple:
@@ -255,7 +278,7 @@ def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: b
 def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: float) -> bool:
     if a.dtype == b.dtype == torch.float64 and not rounded:
         tolerance = tolerance * 1e-4
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    a, b = (x.detach().to_dense().cpu().double() for x in (a, b))
     finite = a.isfinite() & b.isfinite()
     if not finite.all():
         same = (a == b) | (a.isnan() & b.isnan())

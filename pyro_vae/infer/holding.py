@@ -1,8 +1,8 @@
 """Places where Python holds values: what they held at one moment, and whether they still do."""
 
 from array import array
-from collections.abc import Iterable, Sequence
-from itertools import islice, repeat
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice, repeat
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_SAMPLED = 500
 PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range, torch.Size, torch.dtype, torch.device)
 
 
@@ -71,12 +72,13 @@ class Holder:
     def restore(self) -> None:
         raise NotImplementedError
 
-    def holds(self) -> bool:
+    def holds(self, exchanges: bool = True) -> bool:
         now = self.now()
         if all(map(is_, now, self.values)) and len(self) == len(self.values):
             return True
         found = tuple(self.now())
-        if len(found) != len(self.values) or (others := self.exchanged(found)) - self.free:
+        free = self.free if exchanges else frozenset()
+        if len(found) != len(self.values) or (others := self.exchanged(found)) - free:
             return False
         if not all(alike(a, b) or i in others for i, (a, b) in enumerate(zip(found, self.values, strict=True))):
             return False
@@ -116,8 +118,8 @@ class Entries(Holder):
     def now(self) -> Iterable[Any]:
         return self.of.values()
 
-    def holds(self) -> bool:
-        return super().holds() and (len(self.keys) < 2 or next(reversed(self.of)) == self.keys[-1])
+    def holds(self, exchanges: bool = True) -> bool:
+        return super().holds(exchanges) and (len(self.keys) < 2 or next(reversed(self.of)) == self.keys[-1])
 
     def names(self) -> Sequence[object]:
         return self.keys
@@ -210,6 +212,53 @@ class Items(Holder):
         (self.of.update if isinstance(self.of, set) else self.of.extend)(kept)
 
 
+class Through(Holder):
+    """What a function gives for each of some objects, such as their classes."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, of: list, label: str, function: Callable[[Any], Any]):
+        self.function = function
+        super().__init__(of, label)
+
+    def now(self) -> Iterable[Any]:
+        return map(self.function, self.of)
+
+    def restore(self) -> None:
+        """Nobody changes classes while a step runs."""
+
+
+class Sample(Holder):
+    """The length of a large container, and some of its items."""
+
+    __slots__ = ()
+
+    def now(self) -> Iterable[Any]:
+        values = self.of.values() if isinstance(self.of, dict) else self.of
+        return chain((len(self.of),), islice(values, 0, None, 1 + len(self.of) // MOST_SAMPLED))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def restore(self) -> None:
+        """What the others were is not known."""
+
+
+class Keys(Holder):
+    """The keys of the mapping that a function gives."""
+
+    __slots__ = ()
+
+    def now(self) -> Iterable[Any]:
+        return self.of()
+
+    def __len__(self) -> int:
+        return len(self.of())
+
+    def restore(self) -> None:
+        """Whoever changes the mapping puts it back."""
+
+
 class Buffer(Holder):
     """The contents of an array of Python, or of bytes."""
 
@@ -242,24 +291,27 @@ class Context(Holder):
 
 
 class Array(Holder):
-    """The contents of an array of NumPy."""
+    """The contents of an array of NumPy; of a large one some elements, at equal distances."""
 
-    __slots__ = ("copy",)
+    __slots__ = ("copy", "every")
 
     def __init__(self, of: np.ndarray, label: str):
-        self.copy = of.copy()
+        self.every = 1 + of.size // (20 * MOST_SAMPLED)
+        self.copy = self.some(of).copy()
         super().__init__(of, label)
+
+    def some(self, of: np.ndarray) -> np.ndarray:
+        return of if self.every == 1 else of.reshape(-1)[:: self.every]
 
     def now(self) -> Iterable[Any]:
         return ()
 
-    def holds(self) -> bool:
-        return self.of.shape == self.copy.shape and np.array_equal(
-            self.of, self.copy, equal_nan=self.copy.dtype.kind in "fc"
-        )
+    def holds(self, exchanges: bool = True) -> bool:
+        return np.array_equal(self.some(self.of), self.copy, equal_nan=self.copy.dtype.kind in "fc")
 
     def changed(self) -> str:
         return f"an array of {self.label}"
 
     def restore(self) -> None:
-        self.of[...] = self.copy
+        if self.every == 1:
+            self.of[...] = self.copy

@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from pyro_vae.infer.compiling import likeness
 from pyro_vae.infer.graphs import Graph, Record
 from pyro_vae.infer.holding import PLAIN, exact
-from pyro_vae.infer.watching import Snapshot
+from pyro_vae.infer.watching import Snapshot, notes
 
 MOST_STATES = 8
 """So many states of the programs' Python are kept with their graphs, such as those of training and evaluation."""
@@ -130,6 +130,8 @@ class Calls:
                     return "an argument is no plain tensor, or needs a gradient"
                 parts.append((likeness(leaf), places.setdefault(id(leaf), len(places)), _memory(leaf, memories)))
                 tensors.append(leaf)
+                if leaf.__dict__ and notes(leaf):
+                    objects.append(leaf)
             elif i in lifted:
                 parts.append(float)
                 tensors.append(_as_tensor(leaf, leaves))
@@ -149,8 +151,11 @@ class Calls:
             hash(key)
         except TypeError as error:
             return f"an argument cannot be compared, {error}"
+        state = self._state(objects)
+        if state.snapshot.iterator:
+            return f"{state.snapshot.iterator} holds an iterator, and how far it is cannot be watched"
         devices = tuple({x.device for x in (*tensors, *params) if x.is_cuda})
-        self._last = Call(args, kwargs, leaves, spec, tensors, lifted, key, self._state(objects), train, devices)
+        self._last = Call(args, kwargs, leaves, spec, tensors, lifted, key, state, train, devices)
         return self._last
 
     def _numbers(self, leaves: list[Any], spec: TreeSpec) -> frozenset[int]:
@@ -205,7 +210,8 @@ def _ambient() -> tuple | str:
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     types = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else ()
     judged = Distribution._validate_args
-    return torch.is_grad_enabled(), judged, autocast, types, torch.get_default_dtype(), str(torch.get_default_device())
+    usual = torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled()
+    return torch.is_grad_enabled(), judged, autocast, types, *usual
 
 
 def _hides_all(handler: object) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-_LIBRARIES = frozenset(("torch", "pyro", "numpy", "zuko", "opt_einsum", "pyro_vae", *sys.stdlib_module_names)) - {
-    "__main__"
-}
+_LIBRARIES = frozenset(
+    ("torch", "pyro", "numpy", "pandas", "scipy", "zuko", "opt_einsum", "pyro_vae", *sys.stdlib_module_names)
+) - {"__main__"}
 _OF_ALL_ATTRIBUTES = frozenset(("__dict__", "__getattribute__", "asdict", "astuple", "attrgetter", "getattr", "vars"))
 """Ways to read attributes that code does not name."""
 
@@ -26,11 +26,13 @@ class Read(NamedTuple):
         read: of globals and attributes.
         of_globals: those of globals alone.
         written: of attributes that it sets, or may ask for by a string.
+        imported: of modules that it imports.
     """
 
     read: frozenset[str]
     of_globals: frozenset[str]
     written: frozenset[str]
+    imported: frozenset[str]
 
 
 class Names:
@@ -60,20 +62,24 @@ def names_in(code: types.CodeType) -> Read:
     read: set[str] = set(code.co_names)
     of_globals: set[str] = set()
     written: set[str] = set()
+    imported: set[str] = set()
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             of_globals.add(instruction.argval)
         elif instruction.opname == "STORE_ATTR":
             written.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            imported.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = names_in(constant)
             read |= inner.read
             of_globals |= inner.of_globals
             written |= inner.written
+            imported |= inner.imported
         elif isinstance(constant, str) and constant.isidentifier():
             written.add(constant)
-    return Read(frozenset(read), frozenset(of_globals), frozenset(written))
+    return Read(frozenset(read), frozenset(of_globals), frozenset(written), frozenset(imported))
 
 
 @lru_cache(maxsize=1024)

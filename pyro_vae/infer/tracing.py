@@ -95,10 +95,13 @@ def trace(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) 
             return (*found, *(x for x, _ in watch.looks))
 
     aliases = {id(x): x.detach() for x in tensors}
+    for x in tensors:
+        for name, value in vars(x).items():  # what users note on tensors
+            setattr(aliases[id(x)], name, value)
     try:
         with unvalidated(judge), _undescribed():
             graph = make_fx(watched)(*(aliases[id(x)] for x in tensors))
-        if judge.verdicts and not valid:
+        if not judge.valid or (judge.verdicts and not valid):
             raise InvalidData("observed values are outside of the support of their distribution")
     except BaseException:
         watch.undo()
@@ -126,11 +129,20 @@ class _Judge(Messenger):
     def __init__(self):
         super().__init__()
         self.verdicts: list[Tensor] = []
+        self.valid = True  # arguments of distributions
         self._observed: dict[int, Tensor] = {}
 
     def _pyro_post_sample(self, msg) -> None:
         if msg["is_observed"] and isinstance(msg["value"], Tensor):
             self._observed[id(msg["value"])] = msg["value"]
+
+    def judge_arguments(self, distribution: Distribution) -> None:
+        """What a distribution is made with, in the run that is traced; later ones show it by a loss that is NaN."""
+        for name, constraint in distribution.arg_constraints.items():
+            if name in vars(distribution) and not constraints.is_dependent(constraint):
+                with _disable_current_modes():
+                    value = getattr(distribution, name)
+                    self.valid &= bool(constraint.check(value).all()) if isinstance(value, Tensor) else True
 
     def judge(self, distribution: Distribution, value: object) -> None:
         """What ``_validate_sample`` would look at, of an observed value."""
@@ -186,6 +198,8 @@ def unvalidated(judge: _Judge | None = None) -> Iterator[None]:
         if validate_args is None and isinstance(getattr(type(self), "_validate_args", None), property):
             return begin(self, batch_shape, event_shape)  # Pyro's Independent does what its base does
         begin(self, batch_shape, event_shape, False)
+        if judge is not None and (usual if validate_args is None else validate_args):
+            judge.judge_arguments(self)
         self._validate_args = judge is not None and bool(usual if validate_args is None else validate_args)
         return None
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import enum
+import operator
+import os
 import random
+import sys
 import types
 import weakref
 from array import array
@@ -10,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -29,9 +32,12 @@ from pyro_vae.infer.holding import (
     Entries,
     Holder,
     Items,
+    Keys,
     Named,
     Place,
+    Sample,
     Slots,
+    Through,
     alike,
 )
 from pyro_vae.infer.naming import Names, is_library, names_in, names_of_libraries
@@ -39,7 +45,7 @@ from pyro_vae.infer.naming import Names, is_library, names_in, names_of_librarie
 MOST_SLOTS = 5000
 """So many places are watched at the most; what lies beyond is left to the spot checks."""
 MOST_ENTRIES = 1000
-"""Larger containers and arrays are compared by identity and length alone."""
+"""Of larger containers some items are compared, at equal distances."""
 _UNSEEN = frozenset(("_steps_taken", "_pyro_context", "__weakref__", "__dict__"))
 _UNSEEN_IN_LIBRARIES = (
     "_cache",
@@ -58,6 +64,9 @@ _UNCALLED = frozenset(
     ("__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__getstate__", "__setstate__")
 )
 """Methods that run at other times than those of steps."""
+_OF_ALL_GLOBALS = frozenset(("globals", "eval", "exec"))
+_UNSEEN_IN_TENSORS = ("unconstrained", "_pyro", "_dynamo")
+"""Beginnings of what Pyro and torch note on tensors."""
 
 
 class Snapshot:
@@ -77,9 +86,12 @@ class Snapshot:
         self._seen: dict[int, object] = {}  # kept alive, so that no id is taken twice
         self._slots = 0
         self.generators: list[torch.Generator | np.random.Generator | np.random.RandomState | random.Random] = []
+        self.iterator = ""  # the name of what holds one, whose place nobody sees
         self._code = Names()
         self._methods: dict[str, list[tuple[object, str]]] = {}  # of the user's classes, until code names them
         self._objects: list[_Object] = []
+        self._instances: list[object] = []
+        self._classes: list[type] = []
         todo = deque((root, getattr(root, "__name__", type(root).__name__)) for root in roots)
         while todo and self._slots < MOST_SLOTS:
             each, label = todo.popleft()
@@ -93,17 +105,30 @@ class Snapshot:
                 todo.extend(self._named())
         for each in self._objects:
             self._hold(Named(each.held, each.label, [*each.visited, *each.missing(self._code)]))
+        for each in self._classes:
+            of_bases = {name for base in each.__mro__[1:] if not is_library(base.__module__) for name in vars(base)}
+            self._hold(Named(vars(each), each.__name__, sorted((of_bases & self._code.read) - vars(each).keys())))
+        self._hold(Through(self._classes, "bases of classes", operator.attrgetter("__bases__")))
+        self._hold(Through(self._instances, "classes", type))
+        if not self._code.read.isdisjoint(("environ", "getenv")):
+            self._hold(Entries(cast(Any, os.environ)._data, "environment"))
+        if "get_param_store" in self._code.read:
+            self._hold(Keys(lambda: pyro.get_param_store()._params, "parameter store"))
 
     def holds(self) -> bool:
         """Whether all is as it was."""
         return not any(self._empty) and all(holder.holds() for holder in self._holders)
 
-    def changed(self) -> str:
-        """The name of something that is not as it was; empty if all is."""
+    def changed(self, since: bool = False) -> str:
+        """The name of something that is not as it was; empty if all is.
+
+        Args:
+            since: a tensor that may be exchanged between steps counts too, if it was since :meth:`holds` was asked.
+        """
         grown = next((each for each in self._empty if each), None)
         if grown is not None:
             return "a container that was empty"
-        return next((holder.changed() for holder in self._holders if not holder.holds()), "")
+        return next((holder.changed() for holder in self._holders if not holder.holds(exchanges=not since)), "")
 
     def release(self) -> bool:
         """Whether nothing was replaced but tensors by others like them; these may be exchanged from now on."""
@@ -148,11 +173,18 @@ class Snapshot:
                 self._empty.append(each)
             elif len(each) <= MOST_ENTRIES:
                 yield from self._hold(Items(each, label))
+            else:
+                self._hold(Sample(each, label))
         elif isinstance(each, (tuple, frozenset)):
             yield from ((item, label) for item in each)
         elif isinstance(each, np.ndarray):
-            if each.size <= MOST_ENTRIES * 10:
-                self._hold(Array(each, label))
+            self._hold(Array(each, label))
+        elif isinstance(each, Tensor):
+            yield from self._some(vars(each), notes(each), "a tensor")
+        elif isinstance(each, (operator.attrgetter, operator.methodcaller)):
+            self._code.read.add("attrgetter")
+        elif isinstance(each, Iterator) and type(each).__module__ in ("builtins", "itertools"):
+            self.iterator = label
         elif isinstance(each, (array, bytearray, memoryview)):
             if len(each) <= MOST_ENTRIES * 10:
                 self._hold(Buffer(each, label))
@@ -172,7 +204,7 @@ class Snapshot:
         elif isinstance(each, types.FunctionType):
             yield from self._function(each, label)
         elif isinstance(each, types.ModuleType):
-            self._objects.append(_Object(vars(each), each.__name__))
+            self._objects.append(_Object(vars(each), each.__name__, of_library=is_library(each.__name__)))
         elif isinstance(each, type):
             yield from self._class(each)
         else:
@@ -182,7 +214,9 @@ class Snapshot:
         """The methods and attributes that code reached by now names, and that were not visited."""
         found = [each for name in self._code.read & self._methods.keys() for each in self._methods.pop(name)]
         for each in self._objects:
-            found += [(each.held[name], each.label) for name in each.visit(self._code)]
+            values = [each.held[name] for name in each.visit(self._code)]
+            followed = [value for value in values if not each.of_library or isinstance(value, types.ModuleType)]
+            found += [(value, each.label) for value in followed]
         self._slots += len(found)
         return found
 
@@ -195,7 +229,7 @@ class Snapshot:
         if not each:
             self._empty.append(each)
             return iter(())
-        return self._hold(Entries(each, label)) if len(each) <= MOST_ENTRIES else iter(())
+        return self._hold(Entries(each, label)) if len(each) <= MOST_ENTRIES else self._hold(Sample(each, label))
 
     def _some(self, each: Any, names: Iterable[str], label: str) -> Iterator[tuple[object, str]]:
         names = [name for name in names if name in each]
@@ -216,9 +250,18 @@ class Snapshot:
             code = names_in(each.__code__)
             self._code.add(code)
             yield from self._some(each.__globals__, code.of_globals, "global")
+            if not code.of_globals.isdisjoint(_OF_ALL_GLOBALS):
+                self._code.read.add("vars")
+                self._objects.append(_Object(each.__globals__, "global"))
+            if code.imported:
+                package = each.__globals__.get("__package__") or ""
+                names = [name for n in code.imported for name in (n, f"{package}.{n}".strip(".")) if name]
+                yield from self._hold(Named(sys.modules, "module", names))
 
     def _class(self, each: type) -> Iterator[tuple[object, str]]:
         """What the user's classes hold: attributes, and what their methods reach as soon as code names them."""
+        if not is_library(each.__module__):
+            self._classes.append(each)
         for base in each.__mro__:
             if is_library(base.__module__) or (id(base) in self._seen and base is not each):
                 continue
@@ -233,13 +276,14 @@ class Snapshot:
             self._hold(Named(vars(base), base.__name__, methods))
             for name in methods:
                 method = vars(base)[name], base.__name__
-                if name.startswith("__") or name in names_of_libraries(each):
+                if name.startswith(("__", "_pyro_")) or name in names_of_libraries(each):
                     yield method
                 else:
                     self._methods.setdefault(name, []).append(method)
 
     def _object(self, each: Any) -> Iterator[tuple[object, str]]:
         kind = type(each)
+        self._instances.append(each)
         yield kind, kind.__name__
         held = getattr(each, "__dict__", None)
         if isinstance(held, dict):
@@ -254,31 +298,50 @@ class Snapshot:
         slots = [n for base in kind.__mro__ for n in _as_tuple(vars(base).get("__slots__", ())) if n not in _UNSEEN]
         if slots and not is_library(kind.__module__):
             yield from self._hold(Slots(each, kind.__name__, [name for name in slots if hasattr(each, name)]))
+        if kind.__module__.startswith("pandas.core.internals"):
+            yield from self._hold(Slots(each, kind.__name__, [n for n in ("blocks", "values") if hasattr(each, n)]))
 
 
 def _is_leaf(each: object) -> bool:
     """What holds nothing to watch, or is watched elsewhere."""
-    if isinstance(each, (*PLAIN, Tensor, np.generic, enum.Enum, poutine.Trace, constraints.Constraint)):
+    if isinstance(each, Tensor):
+        return not notes(each)
+    if isinstance(each, (*PLAIN, np.generic, enum.Enum, poutine.Trace)):
         return True
-    if isinstance(each, (types.BuiltinFunctionType, types.GeneratorType, types.CodeType)):
+    if isinstance(each, constraints.Constraint):
+        return not vars(each)
+    if isinstance(each, (types.BuiltinFunctionType, types.CodeType)):
         return True
-    if isinstance(each, types.ModuleType):
-        return is_library(each.__name__)
     if isinstance(each, (torch.optim.Optimizer, PyroOptim)) or each is pyro.get_param_store():
         return True
     return isinstance(each, type) and is_library(each.__module__)
 
 
+def notes(x: Tensor) -> list[str]:
+    """The attributes that a user gave to a tensor."""
+    return [name for name in x.__dict__ if not name.startswith(_UNSEEN_IN_TENSORS)]
+
+
 class _Object:
     """An object of a user's class, or a module, of whose attributes those count that code names."""
 
-    def __init__(self, held: dict[str, Any], label: str, kind: type = object, skip: Collection[str] = ()):
-        self.held, self.label, self.kind, self.skip = held, label, kind, skip
+    def __init__(
+        self,
+        held: dict[str, Any],
+        label: str,
+        kind: type = object,
+        skip: Collection[str] = (),
+        of_library: bool = False,
+    ):
+        self.held, self.label, self.kind, self.skip, self.of_library = held, label, kind, skip, of_library
         self.visited: dict[str, None] = {}
 
     def visit(self, code: Names) -> list[str]:
         """The attributes that are named, and were not when this was asked before."""
-        named = self.held.keys() if code.is_dynamic else self.held.keys() & (code.read | names_of_libraries(self.kind))
+        if code.is_dynamic and not self.of_library:
+            named: Collection[str] = self.held.keys()
+        else:
+            named = self.held.keys() & (code.read | names_of_libraries(self.kind) | {"__getattr__"})
         new = [name for name in self.held if name in named and name not in self.visited and name not in self.skip]
         self.visited.update(dict.fromkeys(new))
         return new
@@ -286,7 +349,8 @@ class _Object:
     def missing(self, code: Names) -> list[str]:
         """Attributes that it has not yet, and that would count: code sets or asks for them, or its class has them."""
         of_class = {name for base in self.kind.__mro__ if not is_library(base.__module__) for name in vars(base)}
-        return [name for name in sorted(code.written | (code.read & of_class)) if name not in self.held]
+        names = () if self.of_library else sorted(code.written | (code.read & of_class))
+        return [name for name in names if name not in self.held]
 
 
 def _as_tuple(slots: object) -> tuple:
