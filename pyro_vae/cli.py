@@ -6,18 +6,24 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
 
 if TYPE_CHECKING:
     from pyro_vae.runs import Classified, Comparison, Run, Scored, Study
+    from pyro_vae.runs.new_data import Done
 
 USAGE = """usage: pyro-vae COMMAND [options]
 
   train      train a VAE, score it and draw it; the directory it writes is a run
   evaluate   score a finished run again: by another estimator, on more data, on training data
   classify   p(label given x) of a run that is told labels: its accuracy and log-loss, with their errors
+  score      log p(x) of new data, in a file, with errors; the run's data set is not needed, nor is it for these:
+  embed      latents of new data
+  reconstruct, impute    E[x given z] of new data, or values for what was not seen of them
+  sample     draws of x
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
   study      the same run for several contenders and seeds, and their differences
 
@@ -28,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
+    commands |= {name: partial(use, name) for name in ("score", "embed", "sample", "reconstruct", "impute")}
 
     def run() -> None:
         if not argv or argv[0] in ("-h", "--help"):
@@ -80,6 +87,18 @@ def classify(argv: Sequence[str] | None = None) -> "Classified":
     classified = runs.run_classification(settings, text)
     print(f"\n{runs.classification_table(classified.result)}\n\n{classified.path}")
     return classified
+
+
+def use(command: str, argv: Sequence[str] | None = None) -> "Done":
+    """Use a finished run: ``score``, ``embed``, ``reconstruct`` or ``impute`` new data, or ``sample``."""
+    from pyro_vae.runs import new_data, parse
+
+    config, function = new_data.COMMANDS[command]
+    first = "run" if command == "sample" else "run file"
+    settings, _ = parse(config, argv, first=first, prog=f"pyro-vae {command}")
+    done = function(settings)
+    print(f"\n{done.text}" + (f"\n\n{done.path}" if done.path else ""))
+    return done
 
 
 def compare(argv: Sequence[str] | None = None) -> "Comparison":

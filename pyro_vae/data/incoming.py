@@ -137,7 +137,7 @@ def restored(x: Tensor, schema: Schema) -> Any:
     if not schema.columns:
         return x.reshape(*x.shape[:-1], *schema.shape)
     table = {}
-    for column, entries in zip(schema.columns, x.detach().cpu().double().numpy().T, strict=True):
+    for column, entries in zip(schema.columns, x.detach().cpu().numpy().T, strict=True):
         values: Any = entries
         if column.values:
             gaps = np.isnan(entries)
@@ -168,7 +168,7 @@ def _flat(array: np.ndarray, schema: Schema) -> np.ndarray:
     if given[1:] in (shape, (schema.size,)) or (image and shape[0] == 1 and given[1:] == shape[1:]):
         if not len(array):
             raise DataError(f"there is no {schema.noun}: the array has shape {given}")
-        return array.reshape(len(array), -1)
+        return np.ascontiguousarray(array.reshape(len(array), -1))
     wanted = ["N, " + ", ".join(map(str, shape))] + ([f"N, {schema.size}"] if len(shape) > 1 else [])
     wanted += ["N, " + ", ".join(map(str, shape[1:]))] if image and shape[0] == 1 else []
     hint = ""

@@ -242,6 +242,23 @@ class ImageFolder(OwnImages):
         known = torchvision.datasets.folder.IMG_EXTENSIONS
         return sorted(file for file in folder.glob("*") if file.suffix.lower() in known and file.is_file())
 
+    def pictures(self, folder: Path) -> tuple[np.ndarray, list[str]]:
+        """The pictures of a folder or its subfolders, ``(N, H, W)`` or ``(N, C, H, W)``, and the names of the files.
+
+        Raises:
+            DataError: if there is none, or one cannot be read.
+        """
+        files = self._flat(folder) or [file for each in sorted(folder.glob("*/")) for file in self._flat(each)]
+        if not files:
+            raise DataError(
+                f"{folder} holds no picture; those named .png, .jpg, .bmp, .tif, .webp, .ppm or .pgm are read"
+            )
+        return _stacked([self._open(str(file)) for file in files]), [str(file.relative_to(folder)) for file in files]
+
+    def picture(self, file: Path) -> np.ndarray:
+        """One picture, ``(H, W)`` or ``(C, H, W)``."""
+        return self._open(str(file))
+
     def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         """Images, their labels, and the names of the classes; of a folder without subfolders there are none."""
         flat = self._flat(folder)

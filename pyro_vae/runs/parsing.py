@@ -59,7 +59,7 @@ def parse(
 
     With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``. What
     stands first, before any option, is the value of the setting ``first``, if there is one: one word, or several for a
-    sequence.
+    sequence; or, of several names with blanks between them, a word each.
 
     Raises:
         RunError: for every mistake, in one line that names the option.
@@ -142,9 +142,11 @@ def _first_named(argv: list[str], first: str | None, config: type) -> list[str]:
     words = list(takewhile(lambda word: not word.startswith("-"), argv))
     if not (first and words):
         return argv
-    if get_origin(get_type_hints(config)[first]) is Sequence:
+    names = first.split()
+    if get_origin(get_type_hints(config)[names[0]]) is Sequence:
         return [f"--{first}={json.dumps(words)}", *argv[len(words) :]]
-    return [f"--{first}={words[0]}", *argv[1:]]
+    named = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    return [*named, *argv[len(named) :]]
 
 
 def _run_dir_for_out(argv: Sequence[str], config: type) -> list[str]:

@@ -47,7 +47,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be at least 0 and below 2^63, got {seed}")
 
 
-def _as_paths(settings: object, *names: str) -> None:
+def as_paths(settings: object, *names: str) -> None:
     """Paths may be given as text in Python."""
     for name in names:
         if isinstance(value := getattr(settings, name), str):
@@ -184,7 +184,7 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self):
-        _as_paths(self, "data_dir", "run_dir")
+        as_paths(self, "data_dir", "run_dir")
         for name in ("latent_dim", "epochs", "batch_size", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -273,7 +273,7 @@ class EvaluationSettings:
     run_dir: Path | None = None
 
     def __post_init__(self):
-        _as_paths(self, "run", "run_dir")
+        as_paths(self, "run", "run_dir")
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
         if self.num_samples < 1:

@@ -107,11 +107,13 @@ class Using:
 
         Of a model with several latent sites a dict by their names. A mean that has no formula is that of 1,000 draws.
         """
-        data = self.data(x, given)
+        joined = self._joined(self.data(x, given), num_samples)
+        return next(iter(joined.values())) if len(joined) == 1 else joined
+
+    def _joined(self, data: Tree, num_samples: int | None) -> dict[str, Tensor]:
         with evaluating(self.vae.guide), torch.no_grad():
             parts = [self._latents(part, num_samples) for part in split(data, AT_ONCE)]
-        joined = {name: torch.cat([part[name] for part in parts], 0 if num_samples is None else 1) for name in parts[0]}
-        return next(iter(joined.values())) if len(joined) == 1 else joined
+        return {name: torch.cat([part[name] for part in parts], 0 if num_samples is None else 1) for name in parts[0]}
 
     def _latents(self, data: Tree, num_samples: int | None) -> dict[str, Tensor]:
         if num_samples is not None:
@@ -159,9 +161,26 @@ class Using:
 
     def reconstruct(self, x: Any, given: Any = None) -> Any:
         """E[x | z] at the posterior mean of z, of each row, in the form of :meth:`decode`."""
-        if given is None and self.schema.condition and hasattr(x, "columns"):
-            given = x
-        return self.decode(self.encode(x, given=given), given)
+        return self.decode_data(self.data(x, given))
+
+    def decode_data(self, data: Tree) -> Any:
+        """:meth:`reconstruct` of what :meth:`data` made."""
+        z = self._joined(data, None)
+        x = [self._means(site) for site in self._observed(self._complete(data), z)]
+        return restored(torch.cat(x), self.schema)
+
+    def observed_of(self, data: Tree) -> Tensor:
+        """Observations ``(N, X)`` in what :meth:`data` made; NaN was not seen."""
+        parts = tensors(data)
+        gaps = parts[-1].dtype == torch.bool
+        return torch.where(parts[-1], parts[0], torch.nan) if gaps else parts[0]
+
+    def _complete(self, data: Tree) -> Tree:
+        """The same conditions, with observations without gaps, which are drawn anew."""
+        x, *others = tensors(data)
+        others = [each for each in others if each.dtype != torch.bool]
+        filler = self._filler().expand(x.shape)
+        return (filler, *others) if others else filler
 
     def score(self, x: Any, estimator: str = "annealed", given: Any = None, **settings: Any) -> Evidence:
         """log p(x) of each row, with errors, by one of ``ESTIMATORS`` with its own settings.

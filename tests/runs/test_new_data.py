@@ -1,8 +1,11 @@
 """A finished run used on data that it has not seen."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
+from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
 
@@ -180,3 +183,114 @@ def test_data_outside_the_support_are_named_by_row(linear):
     with pytest.raises(RunError, match="row 1"):
         Using(binary.eval(), Schema((4,), "row")).score(x)
     assert vae.weight.shape == (4, 2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, trained):
+    """Files of digits, in all forms."""
+    folder = tmp_path_factory.mktemp("files")
+    np.save(folder / "x.npy", DIGITS)
+    np.savez(folder / "x.npz", train=DIGITS[:2], test=DIGITS)
+    flat = pd.DataFrame(DIGITS.reshape(len(DIGITS), -1))
+    flat.to_csv(folder / "bare.csv", header=False, index=False)
+    flat.to_csv(folder / "named.csv", index=False)
+    (folder / "pictures").mkdir()
+    for place, picture in enumerate(DIGITS[:3]):
+        Image.fromarray(picture).save(folder / "pictures" / f"{place}.png")
+    gaps = DIGITS[:4].astype(float)
+    gaps[:, :3] = np.nan
+    np.save(folder / "gaps.npy", gaps)
+    np.save(folder / "text.npy", np.array([["a"]]))
+    return folder
+
+
+def command(name, run, *arguments):
+    """What a command makes, in a process of its own for all that matters."""
+    return cli.use(name, [str(run.path), *map(str, arguments), "--device=cpu"])
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "bare.csv", "named.csv"])
+def test_every_file_is_read_alike(run, files, name):
+    done = command("embed", run, files / name, f"--out={files / name}.npy")
+    assert np.array_equal(np.load(done.path), run.encode(DIGITS).numpy())
+
+
+def test_pictures_are_named(run, files):
+    done = command("embed", run, files / "pictures", f"--out={files / 'z.csv'}")
+    table = pd.read_csv(done.path)
+    assert table["row"].tolist() == ["0.png", "1.png", "2.png"]
+    np.testing.assert_allclose(table[["z0", "z1"]], run.encode(DIGITS[:3]), rtol=1e-5)
+
+
+def test_scores_are_written(run, files, trained, capsys):
+    done = command(
+        "score", run, files / "x.npy", "--estimator=importance", "--num_samples=20", f"--out={files / 's.nc'}"
+    )
+    expected = trained[1].log_px.numpy()
+    with xr.open_dataset(done.path) as found:
+        assert np.array_equal(found["log_px"], expected)
+        assert found.attrs["unit"] == "nats per image, mass"
+    assert f"{expected.mean():.3f}" in capsys.readouterr().out
+    table = command("score", run, files / "pictures", "--estimator=importance", f"--out={files / 's.csv'}").path
+    assert list(pd.read_csv(table)["row"]) == ["0.png", "1.png", "2.png"]
+
+
+def test_samples_and_reconstructions_are_drawn(run, files):
+    for name in ("sample", "reconstruct"):
+        first = [] if name == "sample" else [files / "x.npy"]
+        picture = command(name, run, *first, f"--out={files / name}.png").path
+        with Image.open(picture) as image:
+            assert min(image.size) > 50
+    twice = [command("sample", run, "--num_samples=5", f"--out={files / name}.npy").path for name in ("one", "two")]
+    one, two = map(np.load, twice)
+    assert one.shape == (5, 1, 8, 8)
+    assert np.array_equal(one, two)
+
+
+def test_imputed_images_keep_what_was_seen(run, files):
+    out = files / "filled.npz"
+    command("impute", run, files / "gaps.npy", f"--out={out}", "--num_samples=30", "--num_draws=7", "--draws")
+    filled = np.load(out)
+    assert filled["x"].shape == (4, 1, 8, 8)
+    assert not np.isnan(filled["x"]).any()
+    assert filled["draws"].shape == (7, 4, 64)
+    assert (filled["std"][:, :24] > 0).all()
+    assert (filled["std"][:, 24:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "RUN"], "--file must be given"),
+        (["score", "FILES", "FILES/x.npy"], "holds no finished run"),
+        (["score", "RUN", "FILES/nothing.npy"], "there is no such file"),
+        (["score", "RUN", "FILES/text.npy"], "array of <U1"),
+        (["score", "RUN", "FILES/x.npz", "--array=other"], "Name one by --array: train, test"),
+        (["score", "RUN", "FILES/x.npy", "--array=other"], "is no .npz file"),
+        (["score", "RUN", "FILES/x.npy", "--out=x.npy"], "expected a file named .csv, .nc or .npz"),
+        (["score", "RUN", "FILES/x.npy", "--num_samples=3"], "--num_samples is for --estimator importance"),
+        (["score", "RUN", "FILES/x.npy", "--device=gpu"], "--device"),
+        (["embed", "RUN", "FILES/x.npy", "--out=FILES/x.npy"], "exists and is never overwritten"),
+        (["embed", "RUN", "FILES/x.npy", "--out=FILES/no/z.npy"], "there is no directory"),
+        (["embed", "RUN", "FILES/x.npy", "--num_samples=2", "--out=FILES/d.csv"], "draws are no table"),
+        (["impute", "RUN", "FILES/x.npy", "--out=FILES/i.npy"], "nothing is missing"),
+        (["sample", "RUN", "--given=3", "--out=FILES/g.png"], "has no condition"),
+        (["sample", "RUN", "--num_samples=0"], "--num_samples must be at least 1"),
+    ],
+)
+def test_a_bad_command_is_one_line_and_status_2(run, files, arguments, message, capsys):
+    words = [each.replace("RUN", str(run.path)).replace("FILES", str(files)) for each in arguments]
+    before = sorted(files.iterdir())
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert left.value.code == 2
+    assert message in error
+    assert sorted(files.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["score", "embed", "sample", "reconstruct", "impute"])
+def test_help_teaches(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert f"Usage: pyro-vae {name} RUN" in capsys.readouterr().out
