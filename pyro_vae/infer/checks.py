@@ -1,6 +1,6 @@
 """check_program: whether the log-weights of a model and guide are those of the data that they are given."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -55,7 +55,12 @@ def check_part(model: Program, guide: Program, data: Data, neighbours: bool, sta
     data_size(data)
     gaps = [(path, leaf) for path, leaf in named_tensors(data) if leaf.isnan().any()]
     with torch.no_grad(), pyro.validation_enabled(False):
-        both = traces(model, guide, data, num_samples=2)
+        try:
+            both = traces(model, guide, data, num_samples=2)
+        except (RuntimeError, ValueError) as error:  # as of distributions that refuse to draw with a NaN
+            if gaps and not isinstance(error, ContractError):
+                raise _gaps_error(*gaps[0], start) from error
+            raise
         for path, leaf in gaps:
             _check_gaps(both, path, leaf, start)
         _check_latent_supports(both)
@@ -79,8 +84,20 @@ def check_data(model: Program, guide: Program, data: Data, neighbours: bool = Tr
     """
     devices = sorted({leaf.device for leaf in tensors(data) if isinstance(leaf, Tensor) and leaf.is_cuda}, key=str)
     with torch.random.fork_rng(devices), evaluating(model, guide):
-        for number, part in enumerate(split(data, size)):
-            check_part(model, guide, part, neighbours and number == 0, number * size)
+        check_parts(model, guide, data, neighbours, size)
+
+
+def check_parts(model: Program, guide: Program, data: Data, neighbours: bool = True, size: int = 1000) -> None:
+    """:func:`check_data` in the mode that programs are in, which uses up random numbers."""
+    for _ in checked_parts(model, guide, data, size, neighbours):
+        pass
+
+
+def checked_parts(model: Program, guide: Program, data: Data, size: int, neighbours: bool = False) -> Iterator[Data]:
+    """``size`` rows of data at a time, each part checked when its turn comes, with rows counted from the first."""
+    for number, part in enumerate(split(data, size)):
+        check_part(model, guide, part, neighbours and number == 0, number * size)
+        yield part
 
 
 def _check_gaps(both: Traces, path: str, leaf: Tensor, start: int) -> None:
@@ -90,8 +107,12 @@ def _check_gaps(both: Traces, path: str, leaf: Tensor, start: int) -> None:
     observed = [name for name in sample_sites(both.model) if site_of(both.model, name)["is_observed"]]
     if hidden and any(_masks_gaps(both.model, name, leaf.flatten()) for name in observed):
         return
+    raise _gaps_error(path, leaf, start)
+
+
+def _gaps_error(path: str, leaf: Tensor, start: int) -> ContractError:
     rows = leaf.isnan().reshape(len(leaf), -1).any(1)
-    raise ContractError(
+    return ContractError(
         f"{rows.sum()} of {len(leaf)} observations hold NaN ({path}, {_first_row(rows, start)}): fill in what was not "
         "seen, and mask it"
     )

@@ -1,5 +1,6 @@
 """Who runs programs in which mode, and who refuses data that no likelihood scores: every estimator, every engine."""
 
+import inspect
 import math
 from functools import partial
 
@@ -30,10 +31,14 @@ from pyro_vae import (
     annealed_importance_sampling,
     bidirectional_monte_carlo,
     bridge_sampling,
+    class_posterior,
     estimate_elbo,
     fit,
     importance_sampling,
+    impute,
+    infer,
     inference_gaps,
+    log_conditional,
     log_weights,
     objectives,
     quadrature,
@@ -49,6 +54,7 @@ from pyro_vae.infer.evidence import (
     PosteriorChains,
     Tempering,
     Thermodynamic,
+    enumeration,
     local_flow,
     local_mean_field,
 )
@@ -57,6 +63,7 @@ SHORT = Annealing(num_temperatures=2, num_chains=2, num_leapfrogs=1, num_warmup_
 CHAINS = PosteriorChains(num_chains=4, num_warmup=20, num_draws=20, num_leapfrogs=1)
 ENGINES = {"pyro": PyroSVI, "compiled": partial(CompiledSVI, compiler="none")}
 
+HALF = torch.arange(6) < 3
 ESTIMATORS = {
     "elbo": estimate_elbo,
     "kl": kl_divergence,
@@ -76,11 +83,39 @@ ESTIMATORS = {
     "rate": partial(
         rate_distortion, betas=(1.0,), settings=Tempering(num_chains=4, num_temperatures=2), compiled=False
     ),
-    "gaps": lambda model, guide, x: inference_gaps(model, guide, torch.zeros(len(x)), x, num_steps=2, num_samples=30),
+    "gaps": partial(inference_gaps, log_px=torch.zeros(3), num_steps=2, num_samples=30),
     "mean field": partial(local_mean_field, num_steps=2),
     "flow": partial(local_flow, num_steps=2),
     "quadrature": partial(quadrature, num_points=1024),
+    "enumeration": enumeration,
+    "impute": partial(impute, num_samples=30, num_draws=2, num_checked=0),
+    "impute by chains": partial(impute, num_draws=2, chains=SHORT, num_checked=0),
+    "conditional": partial(log_conditional, target=HALF, given=~HALF, settings=SHORT, compiled=False),
+    "classes": partial(
+        class_posterior,
+        classes=torch.ones(2, 6).bool(),
+        estimate=partial(importance_sampling, num_samples=30, num_checked=0, compiled=False),
+        name="seen",
+    ),
 }
+PRIMITIVES = {"traces", "log_weights", "check_program"}
+"""These run programs in the mode that they are in, as they say."""
+
+
+def test_all_that_is_public_is_here():
+    """A function of model, guide and data that is new is to be added above."""
+    rooms = (infer, infer.diagnostics, infer.evidence)
+    public = {name: getattr(room, name) for room in rooms for name in getattr(room, "__all__", dir(room))}
+    wanted = {
+        name
+        for name, each in public.items()
+        if inspect.isfunction(each)
+        and not name.startswith("_")
+        and each.__module__.startswith("pyro_vae.infer")
+        and {"model", "guide", "data"} <= inspect.signature(each).parameters.keys()
+    }
+    internal = {"check_data", "mean_log_weights"}  # imported, or for data that have been checked
+    assert {getattr(each, "func", each).__name__ for each in ESTIMATORS.values()} == wanted - PRIMITIVES - internal
 
 
 class Normed(Network):
@@ -103,40 +138,62 @@ def normed(pixels=6, latent_dim=2):
     ).double()
 
 
+class Discrete(nn.Module):
+    """Two binary latent variables, which enumeration takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Normed(6, 2).double(), Normed(2, 6).double()
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(2).double()).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+
 def counts(vae):
     return [int(module.num_batches_tracked) for module in vae.modules() if isinstance(module, nn.BatchNorm1d)]
 
 
-SLOW = {"thermodynamic", "bridge", "rate"}
+SLOW = {"thermodynamic", "bridge", "rate", "conditional"}
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ESTIMATORS]
 )
-def test_estimators_run_programs_in_evaluation_mode_and_leave_the_mode(name, training):
-    vae, modes = normed().train(training), set()
+def test_estimators_run_programs_in_evaluation_mode_and_leave_the_mode(name):
+    vae, modes = Discrete() if name == "enumeration" else normed(), set()
     for module in vae.modules():
         module.register_forward_pre_hook(lambda module, _: modes.add(module.training))
-    vae.posterior.eval()  # a part of it in another mode
+    next(module for module in vae.modules() if isinstance(module, nn.BatchNorm1d)).eval()  # one in another mode
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    ESTIMATORS[name](vae.model, vae.guide, binary(3, 6))
+    its_modes = [module.training for module in vae.modules()]
+    ESTIMATORS[name](vae.model, vae.guide, data=binary(3, 6))
     assert modes == {False}
-    assert [part.training for part in (vae.prior, vae.likelihood.network.norm, vae.posterior)] == [training] * 2 + [
-        False
-    ]
+    assert [module.training for module in vae.modules()] == its_modes
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
 @pytest.mark.parametrize("spoil", [16.0, math.nan])
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"bdmc"}))  # which draws its own data
 def test_estimators_refuse_what_no_likelihood_scores(name, spoil):
-    vae, x = small_vae(6, 2), binary(3, 6)
+    vae, x = Discrete() if name == "enumeration" else small_vae(6, 2), binary(3, 6)
     x[1, 4] = spoil
-    with pytest.raises(
-        ContractError, match=r"lie outside the support.*, row 1" if spoil == 16 else r"1 of 3 .*row 1\)"
-    ):
-        ESTIMATORS[name](vae.model, vae.guide, x)
+    with pytest.raises(ContractError, match=r"lie outside the support.* row 1:" if spoil == 16 else r"NaN.* row 1\b"):
+        ESTIMATORS[name](vae.model, vae.guide, data=x)
+
+
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"bdmc", "classes", "gaps", "conditional"} - SLOW))
+def test_rows_are_counted_from_the_first_of_all(name):
+    """Data are checked a thousand or fewer at a time."""
+    vae, x = Discrete() if name == "enumeration" else small_vae(6, 2), binary(1003, 6)
+    x[1002, 4] = 16.0
+    with pytest.raises(ContractError, match=r"1 observations of site 'x' .*, row 1002:"):
+        ESTIMATORS[name](vae.model, vae.guide, data=x)
 
 
 def test_active_units_too():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_parts, check_program
 from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
@@ -74,8 +74,7 @@ def annealed_importance_sampling(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, or if p(x, z) is finite nowhere at the start.
     """
     with scoring(model, guide):
-        for i, part in enumerate(split(data, 1000)):
-            check_program(model, guide, part, neighbours=i == 0)
+        check_parts(model, guide, data)
         rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)  # a gradient keeps what a forward pass drops
     with evaluating(model, guide):
         return anneal_latents(Latents(model, guide, data, gaussian=True), settings, rows, compiled, progress)

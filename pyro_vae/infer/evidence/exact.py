@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_parts
 from pyro_vae.infer.evidence.cubature import Mesh, integrate
 from pyro_vae.infer.evidence.frames import Frame, choose, fit_to_cells, log_cosh, prior_frame, unit_grid, zoom
 from pyro_vae.infer.evidence.result import Evidence
@@ -72,8 +72,7 @@ def quadrature(
         raise ValueError(f"num_points must be at least 1024, got {num_points}")
     _check_batch_size(batch_size)
     with scoring(model, guide):
-        for part in split(data, 1000):
-            check_program(model, guide, part)
+        check_parts(model, guide, data)
         latents = Latents(model, guide, data, gaussian=True)
         if not 1 <= latents.dim <= 2:
             raise ContractError(
@@ -251,8 +250,7 @@ def enumeration(model: Program, guide: Program, data: Data, limit: int = 2**16, 
     """
     _check_batch_size(batch_size)
     with scoring(model, guide):
-        for part in split(data, 1000):
-            check_program(model, guide, part)
+        check_parts(model, guide, data)
         model_trace, _ = traces(model, guide, select(data, slice(1)), 1)
         choices = {name: _choices(name, site_of(model_trace, name)) for name in latent_sites(model_trace)}
         observed = [name for name in sample_sites(model_trace) if name not in choices]

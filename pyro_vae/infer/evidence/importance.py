@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_program, checked_parts
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
@@ -120,8 +120,7 @@ def _from_guide(
 ) -> Iterator[Callable[[int], Tensor]]:
     """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
     weigh = _per_number(lambda num_samples, data: log_weights(model, guide, data, num_samples), compiled)
-    for part in split(data, size):
-        check_program(model, guide, part, neighbours=False)
+    for part in checked_parts(model, guide, data, size):
         yield lambda num_samples, part=part: weigh(num_samples)(part)
 
 
@@ -141,10 +140,8 @@ def _from_laplace(
         return whitened_log_joint(latents.of(data), Coordinates(*coordinates), e) - base.log_prob(e)
 
     weigh = _per_number(weights, compiled)
-    for part in split(
-        data, observations_at_once(rows // 3, latents.dim)
-    ):  # a gradient keeps what a forward pass would drop
-        check_program(model, guide, part, neighbours=False)
+    at_once = observations_at_once(rows // 3, latents.dim)  # a gradient keeps what a forward pass would drop
+    for part in checked_parts(model, guide, data, at_once):
         approximation = laplace_approximation(latents.of(part))
         for first in range(0, data_size(part), size):
             among = slice(first, first + size)

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.checks import check_program, seen_entries
+from pyro_vae.infer.checks import check_parts, seen_entries
 from pyro_vae.infer.evidence.annealed import one_way, paths
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.chains import anneal, resample
@@ -87,8 +87,7 @@ def impute(
     if num_samples < 1 or num_draws < 1:
         raise ValueError(f"num_samples and num_draws must be at least 1, got {num_samples} and {num_draws}")
     with scoring(model, guide):
-        for i, part in enumerate(split(data, 1000)):
-            check_program(model, guide, part, neighbours=i == 0)
+        check_parts(model, guide, data)
         rows = rows_per_chunk(model, guide, data, memory)
         site = _observed_site(model, guide, data, site)
         if chains is None:

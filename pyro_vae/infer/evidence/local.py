@@ -10,12 +10,12 @@ from torch.func import functional_call, vmap
 from tqdm import tqdm
 
 from pyro_vae.errors import ContractError, check_widths
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_parts
 from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK
 from pyro_vae.infer.flows import import_zuko
 from pyro_vae.infer.programs import Program, evaluating, scoring
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.trees import Data, data_size, select, split
+from pyro_vae.infer.trees import Data, data_size, select
 
 SAMPLES_OF_START = 256
 """Draws of the guide whose mean and standard deviation a local posterior starts from."""
@@ -307,8 +307,7 @@ def _chunks(
     """``batch_size`` observations at a time: their latent variables, their place, and the progress bar of them all."""
     bar = tqdm(total=num_steps * data_size(data), disable=not progress, unit="step", unit_scale=True, desc=name)
     with bar, evaluating(model, guide):
-        for part in split(data, batch_size):
-            check_program(model, guide, part)
+        check_parts(model, guide, data, size=batch_size)
         for among in _slices(data_size(data), batch_size):
             yield Latents(model, guide, select(data, among)), among, bar
 

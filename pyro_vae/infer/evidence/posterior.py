@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.checks import check_program
+from pyro_vae.infer.checks import check_program, checked_parts
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
 from pyro_vae.infer.evidence.chains import Path, State
 from pyro_vae.infer.evidence.importance import _free_memory, reduce_log_weights, rows_per_chunk
@@ -127,8 +127,7 @@ def in_chunks(
         size = max(1, min(size, (memory or _free_memory(first_tensor(data).device)) // kept))
     bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
     with bar, evaluating(model, guide):
-        for part in split(data, size):
-            check_program(model, guide, part, neighbours=False)
+        for part in checked_parts(model, guide, data, size):
             some = latents.of(part)
             check_start(some)
             yield some, bar
