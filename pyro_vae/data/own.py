@@ -66,7 +66,9 @@ class OwnImages(Dataset):
 
     @staticmethod
     def _whole(array: np.ndarray) -> np.ndarray:
-        """Real numbers that are all whole, and not all 0 and 1, as the whole numbers that they are."""
+        """Real numbers that are all whole, and not all 0 and 1, as these whole numbers; booleans as real ones."""
+        if array.dtype == bool:
+            return array.astype(np.float32)
         real = np.issubdtype(array.dtype, np.floating) and array.size and np.isfinite(array).all()
         if real and array.max() > 1 and array.max() <= MOST and (array == np.floor(array)).all():
             return array.astype(np.int64)

@@ -51,7 +51,7 @@ class ClassificationSettings:
         num_images: how many of them, drawn at random, the same in every classification, at least 2; null: all.
         annealing: settings of annealed importance sampling, which scores each datum once for every class.
         seed: of the estimates, at least 0.
-        device: auto takes a GPU if there is one.
+        device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         run_dir: directory to write, new or empty; null: classes-test or classes-train in the run's evaluations.
     """
 
@@ -62,7 +62,7 @@ class ClassificationSettings:
     num_images: int | None = 200
     annealing: Annealing = field(default_factory=Annealing)
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     run_dir: Path | None = None
 
     def __post_init__(self):

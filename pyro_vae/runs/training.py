@@ -102,7 +102,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
             history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
             if device.type == "mps":  # has no double precision
                 print("scoring on the CPU, in double precision, which mps lacks")
-                vae, data = vae.cpu(), load_dataset(dataset, "cpu")
+                vae, data = vae.cpu(), load_dataset(dataset, "cpu", settings.conditions)
             finish(settings, vae.eval(), data, history, run_dir)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt

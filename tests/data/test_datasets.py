@@ -546,7 +546,6 @@ GOOD = {"train": real(20, 4, 4), "test": real(6, 4, 4)}
         ({"test": np.full((6, 4, 4), 2**25), "train": whole(20, 4, 4)}, ["largest value", "16,777,216", "33554432"]),
         ({"train": whole(20, 4, 4)}, ["training images", "must be in 0..1", "..255"]),
         ({"train": whole(20, 4, 4) // 200, "test": whole(6, 4, 4) // 200}, ["0..255", "none is above 1", "real"]),
-        ({"train": real(20, 4, 4) > 0.5}, ["expected numbers, got bool"]),
         ({"train": real(20, 4, 4).astype(str)}, ["expected numbers"]),
         ({"train": real(20, 4, 4) + 0j}, ["expected numbers, got complex"]),
         ({"train": real(20, 4, 5)}, ["(1, 4, 5)", "(1, 4, 4)"]),
@@ -684,7 +683,6 @@ def test_test_images_in_an_array_of_their_own(put, tmp_path):
         (whole(20, 3, 4), {"num_test": 20}, ["images.npy", "a test set of 20", "of only 20 images"]),
         (whole(20, 3, 4) // 200, {}, ["images.npy", "0..255", "none is above 1"]),
         (2 * real(20, 3, 4), {}, ["must be in 0..1"]),
-        (real(20, 3, 4) > 0.5, {}, ["expected numbers, got bool"]),
         (whole(20, 3, 4).astype(object), {}, ["images.npy is no readable .npy file", "Python objects"]),
         (whole(20, 3, 4), {"test_path": "no.npy"}, ["no.npy is no readable .npy file", "No such file"]),
     ],
@@ -881,6 +879,14 @@ def test_a_largest_value_is_checked_against_what_is_there(save, tmp_path):
     for value in (0, 2**25):
         with pytest.raises(ValueError, match="max_value must be at least 1"):
             Npz(tmp_path, path, max_value=value)
+
+
+@pytest.mark.parametrize("binarization", ["none", "dynamic", "static", "threshold"])
+def test_booleans_are_0_and_1(save, tmp_path, binarization):
+    stored = real(20, 4, 4) > 0.5
+    data = Npz(tmp_path, save(train=stored, test=stored), binarization).load()
+    assert torch.equal(data.test, torch.from_numpy(stored).flatten(1).float())
+    assert torch.equal(data.observe(torch.arange(3)), data.test[:3])
 
 
 class Floats(Dataset):
