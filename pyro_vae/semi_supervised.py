@@ -1,5 +1,7 @@
 """Semi-supervised learning: a VAE of observations and their classes, of which many are unknown (M2)."""
 
+import math
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import ContractError, check_at_least_one
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import Program
-from pyro_vae.infer.trees import Data, call, data_size
+from pyro_vae.infer.trees import Data, call
 from pyro_vae.parts.conditional import Conditional
 from pyro_vae.parts.missing import Incomplete, of_seen
 from pyro_vae.parts.networks import Network
@@ -139,11 +141,11 @@ class SemiSupervisedVAE(nn.Module):
         made: Any = self.classifier(_encoded(x, seen, self.classifier))
         return made.logits
 
-    def told(self, x: Tensor, y: Tensor, seen: Tensor | None = None) -> Tensor:
-        """log q(y | x) of known labels, zero of unknown ones, ``(B,)``."""
+    def told(self, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Which classes are known, ``(B,)``, and log q(y | x) of those, zero of others, ``(B,)``."""
         known = self._known(x, y)
         log_q = self.classify(x, seen).gather(-1, torch.where(known, y, 0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(known, log_q, 0.0)
+        return known, torch.where(known, log_q, 0.0)
 
     def initialize(self, x: Tensor, y: Tensor) -> None:
         """Start every part from training data, ``(N, X)`` and ``(N,)``. Call once, before making the optimizer."""
@@ -186,31 +188,38 @@ class SemiSupervisedVAE(nn.Module):
 class SemiSupervisedELBO(Objective):
     """The bound of Kingma et al. (2014), equations 6 to 9: unknown classes are summed out, all at once.
 
-    The mean over the batch of L(x, y), the ELBO of log p(x, y), where y is known, and of sum_y q(y | x) (L(x, y) - log
-    q(y | x)) where it is not; plus alpha log q(y | x) where y is known. Value and pathwise gradient are unbiased. With
-    alpha = 0 it is Pyro's ``TraceEnum_ELBO``, divided by the batch size.
+    The mean over the batch of L(x, y), the ELBO of log p(x, y), plus alpha log q(y | x), where y is known, and of
+    sum_y q(y | x) (L(x, y) - log q(y | x)) where it is not. Value and pathwise gradient are unbiased. With alpha = 0 it
+    is Pyro's ``TraceEnum_ELBO``, divided by the batch size.
 
     Args:
         vae: what it trains; model and guide are its programs.
         alpha: weight of log q(y | x) of a datum whose class is known, at least 0. The paper's is 0.1 N / M, if the
             classes of M of N data are known.
+        known_weight: weight in the mean of a datum whose class is known, positive: below 1 if batches hold more of them
+            than the data; (M / m) / ((N - M) / n), if each batch has m of them and n others.
         num_particles: K, samples of z per datum and class, at least 1.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    def __init__(self, vae: SemiSupervisedVAE, alpha: float = 0.0, num_particles: int = 1):
+    def __init__(self, vae: SemiSupervisedVAE, alpha: float = 0.0, known_weight: float = 1.0, num_particles: int = 1):
         check_at_least_one(num_particles=num_particles)
-        if not 0 <= alpha < float("inf"):
+        if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
-        self.vae, self.alpha, self.num_particles = vae, alpha, num_particles
+        if not 0 < known_weight < math.inf:
+            raise ValueError(f"known_weight must be positive and finite, got {known_weight}")
+        self.vae, self.alpha, self.known_weight, self.num_particles = vae, alpha, known_weight, num_particles
         self._sum = TraceEnum_ELBO(num_particles, max_plate_nesting=1, vectorize_particles=True)
 
     def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
-        loss: Any = call(lambda *args, **kwargs: self._sum.differentiable_loss(model, guide, *args, **kwargs), data)
-        told = call(self.vae.told, data).mean() if self.alpha else 0.0
-        return loss / data_size(data) - self.alpha * told
+        known, told = call(self.vae.told, data)
+        weight = torch.where(known, self.known_weight, 1.0).to(told)
+        weight = weight / weight.sum()
+        scaled: Any = (poutine.scale(program, scale=weight) for program in (model, guide))
+        loss: Any = call(partial(self._sum.differentiable_loss, *scaled), data)
+        return loss - self.alpha * (weight * told).sum()
 
 
 class _Classes(Posterior):

@@ -57,7 +57,7 @@ def made(prior=False, gaps=False, decoder=True, encoder=True, dim=D):
     return vae, x
 
 
-def by_hand(vae, x, y, noise, alpha=0.0):
+def by_hand(vae, x, y, noise, alpha=0.0, known_weight=1.0):
     """Minus equation 9 for a datum on average, class by class; ``noise`` is ``(K, B, D)`` of each class."""
     every = []
     for c in range(L):
@@ -71,10 +71,10 @@ def by_hand(vae, x, y, noise, alpha=0.0):
     total = 0.0
     for b, label in enumerate(y.tolist()):
         if label >= 0:
-            total += every[label][b] + alpha * log_q[b, label]
+            total += known_weight * (every[label][b] + alpha * log_q[b, label])
         else:
             total += sum(log_q[b, c].exp() * (every[c][b] - log_q[b, c]) for c in range(L))
-    return -total / len(x)
+    return -total / ((y >= 0).sum() * known_weight + (y < 0).sum())
 
 
 def gradients(loss, vae):
@@ -83,14 +83,14 @@ def gradients(loss, vae):
 
 
 @pytest.mark.parametrize("y", [Y, Y.clamp(min=0), torch.full_like(Y, -1)], ids=["some", "all", "none"])
-@pytest.mark.parametrize(("prior", "alpha", "num_particles"), [(False, 0.0, 1), (True, 0.7, 3)])
-def test_the_bound_and_its_gradient_are_the_sum_by_hand(prior, alpha, num_particles, y):
+@pytest.mark.parametrize(("prior", "settings"), [(False, (0.0, 1.0, 1)), (True, (0.7, 0.25, 3))])
+def test_the_bound_and_its_gradient_are_the_sum_by_hand(prior, settings, y):
     vae, x = made(prior)
     pyro.set_rng_seed(1)
-    loss = SemiSupervisedELBO(vae, alpha, num_particles)(vae.model, vae.guide, (x, y))
+    loss = SemiSupervisedELBO(vae, *settings)(vae.model, vae.guide, (x, y))
     pyro.set_rng_seed(1)
-    noise = torch.normal(torch.zeros(L, num_particles, B, D).double(), 1.0)
-    wanted = by_hand(vae, x, y, noise, alpha)
+    noise = torch.normal(torch.zeros(L, settings[-1], B, D).double(), 1.0)
+    wanted = by_hand(vae, x, y, noise, *settings[:2])
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-10)
     for found, expected in zip(gradients(loss, vae), gradients(wanted, vae), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
@@ -153,7 +153,7 @@ def test_compiled_steps_are_those_of_pyro():
         vae, x = made()
         options = {"compiler": "none", "fallback": False} if engine is CompiledSVI else {}
         svi = engine(
-            vae.model, vae.guide, torch.optim.SGD(vae.parameters(), 0.01), SemiSupervisedELBO(vae, 0.5), **options
+            vae.model, vae.guide, torch.optim.SGD(vae.parameters(), 0.01), SemiSupervisedELBO(vae, 0.5, 0.3), **options
         )
         pyro.set_rng_seed(3)
         order = [torch.randperm(B, generator=torch.Generator().manual_seed(i)) for i in range(5)]
@@ -227,7 +227,7 @@ def test_labels_that_are_none_are_refused(y, message):
         check_program(vae.model, vae.guide, (x, y))
 
 
-@pytest.mark.parametrize("setting", [{"alpha": -1.0}, {"alpha": math.inf}, {"num_particles": 0}])
+@pytest.mark.parametrize("setting", [{"alpha": -1.0}, {"alpha": math.inf}, {"known_weight": 0.0}, {"num_particles": 0}])
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         SemiSupervisedELBO(made()[0], **setting)
