@@ -17,6 +17,7 @@ from pyro_vae.runs.classifying import (
     classification_table,
     classify,
     run_classification,
+    without_class,
 )
 from pyro_vae.runs.comparing import Comparison, ComparisonSettings, Difference, annealed_alike, compare, difference_of
 from pyro_vae.runs.directory import (
@@ -154,6 +155,7 @@ __all__ = [
     "summary_table",
     "table",
     "train",
+    "without_class",
     "write_csv",
     "write_json",
     "write_study",

@@ -148,6 +148,7 @@ def run_classification(settings: ClassificationSettings, text: str | None = None
 def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str, Any]:
     """Accuracy and log-loss, nats, with their errors, of the places ``(B,)`` of the right classes.
 
+    ``log_likelihood`` is log p(x) = log sum_c p(c) p(x | c): that of the run as a model of x which is told nothing.
     ``share_undecided`` is that of data whose two most probable classes differ by less than two Monte Carlo errors, and
     ``log_loss_of_prior`` that of a classifier which knows the training frequencies p(c) alone.
     """
@@ -157,6 +158,7 @@ def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str
     reliable = posterior.reliable.double().mean().item()
     best = posterior.log_prob.topk(2)
     errors = torch.stack([each.mc_se for each in posterior.evidence], -1).gather(1, best.indices)
+    log_px, log_px_error = without_class(posterior, prior)
     undecided = best.values[:, 0] - best.values[:, 1] < 2 * errors.square().sum(-1).sqrt()
     return {
         "accuracy": correct.mean().item(),
@@ -165,10 +167,21 @@ def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str
         "log_loss_se": loss.std().item() / math.sqrt(size),
         "mc_se": error.square().sum().sqrt().item() / size,
         "log_loss_of_prior": -prior.to(loss)[right].log().mean().item(),
+        "log_likelihood": log_px.mean().item(),
+        "log_likelihood_se": log_px.std().item() / math.sqrt(size),
+        "log_likelihood_mc_se": log_px_error.square().sum().sqrt().item() / size,
         "share_undecided": undecided.double().mean().item(),
         "share_reliable": reliable,
         "reliable": reliable >= 1 - FEW_DOUBTED,
     }
+
+
+def without_class(posterior: ClassPosterior, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x) = log sum_c p(c) p(x | c), and its standard error, ``(B,)`` each."""
+    log_prob = posterior.log_prob.double()
+    log_px = posterior.evidence[0].log_px.double() + prior[0].double().log() - log_prob[:, 0]
+    errors = torch.stack([each.mc_se for each in posterior.evidence], -1).double()
+    return log_px, (log_prob.exp() * errors).square().sum(-1).sqrt()
 
 
 def classification_table(result: dict[str, Any]) -> str:
@@ -188,6 +201,12 @@ def classification_table(result: dict[str, Any]) -> str:
             ("log-loss, nats", f"{result['log_loss']:.3f}", guess),
             ("  error", f"{result['log_loss_se']:.3f}", f"other {result['noun']}s would differ by this"),
             ("  Monte Carlo error", f"{result['mc_se']:.3f}", "" if result["reliable"] else believe),
+            (
+                "log p(x), nats",
+                f"{result['log_likelihood']:.3f}",
+                f"of x alone: log sum p({result['column']}) p(x given it)",
+            ),
+            ("  Monte Carlo error", f"{result['log_likelihood_mc_se']:.3f}", ""),
             ("seconds", f"{result['seconds']:.0f}", ""),
         ]
     )

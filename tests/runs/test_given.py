@@ -313,6 +313,8 @@ def test_class_posteriors_of_a_run_are_those_of_brute_force(told, tmp_path, caps
     right = data.test_labels[among]
     assert found.result["log_loss"] == pytest.approx(-wanted[torch.arange(12), right].mean().item(), abs=0.02)
     assert found.result["accuracy"] == pytest.approx((wanted.argmax(-1) == right).double().mean().item())
+    whole = (joint + prior.log()).logsumexp(-1).mean().item()
+    assert found.result["log_likelihood"] == pytest.approx(whole, abs=0.02)
     assert found.result["log_loss_of_prior"] == pytest.approx(-prior.log()[right].mean().item(), abs=1e-6)
     assert json.loads((tmp_path / "classes" / "result.json").read_text())["classes"] == list(range(10))
     with pytest.raises(RunError, match="never overwritten"):
