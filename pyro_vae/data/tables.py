@@ -337,7 +337,7 @@ def _head(kind: Kind, size: int, levels: int) -> Likelihood:
         case "positive":
             return LogNormal(size, "per_pixel", min_scale=0.01)
         case "count":
-            return NegativeBinomial(size)
+            return NegativeBinomial(size, "log")
         case "binary":
             return Bernoulli(size)
         case "categorical":

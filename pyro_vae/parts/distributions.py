@@ -245,6 +245,20 @@ class _ColumnSupport(constraints.Constraint):
         return self.columns.join([part.support.check(mine) for part, mine in pairs])
 
 
+class ExactNegativeBinomial(dist.NegativeBinomial):
+    """Its log-probabilities are computed in double precision, where the device has it."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.device.type == "mps":
+            return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        wide = torch.distributions.NegativeBinomial(
+            self.total_count.double(), logits=self.logits.double(), validate_args=False
+        )
+        return wide.log_prob(value.double()).to(value)
+
+
 class Columns(TorchDistribution):
     """Columns of several distributions, side by side along the last batch dimension.
 

@@ -332,15 +332,24 @@ class NegativeBinomial(Likelihood):
 
     Args:
         event_size: number X of pixels.
+        link: log makes them m = exp(a) and r = exp(b), which suits counts of any size, whose log p(x) is then computed
+            in double precision: it is a small difference of large numbers.
     """
 
     encoding = "integers"
 
-    def __init__(self, event_size: int):
+    def __init__(self, event_size: int, link: Literal["softplus", "log"] = "softplus"):
         super().__init__(event_size)
+        if link not in ("softplus", "log"):
+            raise ValueError(f"link must be softplus or log, got {link}")
         self.sizes = (event_size, event_size)
+        self.link = link
 
     def forward(self, raw_mean: Tensor, raw_dispersion: Tensor) -> TorchDistribution:
+        if self.link == "log":
+            log_mean, log_dispersion = raw_mean.clamp(-14.0, 20.0), raw_dispersion.clamp(-7.0, 12.0)
+            made = distributions.ExactNegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
+            return made.to_event(1)
         mean, dispersion = (F.softplus(v).clamp(min=1e-6) for v in (raw_mean, raw_dispersion))
         return dist.NegativeBinomial(dispersion, logits=mean.log() - dispersion.log()).to_event(1)
 
@@ -348,6 +357,8 @@ class NegativeBinomial(Likelihood):
         """Method of moments."""
         mean = x.mean(0).clamp(min=1e-3)
         dispersion = (mean.square() / (x.var(0) - mean).clamp(min=1e-3)).clamp(1e-2, 1e3)
+        if self.link == "log":
+            return mean.log(), dispersion.log()
         return _inverse_softplus(mean), _inverse_softplus(dispersion)
 
 

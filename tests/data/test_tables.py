@@ -160,7 +160,7 @@ def test_log_px_of_a_row_is_that_of_scipy_in_the_units_of_the_file():
     (loc, scale), mean, std = parts["Scaled"], unit.mean().item(), unit.std().item()
     real = stats.norm(mean + std * loc.numpy(), std * (0.01 + softplus(scale)))
     np.testing.assert_allclose(found[:, 1], real.logpdf(x["change"]), rtol=1e-6)
-    m, r = (softplus(value) for value in parts["NegativeBinomial"])
+    m, r = (value.exp().numpy() for value in parts["NegativeBinomial"])
     np.testing.assert_allclose(found[:, 2], stats.nbinom(r, r / (r + m)).logpmf(x["visits"]), rtol=1e-6)
     share = torch.sigmoid(parts["Bernoulli"][0]).numpy()
     np.testing.assert_allclose(found[:, 3], stats.bernoulli(share[0]).logpmf(x["treated"]), rtol=1e-6)
@@ -168,6 +168,17 @@ def test_log_px_of_a_row_is_that_of_scipy_in_the_units_of_the_file():
     chances = parts["Categorical"][0].softmax(-1).numpy()
     np.testing.assert_allclose(found[:, 4], np.log(chances[x["town"].astype(int)]), rtol=1e-6)
     assert head.is_density
+
+
+@pytest.mark.parametrize("count", [0.0, 10.0, 1e3, 1e5, 2.0**24])
+@pytest.mark.parametrize("dispersion", [0.1, 10.0, 1e5])
+def test_counts_of_any_size_are_scored_as_scipy_does(count, dispersion):
+    head, mean = heads([Column("a", "count")]), 1.05 * count + 1
+    outputs = torch.tensor([mean]).log(), torch.tensor([dispersion]).log()
+    found = head(*outputs).log_prob(torch.tensor([count]))
+    mean, dispersion = (value.double().exp().item() for value in outputs)
+    expected = stats.nbinom(dispersion, dispersion / (dispersion + mean)).logpmf(count)
+    assert found.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_columns_of_masses_alone_are_a_mass():

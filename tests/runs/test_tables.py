@@ -119,7 +119,7 @@ def test_log_px_of_a_run_is_that_of_scipy_in_the_units_of_the_file(finished):
     expected = [stats.lognorm(0.01 + softplus(spread), scale=np.exp(plain(height))).logpdf(x[:, 0])]
     loc, scale = head["Scaled"].loc.item(), head["Scaled"].scale.item()
     expected.append(stats.norm(loc + scale * plain(change), scale * (0.01 + softplus(width))).logpdf(x[:, 1]))
-    m, r = softplus(mean), softplus(dispersion)
+    m, r = (np.exp(plain(value)) for value in (mean, dispersion))
     expected.append(stats.nbinom(r, r / (r + m)).logpmf(x[:, 2]))
     expected.append(stats.bernoulli(torch.sigmoid(logit).double().numpy()[:, 0]).logpmf(x[:, 3]))
     chances = logits.double().log_softmax(-1).numpy()
