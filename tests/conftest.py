@@ -1,4 +1,7 @@
-"""Every test starts from the same seed, and must leave Pyro's global state as it found it."""
+"""Every test starts from the same seed, and must leave Pyro's global state as it found it.
+
+What takes seconds to import is imported by fixtures: the process that only hands out tests needs none of it.
+"""
 
 import contextlib
 import os
@@ -7,36 +10,32 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: small tensors gain nothing from threads, which
 # wait for each other where other programs run; the runs that tests start inherit it
 
-import pyro
 import pytest
-import torch
-from torch.distributions import Distribution
-
-from pyro_vae.infer import compiling, graphs
-from pyro_vae.runs import figures, training
-
-compile_graph = compiling.compile_graph
 
 
 @pytest.fixture(scope="session", autouse=True)
 def traced():
     """Inductor takes seconds for every graph: tests run the traced graph, but for those marked ``inductor``."""
+    from pyro_vae.infer import compiling, graphs
+
+    compile_graph = compiling.compile_graph
     with pytest.MonkeyPatch.context() as patch:
         for module in (graphs, compiling):
             patch.setattr(module, "compile_graph", lambda graph, tensors: graph)
-        yield
+        yield lambda patch: [patch.setattr(module, "compile_graph", compile_graph) for module in (graphs, compiling)]
 
 
 @pytest.fixture(autouse=True)
-def inductor(request, monkeypatch):
+def inductor(request, monkeypatch, traced):
     if request.node.get_closest_marker("inductor"):
-        for module in (graphs, compiling):
-            monkeypatch.setattr(module, "compile_graph", compile_graph)
+        traced(monkeypatch)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
     """The figures of a run take as long as all the rest of a small one: whoever looks at them asks for ``drawing``."""
+    from pyro_vae.runs import training
+
     none = {name: lambda *args: None for name in ("training_curve", "evidence", "pictures")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "figures", SimpleNamespace(**none))
@@ -46,6 +45,7 @@ def undrawn():
 @pytest.fixture(scope="session")
 def drawing():
     """Where ``with drawing():`` stands, runs are drawn."""
+    from pyro_vae.runs import figures, training
 
     @contextlib.contextmanager
     def context():
@@ -58,6 +58,10 @@ def drawing():
 
 @pytest.fixture(autouse=True)
 def clean_state():
+    import pyro
+    import torch
+    from torch.distributions import Distribution
+
     torch.manual_seed(0)
     before = (Distribution._validate_args, torch.get_default_dtype())
     yield
@@ -68,6 +72,8 @@ def clean_state():
 @pytest.fixture
 def doubles():
     """Programs draw in double precision."""
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

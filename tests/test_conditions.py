@@ -125,7 +125,7 @@ def test_training_with_labels_separates_them():
         condition_dim=2,
     )
     vae.initialize(x, c)
-    fit(vae, list(zip(x.split(32), c.split(32), strict=True)), epochs=30, lr=0.05, progress=False)
+    fit(vae, list(zip(x.split(32), c.split(32), strict=True)), epochs=15, lr=0.1, progress=False)
     means = [vae.sample(torch.eye(2)[i].expand(500, 2)).mean() for i in range(2)]
     assert means[0] > 0.8
     assert means[1] < 0.2

@@ -663,10 +663,10 @@ def test_python_that_looks_at_what_every_step_changes_goes_on_through_pyro():
     program, x = Looking(lambda program, x: float(next(program.vae.parameters()).detach()[0, 0])), binary(3)
     svi = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none")
     with pytest.warns(UserWarning, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
-        steps(svi, x)
+        steps(svi, x, 24)
     strict = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none", fallback=False)
     with pytest.raises(ContractError, match=r"look at the values of tensors \(test_compiled.py, line \d+\)"):
-        steps(strict, x)
+        steps(strict, x, 24)
 
 
 def steps(svi, x, number=40):

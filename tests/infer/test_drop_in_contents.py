@@ -75,13 +75,13 @@ def _scaled(m, t):
 
 @pytest.mark.parametrize("how", treatments())
 def test_numbers_that_change(how):
-    """A weight that falls from 1 to 0 in tenths, and begins again."""
+    """A weight that falls from 1 to 0 in fifths, and begins again."""
 
     def weights(make):
         treat = treatments()[how]
         svi = make(lambda x, y, t: observe(treat(x @ prior(), t), y))
-        for step in range(14):
-            yield svi.step(X, Y, 1 - (step % 11) / 10)
+        for step in range(9):
+            yield svi.step(X, Y, 1 - 2 * (step % 6) / 10)
 
     check_same(*both(weights))
 

@@ -12,6 +12,7 @@ from pyro_vae import (
     IWAE,
     MLP,
     VAE,
+    Annealing,
     Bernoulli,
     CompiledSVI,
     Conditional,
@@ -99,9 +100,9 @@ def test_quadrature_of_a_vae_with_gaps_is_exact():
     x, _ = with_gaps(mean + torch.randn(20, 6, dtype=torch.float64))
     wanted = block_log_px(x, mean, covariance)
     torch.testing.assert_close(quadrature(vae.model, vae.guide, x).log_px, wanted, rtol=0, atol=1e-5)
-    found = annealed_importance_sampling(vae.model, vae.guide, x, compiled=False)
+    found = annealed_importance_sampling(vae.model, vae.guide, x, Annealing(8, 5, num_leapfrogs=2), compiled=False)
     assert found.reliable.all()
-    assert ((found.log_px - wanted).abs() < 5 * found.mc_se).all()
+    assert ((found.log_px - wanted).abs() < 5 * found.mc_se + 1e-5).all()
 
 
 def test_nan_and_mask_say_the_same():
