@@ -91,6 +91,11 @@ class Watch:
             raise explained(self._programs, data, str(error)) from error
         except ValueError as error:
             self.finish()
+            if "more than 1 value per channel" in str(error):
+                raise ContractError(
+                    "a mini-batch has one datum alone, on which batch normalization cannot be trained: choose another "
+                    "batch size"
+                ) from error
             if _non_finite_site(self._programs, data) is None:
                 raise
             raise explained(self._programs, data, "Pyro refuses a value") from error

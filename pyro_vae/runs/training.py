@@ -260,6 +260,7 @@ def fit_run(
         reason = as_options(error)
         refused = settings.engine == "compiled" and "--engine pyro" in reason
         option = "--engine compiled" if refused else f"--objective {type(objective).__name__}"
+        option = f"--batch_size {settings.batch_size}" if "batch size" in reason else option
         raise RunError(f"{option}: {reason}") from error
     finally:
         log.close()

@@ -225,6 +225,13 @@ def test_batch_normalization_counts_the_training_batches(engine, loss):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_of_one_is_told_as_such(engine):
+    vae = normed()
+    with pytest.raises(ContractError, match="one datum alone, on which batch normalization cannot be trained"):
+        fit(vae, binary(7, 6).split(3), binary(1, 6), epochs=1, engine=ENGINES[engine], progress=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [(with_nan, r"1 of 5 observations hold NaN \(data, row 1\)"), (with_16, "1 observations of site 'x' .*row 1:")],
