@@ -153,6 +153,7 @@ def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str
     ``log_loss_of_prior`` that of a classifier which knows the training frequencies p(c) alone.
     """
     size, correct = len(right), (posterior.predicted == right).double()
+    centre = (correct.sum().item() + 2) / (size + 4)  # Agresti & Coull 1998: not 0 where all are right
     loss = -posterior.log_prob.gather(1, right.unsqueeze(1)).squeeze(1).double()
     error = posterior.mc_se.gather(1, right.unsqueeze(1)).double()
     reliable = posterior.reliable.double().mean().item()
@@ -162,7 +163,7 @@ def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str
     undecided = best.values[:, 0] - best.values[:, 1] < 2 * errors.square().sum(-1).sqrt()
     return {
         "accuracy": correct.mean().item(),
-        "accuracy_se": correct.std().item() / math.sqrt(size),
+        "accuracy_se": math.sqrt(centre * (1 - centre) / (size + 4)),
         "log_loss": loss.mean().item(),
         "log_loss_se": loss.std().item() / math.sqrt(size),
         "mc_se": error.square().sum().sqrt().item() / size,
@@ -178,10 +179,11 @@ def summary(posterior: ClassPosterior, right: Tensor, prior: Tensor) -> dict[str
 
 def without_class(posterior: ClassPosterior, prior: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x) = log sum_c p(c) p(x | c), and its standard error, ``(B,)`` each."""
-    log_prob = posterior.log_prob.double()
-    log_px = posterior.evidence[0].log_px.double() + prior[0].double().log() - log_prob[:, 0]
-    errors = torch.stack([each.mc_se for each in posterior.evidence], -1).double()
-    return log_px, (log_prob.exp() * errors).square().sum(-1).sqrt()
+    given, errors = (
+        torch.stack([getattr(e, name) for e in posterior.evidence], -1).double() for name in ("log_px", "mc_se")
+    )
+    share = posterior.log_prob.double().exp()
+    return (given + prior.to(given).log()).logsumexp(-1), (share * errors).square().sum(-1).sqrt()
 
 
 def classification_table(result: dict[str, Any]) -> str:

@@ -15,10 +15,12 @@ from pyro_vae.data.fetched import Digits
 from pyro_vae.data.images import Dataset, Images
 from pyro_vae.data.tables import Table
 from pyro_vae.errors import DataError, RunError
+from pyro_vae.infer.evidence import ClassPosterior, Evidence
 from pyro_vae.parts.likelihoods import Gaussian
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, Told
 from pyro_vae.parts.priors import GaussianMixture, VampPrior
 from pyro_vae.runs.build import build
+from pyro_vae.runs.classifying import summary
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 2, 2)).astype(np.uint8)
 LABELS = np.random.default_rng(1).choice([7, -1, 3], 40)
@@ -346,3 +348,29 @@ def test_a_vamp_prior_beside_an_encoder_that_is_told_is_refused(tmp_path):
     with pytest.raises(RunError, match="this encoder sees a condition too"):
         runs.train(runs.Settings(dataset=Digits, prior=VampPrior, condition="label", run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_summary_has_the_numbers_of_the_formulas():
+    log_px = torch.tensor([[-3.0, -4.0], [-5.0, -5.1], [-2.0, -9.0], [-7.0, -4.0]])
+    errors = torch.tensor([[0.1, 0.2], [0.3, 0.3], [0.1, 0.1], [0.2, 0.0]])
+    nan = torch.full((4,), torch.nan)
+    each = [
+        Evidence(*([nan] * len(Evidence._fields)))._replace(log_px=x, mc_se=e)
+        for x, e in zip(log_px.mT, errors.mT, strict=True)
+    ]
+    prior = torch.tensor([0.25, 0.75])
+    log_prob = (log_px + prior.log()).log_softmax(-1)
+    found = ClassPosterior(log_prob, errors / 2, torch.tensor([True, True, True, False]), tuple(each))
+    right = torch.tensor([0, 1, 0, 0])
+    result = summary(found, right, prior)
+    odds = np.array([0.25 / (0.25 + 0.75 * np.exp(-1)), 0.75 / (0.75 + 0.25 * np.exp(0.1)), 0, 0])
+    odds[2:] = 0.25 / (0.25 + 0.75 * np.exp([-7, 3]))
+    assert result["log_loss"] == pytest.approx(-np.log(odds).mean(), rel=1e-5)
+    assert result["log_loss_se"] == pytest.approx(np.log(odds).std(ddof=1) / 2, rel=1e-5)
+    assert result["mc_se"] == pytest.approx(np.sqrt(0.05**2 + 0.15**2 + 0.05**2 + 0.1**2) / 4, rel=1e-5)
+    assert (result["accuracy"], result["accuracy_se"]) == pytest.approx((0.5, np.sqrt(0.5 * 0.5 / 8)))  # images 1 and 2
+    assert result["share_undecided"] == 0.25  # 0.1 between the classes of image 0, of which an error is 0.22
+    assert (result["share_reliable"], result["reliable"]) == (0.75, False)
+    whole = np.log(0.25 * np.exp(log_px[:, 0].numpy()) + 0.75 * np.exp(log_px[:, 1].numpy()))
+    assert result["log_likelihood"] == pytest.approx(whole.mean(), rel=1e-5)
+    assert result["log_loss_of_prior"] == pytest.approx(-(3 * np.log(0.25) + np.log(0.75)) / 4, rel=1e-6)
