@@ -254,11 +254,9 @@ class CompiledSVI:
             store._params[name] = value.detach().requires_grad_()
             store._param_to_name[store._params[name]] = name
         self._steps.update(params, self._steps.through_hooks(graph.pairs(result)))
-        if (
-            isinstance(self.optim, PyroOptim)
-            and isinstance(self._steps.loss, PyroELBO)
-            and isinstance(result.loss, Tensor)
-        ):
+        warns = isinstance(self.optim, PyroOptim) and isinstance(self._steps.loss, PyroELBO)
+        looked_at = result.valid is not None and not result.valid.is_cuda  # so that Pyro takes steps that give NaN
+        if warns and isinstance(result.loss, Tensor) and not looked_at:
             warn_if_nan(result.loss, "loss")
 
     def _stepped(self, call: Call) -> None:

@@ -1,5 +1,6 @@
 """The step of one kind of call as a graph: when it holds, what it gives, and on a GPU its record."""
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,8 +137,8 @@ class Graph:
         that nobody waits."""
         if result.valid is None or result.valid.is_cuda:
             return True
-        losses = [x for x in tree_leaves(result.loss) if isinstance(x, Tensor)]
-        return bool(result.valid) and not any(bool(x.isnan()) for x in losses)
+        losses = [x.item() for x in tree_leaves(result.loss) if isinstance(x, Tensor)]
+        return bool(result.valid) and not any(map(math.isnan, losses))
 
     def looked(self) -> str:
         """What the program read from tensors, in words."""
