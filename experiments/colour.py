@@ -27,7 +27,7 @@ from pyro_vae.errors import NonFiniteError
 from pyro_vae.parts.likelihoods import DiscretizedLogistic
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, Network
 from pyro_vae.runs import figures
-from pyro_vae.runs.studies import standard_error
+from pyro_vae.runs.summaries import standard_error
 
 SIDE = 32
 SHAPE = (3, SIDE, SIDE)

@@ -42,7 +42,7 @@ from pyro_vae import (
 )
 from pyro_vae.parts.likelihoods import NegativeBinomial, Poisson
 from pyro_vae.runs import figures
-from pyro_vae.runs.studies import standard_error
+from pyro_vae.runs.summaries import standard_error
 
 HEADS: dict[str, type[Likelihood]] = {"negative binomial": NegativeBinomial, "Poisson": Poisson}
 SEEN = ("log(1 + count), standardized", "count / largest", "count")
