@@ -170,6 +170,7 @@ class Training:
             "kept": self.kept,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps_rng": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -195,6 +196,8 @@ class Training:
         torch.set_rng_state(content["rng"].cpu())
         for index, rng in enumerate(content["cuda_rng"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(rng.cpu(), index)
+        if (rng := content.get("mps_rng")) is not None and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(rng.cpu())
 
     def run(
         self, engine: Callable[..., Engine], loss: PyroELBO | Objective, callbacks: Sequence[Callback], progress: bool

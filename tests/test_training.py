@@ -38,7 +38,7 @@ from pyro_vae.errors import CheckpointError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.optimizers import Together
-from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, OnEpoch
+from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, OnEpoch, Training
 
 
 class Fixed:
@@ -970,6 +970,21 @@ def test_bounds_are_estimated_in_evaluation_mode(training):
     assert checks > 0
     assert modes == [False] * checks + [training, training, False, False] * 2
     assert all(module.training == training for module in vae.modules())
+
+
+def test_a_checkpoint_has_the_random_state_of_mps(monkeypatch):
+    found, state = [], torch.arange(5, dtype=torch.uint8)
+    vae = small_vae()
+    training = Training(vae, Fixed(binary(20)), None, 1, 1e-3, "adam", "constant")
+    assert training.state_dict()["mps_rng"] is None
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", found.append)
+    content = training.state_dict()
+    training.load_state_dict(content)
+    training.load_state_dict({name: value for name, value in content.items() if name != "mps_rng"})
+    assert len(found) == 1
+    assert torch.equal(found[0], state)
 
 
 class NoDouble(TorchDispatchMode):
