@@ -122,7 +122,8 @@ class Settings:
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
-        engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; pyro runs
+        engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
+            recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
             pyro.infer.SVI itself, for what cannot be traced and as a reference.
         precision: of matrix products and convolutions in training by the compiled engine; bfloat16 is faster where the
             processor has instructions for it.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from pyro.infer import ELBO
+from torch import nn
 
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
 from pyro_vae.data.datasets import Data
@@ -238,7 +239,7 @@ def fit_run(
     batches = data.batches(settings.batch_size)
     num_steps = 0 if data.device.type == "mps" else settings.epochs * len(batches)  # for which inductor is young
     compiled = compiled_engine(num_steps, max_norm=settings.max_norm, precision=settings.precision)
-    engine = PyroSVI if settings.engine == "pyro" else compiled
+    engine = PyroSVI if settings.engine == "pyro" or _slower_traced(settings, vae, num_steps) else compiled
     try:
         return fit(
             vae,
@@ -279,6 +280,13 @@ def optimizer_of(settings: Settings) -> Literal["adam"] | OptimizerFactory:
             raise RunError(f"--optimizer.lr {made.keywords['lr']}: the learning rate is that of --lr")
         return partial(made.func, **{name: value for name, value in made.keywords.items() if name != "lr"})
     return made
+
+
+def _slower_traced(settings: Settings, vae: Model, num_steps: int) -> bool:
+    """Whether Pyro's own steps are faster: the graph of a recurrent network has each of its steps, one by one."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in vae.modules())
+    only_traced = settings.max_norm is not None or settings.precision != "float32"
+    return recurrent and num_steps <= WORTH_COMPILING and not only_traced
 
 
 def compiled_engine(num_steps: int, **settings: Any) -> Callable[..., CompiledSVI]:
