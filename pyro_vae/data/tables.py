@@ -235,7 +235,7 @@ class TableData(Data):
         result = copy.copy(self)
         result.columns = tuple(self.columns[place] for place in kept)
         result.train, result.validation, result.test = parts
-        result.missing = float(torch.cat([x.isnan() for x, _ in parts]).double().mean())
+        result.missing = float(torch.cat([x.isnan() for x, _ in parts]).cpu().double().mean())
         for part, (x, _) in enumerate(parts):
             if len(empty := x.isnan().all(1).nonzero()):
                 raise DataError(
