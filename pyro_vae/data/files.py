@@ -9,6 +9,7 @@ import pandas as pd
 from pyro_vae.data.columns import read_frame
 from pyro_vae.data.datasets import Schema
 from pyro_vae.data.own import ImageFolder, load_arrays, wide
+from pyro_vae.data.sequences import sequences_of
 from pyro_vae.errors import DataError, reason_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -32,8 +33,9 @@ def read_new(path: Path, schema: Schema, array: str | None = None) -> NewData:
     """Read new data for a model with this schema.
 
     Args:
-        path: a .npy or .npz file of arrays; a .csv, .tsv or .parquet file, of a table by the names of its columns, of
-            other data with the entries of an observation in each line; a picture, or a folder of them.
+        path: a .npy or .npz file of arrays, of sequences with their lengths as :class:`pyro_vae.data.Sequences` has
+            them; a .csv, .tsv or .parquet file, of a table by the names of its columns, of other data with the entries
+            of an observation in each line; a picture, or a folder of them.
         schema: of the model.
         array: name of the array of an .npz file; None: the only one, or that called test.
 
@@ -90,6 +92,12 @@ def _archive(path: Path, schema: Schema, name: str | None) -> NewData:
         name = wanted[0] if len(wanted) == 1 else "test"
     if name not in arrays:
         raise DataError(f"{path}: which array? Name one by --array: {', '.join(arrays) or 'there is none'}")
+    if schema.entries and "lengths" in arrays:
+        raise DataError(
+            f"{path}: the lengths of the sequences in '{name}' are read from '{name}_lengths', not 'lengths'"
+        )
+    if schema.entries and (arrays[name].ndim == 3 or f"{name}_lengths" in arrays):
+        return NewData(sequences_of(arrays, name, path))
     given = {}
     for column in schema.condition:
         for other in (column.name, f"{name}_{column.name}", f"{name}_labels"):

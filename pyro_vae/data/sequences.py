@@ -1,5 +1,6 @@
 """Sequences of equal steps, of any length up to that of the longest."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -58,7 +59,7 @@ class Sequences(Source):
             raise DataError(f"{self.path} lacks the array '{min(missing)}'; it holds {sorted(arrays) or 'nothing'}")
         if odd := arrays.keys() - set(ARRAYS):
             raise DataError(f"{self.path} holds the array '{min(odd)}'; those that are read are {', '.join(ARRAYS)}")
-        parts = {part: self._part(arrays, part) for part in ("train", "test")}
+        parts = {part: sequences_of(arrays, part, self.path) for part in ("train", "test")}
         train, test = parts.values()
         if train.shape[1:] != test.shape[1:]:
             steps = " and ".join(f"{each.shape[1]} steps of {each.shape[2]} in {part}" for part, each in parts.items())
@@ -77,42 +78,46 @@ class Sequences(Source):
             _check_kind(each, kind, f"{self.path}: {part}")
         return SequenceData(train[:-last], train[-last:], test, kind, device)
 
-    def _part(self, arrays: dict[str, np.ndarray], part: str) -> np.ndarray:
-        """One of the two, ``(N, T, F)``, float32, with NaN where nothing was seen."""
-        x, lengths, what = arrays[part], arrays.get(f"{part}_lengths"), f"{self.path}: {part}"
-        if x.ndim not in (2, 3) or 0 in x.shape:
-            raise DataError(f"{what}: expected an array (N, T, F) or (N, T), got shape {x.shape}")
-        if x.dtype.kind not in "biuf":
-            raise DataError(f"{what}: expected numbers, got {x.dtype}")
-        x = x.reshape(*x.shape[:2], -1)
-        if lengths is not None:
-            if lengths.shape != x.shape[:1] or lengths.dtype.kind not in "iu":
-                raise DataError(
-                    f"{what}_lengths: expected {len(x)} whole numbers, got {lengths.dtype} of shape {lengths.shape}"
-                )
-            wrong = np.flatnonzero((lengths < 1) | (lengths > x.shape[1]))
-            if len(wrong):
-                raise DataError(
-                    f"{what}_lengths[{wrong[0]}] is {lengths[wrong[0]]}, it must be in 1..{x.shape[1]}, the steps of "
-                    f"{part}"
-                )
-            within = np.arange(x.shape[1]) < lengths[:, None]
-            x = np.where(within[:, :, None], x, np.nan if x.dtype.kind == "f" else 0)
-            seen = np.broadcast_to(within[:, :, None], x.shape) & ~np.isnan(x)
-        else:
-            seen = ~np.isnan(x)
-        with np.errstate(over="ignore"):
-            result = np.where(seen, x, np.nan).astype(np.float32)
-        infinite = np.argwhere(np.isinf(result))
-        if len(infinite):
-            raise DataError(f"{what}[{_place(infinite[0])}] is infinite, or too large for single precision")
-        whole = np.argwhere(seen & (np.abs(result) > MOST)) if x.dtype.kind in "iu" else []
-        if len(whole):
-            raise DataError(f"{what}[{_place(whole[0])}] is above {MOST:,}: save real numbers, or in another unit")
-        empty = np.flatnonzero(~seen.any((1, 2)))
-        if len(empty):
-            raise DataError(f"{what}[{empty[0]}]: nothing of this sequence was seen, all of it is NaN")
-        return result
+
+def sequences_of(arrays: Mapping[str, np.ndarray], part: str, path: Path) -> np.ndarray:
+    """The array called ``part``, as ``(N, T, F)``, float32, with NaN where nothing was seen, as behind its lengths.
+
+    Raises:
+        DataError: naming array and place.
+    """
+    x, lengths, what = arrays[part], arrays.get(f"{part}_lengths"), f"{path}: {part}"
+    if x.ndim not in (2, 3) or 0 in x.shape:
+        raise DataError(f"{what}: expected an array (N, T, F) or (N, T), got shape {x.shape}")
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{what}: expected numbers, got {x.dtype}")
+    x = x.reshape(*x.shape[:2], -1)
+    if lengths is not None:
+        if lengths.shape != x.shape[:1] or lengths.dtype.kind not in "iu":
+            raise DataError(
+                f"{what}_lengths: expected {len(x)} whole numbers, got {lengths.dtype} of shape {lengths.shape}"
+            )
+        wrong = np.flatnonzero((lengths < 1) | (lengths > x.shape[1]))
+        if len(wrong):
+            raise DataError(
+                f"{what}_lengths[{wrong[0]}] is {lengths[wrong[0]]}, it must be in 1..{x.shape[1]}, the steps of {part}"
+            )
+        within = np.arange(x.shape[1]) < lengths[:, None]
+        x = np.where(within[:, :, None], x, np.nan if x.dtype.kind == "f" else 0)
+        seen = np.broadcast_to(within[:, :, None], x.shape) & ~np.isnan(x)
+    else:
+        seen = ~np.isnan(x)
+    with np.errstate(over="ignore"):
+        result = np.where(seen, x, np.nan).astype(np.float32)
+    infinite = np.argwhere(np.isinf(result))
+    if len(infinite):
+        raise DataError(f"{what}[{_place(infinite[0])}] is infinite, or too large for single precision")
+    whole = np.argwhere(seen & (np.abs(result) > MOST)) if x.dtype.kind in "iu" else []
+    if len(whole):
+        raise DataError(f"{what}[{_place(whole[0])}] is above {MOST:,}: save real numbers, or in another unit")
+    empty = np.flatnonzero(~seen.any((1, 2)))
+    if len(empty):
+        raise DataError(f"{what}[{empty[0]}]: nothing of this sequence was seen, all of it is NaN")
+    return result
 
 
 def entries_head(schema: Schema) -> Likelihood:

@@ -9,6 +9,8 @@ from scipy import stats
 
 from pyro_vae import MLP, Gaussian, Incomplete, importance_sampling, log_weights, runs
 from pyro_vae.data import Schema, Sequences
+from pyro_vae.data.files import read_new
+from pyro_vae.data.incoming import observations
 from pyro_vae.data.sequences import entries_head
 from pyro_vae.errors import DataError, RunError
 from pyro_vae.parts.likelihoods import Poisson
@@ -208,6 +210,19 @@ def test_log_p_of_what_was_seen_alone():
     for row, known, log_p in zip(x, seen, found.log_px, strict=True):
         exact = stats.multivariate_normal(loc[known].numpy(), covariance[known][:, known].numpy())
         assert log_p.item() == pytest.approx(exact.logpdf(row[known].numpy()), abs=1e-5)
+
+
+def test_new_sequences_have_lengths(tmp_path):
+    schema = Schema((STEPS, FEATURES), "sequence", missing=True, entries="real")
+    np.savez(tmp_path / "new.npz", **arrays(1e6))
+    found = observations(read_new(tmp_path / "new.npz", schema).x, schema)
+    assert torch.equal(found.isnan().sum(1), FEATURES * (STEPS - torch.from_numpy(LENGTHS["test_lengths"])))
+    assert found[~found.isnan()].max() < 100
+    np.savez(tmp_path / "one.npz", x=arrays()["test"], lengths=LENGTHS["test_lengths"])
+    with pytest.raises(DataError, match="in 'x' are read from 'x_lengths', not 'lengths'"):
+        read_new(tmp_path / "one.npz", schema)
+    np.savez(tmp_path / "flat.npz", x=arrays()["test"].reshape(8, -1))
+    assert observations(read_new(tmp_path / "flat.npz", schema).x, schema).shape == (8, STEPS * FEATURES)
 
 
 # Runs
