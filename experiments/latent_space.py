@@ -152,7 +152,7 @@ def open_other(directory: Path, data: ImageData) -> Space:
     Raises:
         RunError: if it is unfinished, or on other images.
     """
-    vae, its_data = runs.load_finished(directory, data.device)
+    vae, its_data = runs.load_finished(directory, data.device, may_be_told=False)
     its_data = runs.images_of(its_data)
     if not (its_data.train_pixels.shape == data.train_pixels.shape and its_data.train_pixels.equal(data.train_pixels)):
         raise runs.RunError(f"--others: {directory} was trained on other images")

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     x, among = runs.some_images(data, "test", settings.num_images)
     vaes = {first: vae}
     for path in others:
-        other, its_data = runs.load_finished(path, device)
+        other, its_data = runs.load_finished(path, device, may_be_told=False)
         same = its_data.test.shape == data.test.shape and torch.equal(its_data.test, data.test)
         if not same or other.likelihood.head.unit() != vae.likelihood.head.unit():
             raise runs.RunError(f"{path} is on other images than {first}, or measures them in another unit")

@@ -229,9 +229,7 @@ def open_finished(directory: Path, run_dir: Path | None, name: str, device: str,
     chosen = choose_device(device)
     run_dir = run_dir or directory / name
     check_empty(run_dir)
-    vae, data = load_finished(directory, chosen)
-    if told := data.schema.condition:
-        raise RunError(f"this is made for models of p(x), {directory} is told {names_of(told)}")
+    vae, data = load_finished(directory, chosen, may_be_told=False)
     torch.manual_seed(seed)
     return Finished(vae, images_of(data), chosen, run_dir)
 
@@ -247,12 +245,15 @@ def images_of(data: Data) -> ImageData:
     return data
 
 
-def load_finished(directory: Path, device: torch.device) -> tuple[Model, Data]:
+def load_finished(directory: Path, device: torch.device, may_be_told: bool = True) -> tuple[Model, Data]:
     """Model and data of a finished run, on ``device``.
 
     Raises:
-        RunError: if ``directory`` holds none, or the data cannot be had.
+        RunError: if ``directory`` holds none, or the data cannot be had, or it is told a condition and may not be.
     """
     if not (directory / "result.json").exists():
         raise RunError(f"{directory} holds no finished run (there is no result.json)")
-    return load_model(directory).to(device), load_data(directory, device)
+    vae, data = load_model(directory).to(device), load_data(directory, device)
+    if data.schema.condition and not may_be_told:
+        raise RunError(f"this is made for models of p(x), {directory} is told {names_of(data.schema.condition)}")
+    return vae, data

@@ -17,6 +17,7 @@ from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.directory import choose_device, table
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.output import check_out, write_result
+from pyro_vae.runs.scoring import unit_of
 from pyro_vae.runs.settings import as_paths, check_seed
 from pyro_vae.runs.using import Using
 
@@ -214,7 +215,7 @@ def score_new(settings: ScoreSettings) -> Done:
         how = {"num_samples": settings.num_samples}
     torch.manual_seed(settings.seed)
     evidence = using.score(new.x, settings.estimator, _given(settings, new), progress=True, **how)
-    unit = using.vae.likelihood.head.unit(using.schema.noun)
+    unit = unit_of(run.model, using.schema)
     result = evidence.to_dataset(unit=unit, run=str(run.path), estimator=settings.estimator, seed=settings.seed)
     result = _numbered(result, new.rows)
     if settings.out is not None:

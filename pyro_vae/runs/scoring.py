@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vae.data.datasets import Data, names_of
+from pyro_vae.data.datasets import Data, Schema, names_of
 from pyro_vae.data.images import ImageData
 from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
@@ -99,7 +99,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         "estimator": settings.estimator,
         "split": "simulated" if bdmc else settings.split,
         "num_images": len(among),
-        "unit": unit_of(vae, data),
+        "unit": unit_of(vae, data.schema),
         "seconds": time.perf_counter() - start,
         "seed": settings.seed,
         **provenance(device),
@@ -227,7 +227,7 @@ def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], E
             "num_samples": settings.num_samples,
             "num_images": data_size(test),
             "test_set": content_hash(test),
-            "unit": unit_of(vae, data),
+            "unit": unit_of(vae, data.schema),
             "median_ess": evidence.ess.median().item(),
             "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
             "khat_threshold": pareto_k_threshold(settings.num_samples),
@@ -245,10 +245,10 @@ def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], E
     )
 
 
-def unit_of(vae: Model, data: Data) -> str:
+def unit_of(vae: Model, schema: Schema) -> str:
     """The unit of log p(x), or of log p(x given c): numbers of different units are never compared."""
-    told = f", given {names_of(data.schema.condition)}" if data.schema.condition else ""
-    return vae.likelihood.head.unit(data.schema.noun) + told
+    told = f", given {names_of(schema.condition)}" if schema.condition else ""
+    return vae.likelihood.head.unit(schema.noun) + told
 
 
 def content_hash(x: Tree) -> str:

@@ -19,6 +19,7 @@ from pyro_vae.infer.evidence import ClassPosterior, Evidence
 from pyro_vae.parts.likelihoods import Gaussian
 from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, Told
 from pyro_vae.parts.priors import GaussianMixture, VampPrior
+from pyro_vae.runs import new_data
 from pyro_vae.runs.build import build
 from pyro_vae.runs.classifying import summary
 
@@ -276,6 +277,13 @@ def test_a_run_that_is_told_labels(told, tmp_path):
         runs.open_finished(told.path, None, "study", "cpu", 0)
     with pytest.raises(RunError, match=r"is told nothing: p.c given x. needs a run with one column of classes"):
         runs.classify(plain)
+    with pytest.raises(RunError, match=r"made for models of p.x., .* is told label"):
+        runs.load_finished(told.path, torch.device("cpu"), may_be_told=False)
+    np.save(tmp_path / "x.npy", told.data.test_labels[:2, None].repeat(1, 64).numpy() * 0)
+    new = new_data.score_new(
+        new_data.ScoreSettings(told.path, tmp_path / "x.npy", given=7, estimator="importance", num_samples=50)
+    )
+    assert told.result["unit"] in new.text
     scored = runs.score(told, num_images=5, estimator="importance", num_samples=50)
     assert scored.result["unit"] == told.result["unit"]
 
