@@ -2,7 +2,7 @@
 
 from pyro_vae.errors import need_extra
 
-need_extra("runs", ["PIL", "scipy", "sklearn", "torchvision"])
+need_extra("runs", ["PIL", "pandas", "scipy", "sklearn", "torchvision"])
 
 from pyro_vae.data.datasets import Batches, Column, Data, Schema, Source
 from pyro_vae.data.fetched import KMNIST, MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST, cache_folder

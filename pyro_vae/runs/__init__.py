@@ -6,8 +6,8 @@ take runs or their directories. The command ``pyro-vae`` reads the same settings
 
 from pyro_vae.errors import RunError, need_extra
 
-NEEDED = "jsonargparse yaml xarray h5netcdf arviz matplotlib torchvision PIL sklearn scipy safetensors tensorboard"
-need_extra("runs", NEEDED.split())
+NEEDED = "jsonargparse yaml xarray h5netcdf arviz matplotlib pandas torchvision PIL sklearn scipy safetensors"
+need_extra("runs", [*NEEDED.split(), "tensorboard"])
 
 from pyro_vae.runs import figures, judge
 from pyro_vae.runs.build import build, load_dataset, make

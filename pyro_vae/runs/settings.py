@@ -3,7 +3,8 @@
 With no options: the one-layer VAE of the IWAE paper (784-200-200-50, tanh) on dynamically binarized MNIST, trained by
 SVI with Pyro's Trace_ELBO, evaluated on all 10,000 test images by importance sampling. Every part can be swapped by
 name, or by import path for a class of your own; a part takes its own options after its name, as in --encoder MLP
---encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, larger is better.
+--encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, or row of a table;
+larger is better.
 """
 
 from collections.abc import Callable, Sequence
