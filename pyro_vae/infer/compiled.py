@@ -255,9 +255,8 @@ class CompiledSVI:
             store._param_to_name[store._params[name]] = name
         self._steps.update(params, self._steps.through_hooks(graph.pairs(result)))
         warns = isinstance(self.optim, PyroOptim) and isinstance(self._steps.loss, PyroELBO)
-        looked_at = result.valid is not None and not result.valid.is_cuda  # so that Pyro takes steps that give NaN
-        if warns and isinstance(result.loss, Tensor) and not looked_at:
-            warn_if_nan(result.loss, "loss")
+        if warns and isinstance(result.loss, Tensor) and (result.valid is None or result.valid.is_cuda):
+            warn_if_nan(result.loss, "loss")  # else Pyro takes steps that give it
 
     def _stepped(self, call: Call) -> None:
         if call.train and isinstance(self._steps.loss, Objective):
@@ -320,11 +319,13 @@ class CompiledSVI:
     def _untraceable(self, kind: Kind, call: Call, error: Exception) -> Any:
         """Pyro's own step, which says itself what is wrong with programs that are."""
         self._strange = 0
-        kind.reason = f"the programs cannot be traced, {in_words(error)}"
-        if self.fallback:
-            return self._refuse(kind.reason, call.args, call.kwargs, call.train)
-        self._pyros_own(call)
-        raise ContractError(f"this cannot be compiled: {kind.reason}") from error
+        reason = f"the programs cannot be traced, {in_words(error)}"
+        loss = self._run_pyro(call.args, call.kwargs, call.train) if self.fallback else self._pyros_own(call)
+        kind.reason = reason
+        if not self.fallback:
+            raise ContractError(f"this cannot be compiled: {reason}") from error
+        self._say(f"goes on through Pyro at step {self._number}", reason)
+        return loss
 
     def _traced(self, call: Call, store: dict[str, Tensor]) -> tuple[Any, Outline, list[tuple[Tensor, Tensor]]]:
         met: list[tuple[Outline, list[tuple[Tensor, Tensor]]]] = []

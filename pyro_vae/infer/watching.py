@@ -289,6 +289,8 @@ class Snapshot:
         if isinstance(held, dict):
             own = [base for base in kind.__mro__ if is_library(base.__module__) and base is not object]
             skip = _UNSEEN | {name for name in held if own and name.startswith(_UNSEEN_IN_LIBRARIES)}
+            if kind.__module__ == "contextlib":
+                skip = {*skip, "gen"}  # which nobody goes on with: a context is made anew of ``func``
             if not is_library(kind.__module__):
                 self._objects.append(_Object(held, kind.__name__, kind, skip))
             elif skip.isdisjoint(held):

@@ -1,5 +1,6 @@
 """Never silently wrong: far places in which Python holds what programs read, and what programs leave behind."""
 
+import contextlib
 import itertools
 import math
 import operator
@@ -270,3 +271,41 @@ def arguments_with_notes(make):
     yield from steps(svi, 4, x, Y)
     x.scale = 3.0
     yield from steps(svi, 2, x, Y)
+
+
+def test_an_error_of_the_program_is_no_reason_to_stay_with_pyro():
+    failing = [False]
+
+    def model(x, y):
+        w = prior()
+        if failing[0]:
+            raise RuntimeError("not now")
+        observe(x @ w, y)
+
+    def interrupted(make):
+        svi = make(model)
+        for step in range(8):
+            failing[0] = step in (1, 5)
+            try:
+                yield svi.step(X, Y)
+            except RuntimeError as error:
+                yield str(error)
+
+    theirs, ours = both(interrupted)
+    check_same(theirs, ours)
+    assert not ours.told
+
+
+def test_a_context_that_decorates_holds_no_iterator_that_matters():
+    @contextlib.contextmanager
+    def tempered(scale):
+        with poutine.scale(scale=scale):
+            yield
+
+    @tempered(0.5)
+    def model(x, y):
+        observe(x @ prior(), y)
+
+    theirs, ours = both(lambda make: steps(make(model), 7, X, Y))
+    check_same(theirs, ours)
+    assert not ours.told
