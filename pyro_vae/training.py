@@ -33,12 +33,40 @@ class Batches(Protocol):
     """What ``fit`` trains on: each iteration is one epoch of mini-batches; ``len`` is their number.
 
     A mini-batch is a tensor, a tuple or list of tensors, or a dict of them, whose first dimension is the datum: the
-    programs are called as ``model(x)``, ``model(*tensors)`` or ``model(**tensors)``. A ``DataLoader`` is one.
+    programs are called as ``model(x)``, ``model(*tensors)`` or ``model(**tensors)``. A ``DataLoader`` is one; one of
+    ``(x, y)``, for a model that takes no y, becomes one by :class:`FlatBatches`.
     """
 
     def __iter__(self) -> Iterator[Data]: ...
 
     def __len__(self) -> int: ...
+
+
+class FlatBatches:
+    """The x of another's mini-batches, flat and of real numbers, as a VAE takes it: ``(B, X)``.
+
+    For loaders of torch and torchvision, whose mini-batches are ``(x, y)``, or whose images are ``(B, C, H, W)`` or of
+    whole numbers; labels are dropped, values stay as they are.
+
+    Args:
+        loader: mini-batches, each a tensor or a tuple or list whose first one is x; ``len`` is their number.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> images, labels = torch.ones(5, 1, 2, 3, dtype=torch.uint8), torch.arange(5)
+    >>> [x.shape for x in FlatBatches(DataLoader(TensorDataset(images, labels), batch_size=4))]
+    [torch.Size([4, 6]), torch.Size([1, 6])]
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.loader:
+            x = (batch[0] if isinstance(batch, tuple | list) else batch).flatten(1)
+            yield x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def fit(

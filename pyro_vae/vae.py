@@ -13,7 +13,7 @@ from pyro_vae.errors import ContractError, check_at_least_one
 from pyro_vae.infer.supports import innermost, into_support, is_whole_space
 from pyro_vae.parts.conditional import Conditional, check_made, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.parts.missing import Incomplete, check_seen, of_seen, without_gaps
+from pyro_vae.parts.missing import Incomplete, check_flat, check_seen, of_seen, without_gaps
 from pyro_vae.parts.posteriors import Posterior
 from pyro_vae.parts.priors import Prior, VampPrior
 
@@ -77,7 +77,7 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x = _encoded(x, seen, self.posterior)
+        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", _into_support(self.posterior(x), self.prior, self._prior))
 
@@ -146,7 +146,7 @@ class TwoLayerVAE(nn.Module):
 
     def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z1, z2 | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x = _encoded(x, seen, self.posterior)
+        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z1 = pyro.sample("z1", self.posterior(x))
             return pyro.sample("z2", _into_support(self.top_posterior(z1), self.prior, self._prior))
@@ -219,7 +219,7 @@ class ConditionalVAE(nn.Module):
     def guide(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z | x, c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
         self._check(x, c)
-        x = _encoded(x, seen, self.posterior)
+        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", self.posterior_given(x, c))
 
@@ -294,6 +294,7 @@ def _scored(
     x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], likelihood: Conditional[Likelihood]
 ) -> tuple[Tensor, Tensor | None]:
     """What the likelihood scores, and which entries of it count, None if all do; the others are possible values."""
+    check_flat(x, likelihood.head.event_size)
     if isinstance(posterior.network, Incomplete):
         known = ~x.isnan()
         seen = known if seen is None else check_seen(x, seen) & known
@@ -302,8 +303,12 @@ def _scored(
     return (x, None) if seen is None else (torch.where(seen, x, likelihood.head.filler), seen)
 
 
-def _encoded(x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior]) -> Tensor:
-    """What the encoder is shown: NaN where nothing was seen, if it knows what that means, otherwise zero."""
+def _encoded(x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], size: int | None = None) -> Tensor:
+    """What the encoder is shown: NaN where nothing was seen, if it knows what that means, otherwise zero.
+
+    Others than ``size`` entries are refused."""
+    if size is not None:
+        check_flat(x, size)
     if seen is None:
         return x
     return torch.where(check_seen(x, seen), x, _unseen(posterior))

@@ -38,7 +38,7 @@ from pyro_vae.errors import CheckpointError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.optimizers import Together
-from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, OnEpoch, Training
+from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, FlatBatches, OnEpoch, Training
 
 
 class Fixed:
@@ -1051,3 +1051,35 @@ def test_the_order_of_a_dict_does_not_matter():
         torch.manual_seed(0)
         bounds.append(without_time(fit(Regression(), batches, epochs=1, lr=1e-9))[0][1:3])
     assert bounds[0] == bounds[1]
+
+
+LOADED = torch.bernoulli(torch.full((6, 1, 2, 4), 0.5), generator=torch.Generator().manual_seed(0))
+
+
+def loader(*tensors):
+    return DataLoader(TensorDataset(*tensors), batch_size=3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("labels", [(), (torch.arange(6),)], ids=["x", "x and y"])
+def test_flat_batches_are_those_of_the_loader(kind, labels):
+    found = list(FlatBatches(loader(LOADED.to(kind), *labels)))
+    assert len(FlatBatches(loader(LOADED))) == len(found) == 2
+    assert torch.equal(torch.cat(found), LOADED.flatten(1))
+    assert all(x.is_floating_point() for x in found)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ((LOADED,), r"shape \(B, 8\), these are torch.float32 of shape \(3, 1, 2, 4\): x.flatten\(1\).float\(\) is"),
+        ((LOADED.flatten(1).byte(),), r"these are torch.uint8 .*FlatBatches\(loader\)"),
+        ((LOADED.flatten(1)[:, :5],), r"of shape \(3, 5\)"),
+        ((LOADED.flatten(1), torch.arange(6)), r"labels of a loader are dropped by pyro_vae.training.FlatBatches"),
+    ],
+)
+def test_batches_that_a_vae_does_not_take_are_told_what_would_do(tensors, message):
+    vae = VAE(StandardNormal(2), Conditional(MLP(2, 8, [3]), Bernoulli(8)), Conditional(MLP(8, 4, [3]), MeanField(2)))
+    with pytest.raises(ContractError, match=message):
+        fit(vae, loader(*tensors), epochs=1)
+    assert len(fit(vae, FlatBatches(loader(LOADED, torch.arange(6))), epochs=1)) == 1

@@ -79,6 +79,21 @@ def check_features(features: int | None, event_size: int) -> None:
         raise ValueError(f"features must divide the {event_size} entries, got {features}")
 
 
+def check_flat(x: Tensor, size: int) -> None:
+    """Refuse observations that are not ``(B, size)``, of real numbers.
+
+    Raises:
+        ContractError: which says what would do.
+    """
+    if x.dim() != 2 or x.shape[1] != size or not x.is_floating_point():
+        flat = x.dim() > 1 and x[:1].numel() == size
+        mend = ": x.flatten(1).float() is, and pyro_vae.training.FlatBatches(loader) for a loader" if flat else ""
+        raise ContractError(
+            f"observations must be real numbers of shape (B, {size}), these are {x.dtype} of shape "
+            f"{tuple(x.shape)}{mend}"
+        )
+
+
 def check_seen(x: Tensor, seen: Tensor) -> Tensor:
     """Refuse a mask that is not one of ``x``.
 
@@ -88,7 +103,8 @@ def check_seen(x: Tensor, seen: Tensor) -> Tensor:
     if seen.dtype != torch.bool or seen.shape != x.shape:
         raise ContractError(
             f"seen must be booleans of the observations' shape {tuple(x.shape)}, true for what was seen; it is of "
-            f"{seen.dtype} and shape {tuple(seen.shape)}"
+            f"{seen.dtype} and shape {tuple(seen.shape)}: labels of a loader are dropped by "
+            "pyro_vae.training.FlatBatches(loader)"
         )
     return seen
 
