@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, cast
 
 import pyro.distributions as dist
 import torch
@@ -22,7 +22,7 @@ from pyro_vae.infer.evidence.laplace import (
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.result import Evidence, concatenate
 from pyro_vae.infer.evidence.weights import reduce_log_weights
-from pyro_vae.infer.programs import Program, evaluating, log_weights, scoring
+from pyro_vae.infer.programs import Program, evaluating, log_weights, posterior_samples, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
@@ -68,9 +68,10 @@ def importance_sampling(
         num_checked: observations, drawn at random, on which chains from the prior are to confirm the estimate, which
             draws around some of several modes cannot; 0 leaves modes that were missed untold.
 
-    ``reliable`` is false where Pareto's k is above its threshold, or unknown, and where sequential Monte Carlo from the
-    prior, tried on ``num_checked`` of the others, finds more of p(x): on those, and on all that were not tried if these
-    are more than a few. It takes its own random numbers, and needs continuous latent sites.
+    ``reliable`` is false where Pareto's k is above its threshold, or unknown, or draws of the guide are all alike, and
+    where sequential Monte Carlo from the prior, tried on ``num_checked`` of the others, finds more of p(x): on those,
+    and on all that were not tried if these are more than a few. It takes its own random numbers, and needs continuous
+    latent sites.
 
     Returns:
         Evidence of the N observations, in nats per datum. ``acceptance`` is NaN.
@@ -112,7 +113,30 @@ def importance_sampling(
         if proposal == "laplace":
             cost += laplace_cost(Latents(model, guide, select(data, slice(1))).dim)
         evidence = evidence._replace(evaluations=cost)
-        return confirmed(model, guide, data, evidence, rows, num_checked)
+        evidence = confirmed(model, guide, data, evidence, rows, num_checked)
+        if proposal == "guide":
+            reliable = cast(Tensor, evidence.reliable)
+            evidence = evidence._replace(reliable=reliable & ~_collapsed(guide, data, size))
+        return evidence
+
+
+def _collapsed(guide: Program, data: Data, size: int) -> Tensor:
+    """Where draws of the guide differ by no more than rounding, ``(N,)``: all weights are alike then, and say nothing.
+
+    An encoder may say so of data far from those that it was trained on. No random number is used up.
+    """
+    devices = [first_tensor(data).device] if first_tensor(data).is_cuda else []
+    found = []
+    with torch.random.fork_rng(devices):
+        for part in split(data, size):
+            alike = torch.zeros(data_size(part), dtype=torch.bool, device=first_tensor(data).device)
+            for z in posterior_samples(guide, part, 8).values():
+                if z.is_floating_point():
+                    spread, place = z.amax(0) - z.amin(0), z.abs().amax(0)
+                    narrow = (spread <= 16 * torch.finfo(z.dtype).eps * place) & (place > 0)
+                    alike = alike | narrow.reshape(len(alike), -1).any(1)
+            found.append(alike)
+    return torch.cat(found)
 
 
 def _from_guide(

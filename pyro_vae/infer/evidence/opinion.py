@@ -88,7 +88,10 @@ def _by_quadrature(latents: Latents, rows: int) -> tuple[Tensor, Tensor, Tensor]
     """log p(x) by quadrature, or, of whole programs and where it is not sure of itself, sequential Monte Carlo."""
     if type(latents) is not Latents:
         return second_opinion(latents, rows, 128)
-    found = quadrature(latents.model, latents.guide, latents.data)
+    try:
+        found = quadrature(latents.model, latents.guide, latents.data)
+    except ContractError:  # its grid is lost where a datum's posterior is hundreds of prior widths away
+        return second_opinion(latents, rows, 128)
     log_z, error, cost = found.log_px, found.mc_se, cast(Tensor, found.evaluations)
     unsure = (~cast(Tensor, found.reliable)).nonzero().squeeze(1)
     if len(unsure) == 0:
