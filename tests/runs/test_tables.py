@@ -150,6 +150,7 @@ def test_parts_of_columns_and_the_divergence_are_the_bound(finished):
     torch.testing.assert_close(parts.double().nansum(1).mean() - divergence, bound, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_scored_again_and_resumed(finished, tmp_path):
     path = a_table(tmp_path / "a.csv")
     other = train(path, tmp_path / "other", "--missing=zeros", *ANNEALED)
