@@ -206,7 +206,9 @@ class Settings:
         return (self.condition,) if isinstance(self.condition, str) else tuple(self.condition or ())
 
     def _check_condition(self) -> None:
-        parts = tuple(self.condition_in)
+        for name in ("condition_in", "condition_hidden"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, if it comes from the command line
+        parts = self.condition_in
         check_widths("--condition_hidden", self.condition_hidden)
         if not parts or len(set(parts)) < len(parts) or not set(parts) <= {"prior", "decoder", "encoder"}:
             raise ValueError(f"--condition_in must be different ones of prior, decoder, encoder, got {list(parts)}")
