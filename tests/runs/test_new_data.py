@@ -9,9 +9,20 @@ from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from pyro_vae import MLP, Conditional, Gaussian, LinearGaussianVAE, MeanField, StandardNormal, TwoLayerVAE, cli, runs
+from pyro_vae import (
+    MLP,
+    Conditional,
+    ConditionalVAE,
+    Gaussian,
+    LinearGaussianVAE,
+    MeanField,
+    StandardNormal,
+    TwoLayerVAE,
+    cli,
+    runs,
+)
 from pyro_vae.data import Digits
-from pyro_vae.data.datasets import Schema
+from pyro_vae.data.datasets import Column, Schema
 from pyro_vae.errors import RunError
 from pyro_vae.runs.using import Using
 
@@ -148,6 +159,28 @@ def test_two_layers_have_two_latent_sites():
     torch.testing.assert_close(using.decode(z), vae.likelihood(z["z1"]).mean)
     with pytest.raises(RunError, match=r"z must be z1 of shape \(N, 3\) and z2 of shape \(N, 2\)"):
         using.decode(z["z1"])
+
+
+def test_a_model_that_is_told_a_condition():
+    torch.manual_seed(0)
+    vae = ConditionalVAE(
+        StandardNormal(2),
+        Conditional(MLP(2 + 3, 6, [4]), Gaussian(6)),
+        Conditional(MLP(6 + 3, 4, [4]), MeanField(2)),
+        condition_dim=3,
+    ).eval()
+    label = Column("label", "categorical", ("a", "b", "c"))
+    using = Using(vae, Schema((2, 3), "sequence", condition=(label,)), lambda line: None)
+    x, codes = torch.randn(4, 2, 3), torch.eye(3)[[2, 0, 0, 1]]
+    given = np.array(["c", "a", "a", "b"])
+    z = using.encode(x, given=given)
+    torch.testing.assert_close(z, vae.posterior(torch.cat([x.flatten(1), codes], 1)).mean)
+    means = vae.likelihood(torch.cat([z, codes], 1)).mean.reshape(4, 2, 3)
+    torch.testing.assert_close(using.decode(z, given), means)
+    torch.testing.assert_close(using.reconstruct(x, {"label": given}), means)
+    assert using.sample(5, given="b").shape == (5, 2, 3)
+    with pytest.raises(RunError, match="give label"):
+        using.sample(5)
 
 
 @pytest.mark.parametrize(
