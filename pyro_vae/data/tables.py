@@ -335,7 +335,7 @@ def _head(kind: Kind, size: int, levels: int) -> Likelihood:
         case "real":
             return Scaled(Gaussian(size, "per_pixel", min_scale=0.01))
         case "positive":
-            return LogNormal(size, "per_pixel", min_scale=0.01)
+            return LogNormal(size, "per_pixel", min_scale=0.01, standardized=True)
         case "count":
             return NegativeBinomial(size, "log")
         case "binary":

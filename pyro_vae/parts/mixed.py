@@ -1,7 +1,7 @@
 """Likelihoods of columns that differ in kind: heads side by side, and those that images have no use for."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import pyro.distributions as dist
 import torch
@@ -23,15 +23,49 @@ class LogNormal(LocationScale):
             decoder outputs it, beside the location of each entry.
         min_scale: smallest scale that can be learned, positive.
         features: F of sequences (T, F), each with a learned scale of its own; null: one for all.
+        standardized: locations and scales are in units of each entry's logarithm in the training data, its mean and
+            standard deviation (``initialize``; saved with the model).
     """
 
     encoding = None
     filler = 1.0
     family = staticmethod(dist.LogNormal)
+    log_loc: Tensor
+    log_scale: Tensor
+
+    def __init__(
+        self,
+        event_size: int,
+        scale: float | Literal["learned", "per_pixel"] = "learned",
+        min_scale: float = 1e-3,
+        features: int | None = None,
+        standardized: bool = False,
+    ):
+        super().__init__(event_size, scale, min_scale, features)
+        self.standardized = standardized
+        if standardized:
+            self.register_buffer("log_loc", torch.zeros(event_size))
+            self.register_buffer("log_scale", torch.ones(event_size))
+
+    def forward(self, loc: Tensor, raw_scale: Tensor | None = None) -> TorchDistribution:
+        made = super().forward(loc, raw_scale)
+        if not self.standardized:
+            return made
+        unit = made.base_dist  # pyright: ignore[reportAttributeAccessIssue]
+        return dist.LogNormal(self.log_loc + self.log_scale * unit.loc, self.log_scale * unit.scale).to_event(1)
+
+    def initialize(self, x: Tensor) -> None:
+        """Take the units of ``x``, shape ``(N, X)``, if it has some; an entry of one value keeps its own."""
+        if self.standardized:
+            logs = x.log()
+            scale = logs.std(0) if len(x) > 1 else torch.zeros_like(logs[0])
+            self.log_loc.copy_(logs.mean(0))
+            self.log_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     def marginal(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Mean and standard deviation of each entry's logarithm."""
-        return super().marginal(x.log())
+        """Mean and standard deviation of each entry's logarithm, in its unit."""
+        logs = x.log()
+        return super().marginal((logs - self.log_loc) / self.log_scale if self.standardized else logs)
 
 
 class Ordinal(Likelihood):

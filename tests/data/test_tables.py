@@ -154,7 +154,9 @@ def test_log_px_of_a_row_is_that_of_scipy_in_the_units_of_the_file():
         first += len(part.sizes)
     x = {column.name: data.test[:, place].double().numpy() for place, column in enumerate(data.columns)}
     loc, scale = parts["LogNormal"]
-    expected = stats.lognorm(0.01 + softplus(scale), scale=loc.exp().numpy()).logpdf(x["height"])
+    logs = data.train[:, 0].double().log()
+    mean, std = logs.mean().item(), logs.std().item()
+    expected = stats.lognorm(std * (0.01 + softplus(scale)), scale=np.exp(mean + std * loc.numpy())).logpdf(x["height"])
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
     unit = data.train[:, 1].double()
     (loc, scale), mean, std = parts["Scaled"], unit.mean().item(), unit.std().item()

@@ -116,7 +116,9 @@ def test_log_px_of_a_run_is_that_of_scipy_in_the_units_of_the_file(finished):
 
     height, spread, change, width, mean, dispersion, logit, logits, score = outputs
     head = {type(part).__name__: part for part in vae.likelihood.head.heads}
-    expected = [stats.lognorm(0.01 + softplus(spread), scale=np.exp(plain(height))).logpdf(x[:, 0])]
+    loc, scale = head["LogNormal"].log_loc.item(), head["LogNormal"].log_scale.item()
+    height = stats.lognorm(scale * (0.01 + softplus(spread)), scale=np.exp(loc + scale * plain(height)))
+    expected = [height.logpdf(x[:, 0])]
     loc, scale = head["Scaled"].loc.item(), head["Scaled"].scale.item()
     expected.append(stats.norm(loc + scale * plain(change), scale * (0.01 + softplus(width))).logpdf(x[:, 1]))
     m, r = (np.exp(plain(value)) for value in (mean, dispersion))
