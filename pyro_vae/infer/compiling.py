@@ -9,8 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
@@ -37,6 +40,14 @@ def _with_torchs_draws(graph: GraphModule) -> GraphModule:
     return graph
 
 
+def _cached(tensors: list[Tensor]) -> Any:
+    """Context in which inductor looks into its cache on disk, which it does where shapes are on record; on a CPU."""
+    if any(x.is_cuda for x in tensors):
+        return contextlib.nullcontext()
+    shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    return tracing(TracingContext(shapes))
+
+
 def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """What inductor makes of a traced graph; the graph itself, with a warning, where that fails.
 
@@ -47,7 +58,7 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
     try:
         import torch._inductor as inductor  # takes a second, which only compiling should cost
 
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _cached(tensors):
             warnings.simplefilter("ignore")  # torch's, of its own future
             return cast(Any, inductor).compile(_with_torchs_draws(graph), tensors, options={"fallback_random": True})
     except Exception as error:  # whatever inductor fails at, the traced graph is right
