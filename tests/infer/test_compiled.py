@@ -32,8 +32,10 @@ from pyro_vae import (
     TwoLayerVAE,
     log_weights,
 )
+from pyro_vae.infer import compiling
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
+from pyro_vae.infer.tracing import trace_graph
 from pyro_vae.parts import posteriors, priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.parts.priors import GaussianMixture, VampPrior
@@ -432,6 +434,19 @@ def test_a_compiled_function_that_gives_something_else_is_not_used():
     with pytest.warns(UserWarning, match="the compiled programs give something else"):
         compiled(x)
     assert compiled(x).item() == 1000 + len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_inductors_cache_on_disk_is_used():
+    from torch._dynamo.utils import counters
+
+    graph, x = trace_graph(lambda x: (x * 2.25).exp(), [torch.ones(3)]), torch.ones(3)
+    compiling.compile_graph(graph, [x])
+    before = counters["inductor"]["fxgraph_cache_hit"]
+    found = compiling.compile_graph(graph, [x])(x)
+    assert counters["inductor"]["fxgraph_cache_hit"] == before + 1
+    torch.testing.assert_close(found, (x * 2.25).exp())
 
 
 # What changes between steps
