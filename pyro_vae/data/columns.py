@@ -26,6 +26,7 @@ MOST_CATEGORIES = 100
 """Columns of more different strings are taken for names or texts, unless the user says categorical."""
 
 DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}([ T].*)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}( .*)?")
+PERCENTAGE = re.compile(r"[+-]?\d*[.,]?\d+ ?%")
 
 
 class Entries(NamedTuple):
@@ -92,7 +93,9 @@ def read_frame(path: Path) -> Frame:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return _text(csv.reader(file, delimiter="\t" if kind == ".tsv" else ","), path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no readable table: its text is not in UTF-8; save it so") from error
+    except (OSError, csv.Error) as error:
         raise DataError(f"{path} is no readable table: {reason_of(error)}") from error
 
 
@@ -305,10 +308,11 @@ def _kind_of_words(frame: Frame, name: str, entries: Entries) -> Kind:
         raise DataError(_dates(frame, name, seen[0], entries.words[seen[0]]))
     number = len(set(entries.words[seen]))
     if number > min(MOST_CATEGORIES, max(10, len(seen) // 2)):
+        percentages = all(PERCENTAGE.fullmatch(entries.words[place]) for place in seen)
         raise DataError(
             f"{frame.title}, column '{name}' holds {number:,} different strings in {len(seen):,} rows, such as "
-            f"'{entries.words[seen[0]]}': too many for categories; leave it out, {option(name, 'ignore')}, or say "
-            f"{option(name, 'categorical')}"
+            f"'{entries.words[seen[0]]}': too many for categories; {'write numbers without %, ' * percentages}"
+            f"leave it out, {option(name, 'ignore')}, or say {option(name, 'categorical')}"
         )
     return "binary" if number == 2 else "categorical"
 

@@ -58,7 +58,7 @@ def conditions(given: Any, size: int, schema: Schema) -> Tensor | None:
             return None
         raise DataError("given: the model has no condition")
     if given is None:
-        raise DataError(f"the model has a condition: give {names}")
+        raise DataError(f"the model has a condition: give {names}; on the command line, --given")
     if not hasattr(given, "columns"):
         given = _frame_of_given(given, size, schema.condition)
     frame = _frame(given)

@@ -310,11 +310,12 @@ def impute_new(settings: ImputeSettings) -> Done:
         result = result.assign({name: (dims, each.cpu().numpy()) for name, (dims, each) in extra.items()})
         result = result.merge(found.evidence.to_dataset(), combine_attrs="drop_conflicts")
     write_result(_numbered(result, new.rows), out, "x")
-    gaps = int((~filled.imputation.seen).sum())
+    gaps = ~filled.imputation.seen
+    with_gaps = gaps.flatten(1).any(1)
+    text = f"{int(gaps.sum()):,} entries of {int(with_gaps.sum()):,} {using.schema.noun}s filled in"
     good = filled.imputation.evidence.reliable
-    text = f"{gaps:,} entries of {result.sizes['datum']:,} {using.schema.noun}s filled in"
-    if good is not None and not good.all():
-        text += f"; not to be believed in {int((~good).sum()):,} of them: more --num_samples may help"
+    if good is not None and (doubted := int((with_gaps & ~good).sum())):
+        text += f"; not to be believed in {doubted:,} of these {using.schema.noun}s: more --num_samples may help"
     return Done(out, result, text)
 
 

@@ -200,6 +200,11 @@ REFUSED = {
         {},
         "column 'b' holds 30 different strings in 30 rows, such as 'name0': too many for categories",
     ),
+    "percentages": (
+        "a,b\n" + "".join(f"{i}.5,{i}.5%\n" for i in range(30)),
+        {},
+        "such as '0.5%': too many for categories; write numbers without %, leave it out",
+    ),
     "infinite": ("a,b\n1.5,2\ninf,3\n3,2\n4,2\n", {}, "column 'a', line 3: inf is not finite"),
     "dates": ("a,b\n1.5,2020-01-02\n2,2020-01-03\n3,2021-02-03\n", {}, "column 'b', line 2: '2020-01-02' is a date"),
     "twice": ("a,b,a\n1,2,3\n", {}, "columns 1 and 3 are both called 'a'"),
@@ -272,7 +277,7 @@ def test_files_that_cannot_be_read(tmp_path):
     for name, message in {
         "none.csv": "none.csv is no readable table: No such file",
         "none.parquet": "there is no such file",
-        "latin.csv": "latin.csv is no readable table: 'utf-8'",
+        "latin.csv": "latin.csv is no readable table: its text is not in UTF-8; save it so",
         "no.npz": "no.npz is no readable .npz archive",
         "no.parquet": "no.parquet",
         "ragged.npz": r"of \[3, 4\] rows",

@@ -291,6 +291,13 @@ def test_imputed_images_keep_what_was_seen(run, files):
     assert (filled["std"][:, 24:] == 0).all()
 
 
+def test_doubts_are_of_the_images_that_have_gaps(run, files):
+    x = np.load(files / "gaps.npy")
+    np.save(files / "two_of_six.npy", np.concatenate([np.where(np.isnan(x), 0.0, x), x[:2]]))
+    done = command("impute", run, files / "two_of_six.npy", f"--out={files / 'six.npy'}", "--num_samples=5")
+    assert done.text.startswith("48 entries of 2 images filled in; not to be believed in 2 of these images: more")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
