@@ -144,7 +144,7 @@ class SemiSupervisedVAE(nn.Module):
     def told(self, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Which classes are known, ``(B,)``, and log q(y | x) of those, zero of others, ``(B,)``."""
         known = self._known(x, y)
-        log_q = self.classify(x, seen).gather(-1, torch.where(known, y, 0).unsqueeze(-1)).squeeze(-1)
+        log_q = self.classify(x, seen).gather(-1, torch.where(known, y, 0).long().unsqueeze(-1)).squeeze(-1)
         return known, torch.where(known, log_q, 0.0)
 
     def initialize(self, x: Tensor, y: Tensor) -> None:
@@ -158,7 +158,8 @@ class SemiSupervisedVAE(nn.Module):
 
     def _observe(self, y: Tensor, known: Tensor) -> None:
         with _unless(~known):
-            pyro.sample("y_observed", self._prior(), obs=torch.where(known, y, 0))  # what is masked must be possible
+            y = torch.where(known, y, 0).long()  # what is masked must be possible
+            pyro.sample("y_observed", self._prior(), obs=y)
 
     def _one_of_them(self, y: Tensor) -> Tensor:
         """Classes ``(*)`` as 0 and 1, ``(*, L)``; all 0 where unknown."""

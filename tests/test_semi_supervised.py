@@ -227,6 +227,15 @@ def test_labels_that_are_none_are_refused(y, message):
         check_program(vae.model, vae.guide, (x, y))
 
 
+def test_labels_may_be_integers_of_any_width():
+    vae, x = made()
+    values = []
+    for y in (Y.clamp(min=0), Y.clamp(min=0).byte()):
+        pyro.set_rng_seed(0)
+        values.append(SemiSupervisedELBO(vae, alpha=1.0)(vae.model, vae.guide, (x, y)))
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("setting", [{"alpha": -1.0}, {"alpha": math.inf}, {"known_weight": 0.0}, {"num_particles": 0}])
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

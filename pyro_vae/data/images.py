@@ -312,8 +312,13 @@ def fingerprint(*content: Any) -> str:
 def _check_labels(labels: np.ndarray | None, size: int, what: str) -> Tensor | None:
     if labels is None:
         return None
-    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.number) or (labels != labels.astype(int)).any():
-        raise DataError(f"{what}: expected {size} whole numbers, got {labels.dtype} of shape {labels.shape}")
+    whole = labels.dtype.kind in "iu" or (
+        labels.dtype.kind == "f" and (np.isfinite(labels) & (labels == labels.round())).all()
+    )
+    if labels.shape != (size,) or not whole:
+        words = labels.dtype.kind in "OSU"
+        mend = "; those of words are np.unique(labels, return_inverse=True)[1]" if words else ""
+        raise DataError(f"{what}: expected {size} whole numbers, got {labels.dtype} of shape {labels.shape}{mend}")
     return torch.as_tensor(labels.astype(np.int64))
 
 

@@ -229,7 +229,9 @@ class ImageFolder(OwnImages):
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
             test_labels, train_labels = (None, None) if labels is None else np.split(labels, [num_test])
-        of = f" of {len(classes)} classes" if classes else ""
+        named = [f"{place} {name}" for place, name in enumerate(classes)]
+        shown = named if len(named) <= 12 else [*named[:6], "...", named[-1]]
+        of = f" of {len(classes)} classes: {', '.join(shown)}" if classes else ""
         print(f"{self.path}: {len(train) + len(test):,} images{of}")
         if sixteen := {np.dtype(np.uint16)} & {train.dtype, test.dtype}:
             self.max_value = 65535

@@ -61,6 +61,10 @@ class Sequences(Source):
             raise DataError(f"{self.path} holds the array '{min(odd)}'; those that are read are {', '.join(ARRAYS)}")
         parts = {part: sequences_of(arrays, part, self.path) for part in ("train", "test")}
         train, test = parts.values()
+        for part, other in (("train", "test"), ("test", "train")):
+            if f"{part}_lengths" in arrays and f"{other}_lengths" not in arrays:
+                steps = parts[other].shape[1]
+                print(f"{self.path} has no {other}_lengths: sequences of {other} are read as of {steps} steps")
         if train.shape[1:] != test.shape[1:]:
             steps = " and ".join(f"{each.shape[1]} steps of {each.shape[2]} in {part}" for part, each in parts.items())
             raise DataError(f"{self.path}: sequences of train and test must be of one shape, they have {steps}")

@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_vae.data.datasets import names_of
 from pyro_vae.data.files import NewData, read_new
 from pyro_vae.data.incoming import restored
 from pyro_vae.errors import DataError, RunError
@@ -278,7 +279,8 @@ def sample_new(settings: SampleSettings) -> Done:
     x = using.sample(settings.num_samples, settings.given)
     result = _observations(x, "x", run, settings.seed)
     write_result(result, out, "x", [x] if _is_image(using) else [], using.schema)
-    return Done(out, result, f"{settings.num_samples:,} draws of p(x)")
+    told = f" given {names_of(run.schema.condition)}" if run.schema.condition else ""
+    return Done(out, result, f"{settings.num_samples:,} draws of p(x{told})")
 
 
 def reconstruct_new(settings: ReconstructSettings) -> Done:

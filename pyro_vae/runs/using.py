@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Schema
 from pyro_vae.data.incoming import conditions, observations, restored
-from pyro_vae.errors import ContractError, DataError, RunError
+from pyro_vae.errors import ContractError, DataError, RunError, check_at_least_one
 from pyro_vae.infer.checks import check_data
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling
 from pyro_vae.infer.evidence.bridge import bridge_sampling
@@ -107,6 +107,8 @@ class Using:
 
         Of a model with several latent sites a dict by their names. A mean that has no formula is that of 1,000 draws.
         """
+        if num_samples is not None:
+            _check_number(num_samples)
         joined = self._joined(self.data(x, given), num_samples)
         return next(iter(joined.values())) if len(joined) == 1 else joined
 
@@ -149,13 +151,15 @@ class Using:
         if {name: tuple(each.shape[1:]) for name, each in latents.items()} != names:
             wanted = " and ".join(f"{name} of shape (N, {', '.join(map(str, shape))})" for name, shape in names.items())
             raise RunError(f"z must be {wanted}, got {', '.join(str(tuple(each.shape)) for each in latents.values())}")
+        for each in latents.values():
+            if len(wrong := (~each.flatten(1).isfinite().all(1)).nonzero()):
+                raise RunError(f"z must be finite numbers, row {int(wrong[0])} has others")
         x = [self._means(site) for site in self._observed(data, latents)]
         return restored(torch.cat(x), self.schema)
 
     def sample(self, num_samples: int, given: Any = None) -> Any:
         """Draws of x from the model, ``(num_samples, *shape)``, or a DataFrame of a table."""
-        if num_samples < 1:
-            raise RunError(f"num_samples must be at least 1, got {num_samples}")
+        _check_number(num_samples)
         sites = self._observed(self._like(num_samples, given), {})
         return restored(torch.cat([site["value"] for site in sites]), self.schema)
 
@@ -265,3 +269,10 @@ class Using:
             value[..., levels > level] = float(level)
             scores.append(torch.where((levels > level).to(x.device), fn.log_prob(value), -torch.inf))
         return torch.where((levels > 0).to(x.device), torch.stack(scores).argmax(0).to(x), x) if scores else x
+
+
+def _check_number(num_samples: int) -> None:
+    try:
+        check_at_least_one(num_samples=num_samples)
+    except ValueError as error:
+        raise RunError(str(error)) from error

@@ -552,7 +552,8 @@ GOOD = {"train": real(20, 4, 4), "test": real(6, 4, 4)}
         ({"train": real(20, 3, 4, 4)}, ["(3, 4, 4)", "(1, 4, 4)"]),
         ({"train": real(20, 4, 4).astype(object)}, ["no readable .npz archive"]),
         ({"train_labels": np.arange(19)}, ["training labels", "expected 20 whole numbers", "(19,)"]),
-        ({"test_labels": np.array(list("abcdef"))}, ["test labels", "expected 6 whole numbers"]),
+        ({"test_labels": np.array(list("abcdef"))}, ["test labels", "expected 6 whole numbers", "np.unique"]),
+        ({"test_labels": np.array([0, 1, np.nan, 1, 0, 1])}, ["test labels", "expected 6 whole numbers"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -740,10 +741,11 @@ def of_one_grey(folder, **classes):
             paint(folder / name / f"{value:03}.png", np.full((4, 4), value))
 
 
-def test_image_files_with_a_test_set(tmp_path):
+def test_image_files_with_a_test_set(tmp_path, capsys):
     of_one_grey(tmp_path / "train", cat=range(10), dog=range(100, 110))
     of_one_grey(tmp_path / "test", dog=[255, 120], cat=[20])
     data = ImageFolder(tmp_path, tmp_path, size=4, binarization="integers", num_validation=8).load()
+    assert "23 images of 2 classes: 0 cat, 1 dog" in capsys.readouterr().out
     assert data.image_shape == (1, 4, 4)
     assert data.test.tolist() == [[20.0] * 16, [120.0] * 16, [255.0] * 16]
     assert data.test_labels.tolist() == [0, 1, 1]

@@ -113,6 +113,13 @@ def test_what_is_refused(content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_lengths_of_one_part_alone_are_told(tmp_path, capsys):
+    load(tmp_path, REAL | {"train_lengths": LENGTHS["train_lengths"]})
+    assert f"has no test_lengths: sequences of test are read as of {STEPS} steps" in capsys.readouterr().out
+    load(tmp_path, REAL | LENGTHS)
+    assert "_lengths" not in capsys.readouterr().out
+
+
 def test_gaps_that_are_refused(tmp_path):
     train = REAL["train"].copy()
     train[7] = math.nan
