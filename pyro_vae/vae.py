@@ -225,6 +225,9 @@ class ConditionalVAE(nn.Module):
 
     def sample(self, c: Tensor) -> Tensor:
         """One draw of x for each condition: ``(*, C) -> (*, X)``."""
+        if not isinstance(c, Tensor) or c.shape[-1:] != (self.condition_dim,):
+            shape = f"of shape {tuple(c.shape)}" if isinstance(c, Tensor) else f"a {type(c).__name__}"
+            raise ContractError(f"the condition must be a tensor of shape (*, {self.condition_dim}), it is {shape}")
         with torch.no_grad():
             prior = self.prior_given(c)
             z = prior.sample() if self.prior_sees else prior.sample(c.shape[:-1])

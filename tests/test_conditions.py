@@ -158,6 +158,10 @@ def test_conditions_that_make_no_sense_are_refused():
     x = torch.randn(4, X).double()
     with pytest.raises(ContractError, match=r"must be of shape \(4, 3\), it is of \(4,\)"):
         vae.model(x, torch.zeros(4).double())
+    with pytest.raises(ContractError, match=r"must be a tensor of shape \(\*, 3\), it is a int"):
+        vae.sample(4)
+    with pytest.raises(ContractError, match=r"must be a tensor of shape \(\*, 3\), it is of shape \(4, 2\)"):
+        vae.sample(torch.zeros(4, 2).double())
     with pytest.raises(ValueError, match="at least 2 classes"):
         class_posterior(vae.model, vae.guide, x, torch.eye(3)[:1])
     with pytest.raises(ValueError, match=r"prior must be positive numbers of shape \(3,\)"):

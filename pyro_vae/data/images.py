@@ -202,6 +202,10 @@ class ImageData(Data):
                     f"--condition label: {part} image {row} (from 0) of {name} has the label {labels[row]}, which no "
                     "training image has"
                 )
+        if known.min() < 0:
+            print(
+                f"--condition label: the label {known.min()} of {name} is a class like the others, not an unknown one"
+            )
         column = Column("label", "categorical", tuple(known.tolist()))
         train, validation, test = (
             column.encode(torch.searchsorted(known, labels)).to(self.device) for labels in parts.values()

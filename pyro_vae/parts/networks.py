@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae.errors import check_at_least_one, check_widths
+from pyro_vae.errors import ContractError, check_at_least_one, check_widths
 
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu", "softplus"]
 
@@ -83,6 +83,12 @@ class MLP(Network):
             nn.init.zeros_(layer.get_parameter("bias"))
 
     def forward(self, features: Tensor) -> Tensor:
+        weight = self.layers[0].get_parameter("weight")
+        if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+            raise ContractError(
+                f"weights are {weight.dtype} and what they are applied to is {features.dtype}: bring the data to "
+                f"{weight.dtype}, or the model to that of the data, as by .float() or .double()"
+            )
         for layer in self.layers[:-1]:
             features = self.activate(layer(features))
         return self.layers[-1](features)

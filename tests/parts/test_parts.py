@@ -81,6 +81,15 @@ def test_mlp_is_glorot_initialized_affine_maps():
     assert len(MLP(3, 2, hidden=[]).layers) == 1
 
 
+def test_mlp_of_another_precision_is_refused():
+    mlp, x = MLP(3, 2), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(ContractError, match=r"weights are torch.float32 and .* torch.float64: .* by .float\(\)"):
+        mlp(x)
+    assert mlp.double()(x).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MLP(3, 2)(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -50,9 +50,10 @@ def settings(**more):
     return runs.Settings(**({"encoder": linear, "decoder": linear, "likelihood": like, "latent_dim": 2} | more))
 
 
-def test_labels_become_a_condition(tmp_path):
+def test_labels_become_a_condition(tmp_path, capsys):
     data = own(tmp_path)
     told = data.given(["label"])
+    assert "the label -1 of Own is a class like the others, not an unknown one" in capsys.readouterr().out
     (column,) = told.schema.condition
     assert (column.name, column.kind, column.values) == ("label", "categorical", (-1, 3, 7))
     assert told.schema.condition_dim == 3
