@@ -211,6 +211,7 @@ class ImageFolder(OwnImages):
             raise ValueError(f"size must be at least 1, or [height, width], each at least 1, got {shown}")
         self.size = shape[0], shape[1]
         self.grey = grey
+        self._greyed = False
 
     def read(self) -> Images:
         parts = {name: self._has_images(self.path / name) for name in ("train", "test")}
@@ -232,7 +233,8 @@ class ImageFolder(OwnImages):
         named = [f"{place} {name}" for place, name in enumerate(classes)]
         shown = named if len(named) <= 12 else [*named[:6], "...", named[-1]]
         of = f" of {len(classes)} classes: {', '.join(shown)}" if classes else ""
-        print(f"{self.path}: {len(train) + len(test):,} images{of}")
+        told = "; colours are read as grey values, --dataset.grey false keeps them" if self._greyed else ""
+        print(f"{self.path}: {len(train) + len(test):,} images{of}{told}")
         if sixteen := {np.dtype(np.uint16)} & {train.dtype, test.dtype}:
             self.max_value = 65535
         train, test = (wide(part) if sixteen else part for part in (train, test))
@@ -283,6 +285,7 @@ class ImageFolder(OwnImages):
                 if image.mode[0] in "IF" and not sixteen:  # Pillow would clip them
                     wanted = "8 or 16 bits" if self.grey else "8 bits"
                     raise ValueError(f"expected {wanted} per channel, got pixels of mode {image.mode}")
+                self._greyed |= self.grey and image.mode[:3] in ("RGB", "CMY", "YCb")
                 mode = "I" if sixteen else "L" if self.grey else "RGB"
                 image = ImageOps.exif_transpose(image).convert(mode)
         except Exception as error:  # Pillow's decoders raise errors of many kinds

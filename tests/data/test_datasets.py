@@ -793,14 +793,16 @@ def test_image_files_are_cropped_then_resized(tmp_path):
     assert twice.test[0].reshape(6, 6).tolist() == square.tolist()
 
 
-def test_colours_of_image_files(tmp_path):
+def test_colours_of_image_files(tmp_path, capsys):
     pixels = whole(2, 2, 3)
     for value in range(4):
         paint(tmp_path / "a" / f"{value}.png", pixels)
     data = ImageFolder(tmp_path, tmp_path, 2, grey=False, binarization="integers").load()
     assert data.image_shape == (3, 2, 2)
     assert data.test[0].reshape(3, 2, 2).tolist() == pixels.transpose(2, 0, 1).tolist()
+    assert "read as grey" not in capsys.readouterr().out
     grey = ImageFolder(tmp_path, tmp_path, 2, binarization="integers").load().test[0].reshape(2, 2).numpy()
+    assert "colours are read as grey values, --dataset.grey false keeps them" in capsys.readouterr().out
     assert np.abs(grey - pixels @ [0.299, 0.587, 0.114]).max() <= 1  # luma
 
 
