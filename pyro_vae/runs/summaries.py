@@ -66,12 +66,12 @@ class Summary(NamedTuple):
 
 def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
     """A summary of each contender, compared with the first one that it can be compared with at all."""
-    references: dict[tuple, tuple[str, list[Run]]] = {}
+    references: dict[str, tuple[str, list[Run]]] = {}
     summaries = []
     for name, paths in directories.items():
         finished = [load(path) for path in paths]
         results = [run.result for run in finished]
-        meaning = tuple(results[0].get(each) for each in MUST_AGREE)
+        meaning = repr([results[0].get(each) for each in MUST_AGREE])  # with lists in it
         reference, others = references.setdefault(meaning, (name, finished))
         estimator = "annealed" if annealed_alike([*finished, *others]) else "importance"
         pairs = list(zip(finished, others, strict=True))

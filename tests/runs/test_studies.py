@@ -245,3 +245,12 @@ def test_engines_train_the_same_model(tmp_path):
     assert ours["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=1e-3)
     assert rounded["log_likelihood"] == pytest.approx(pyros["log_likelihood"], abs=0.3)
     assert rounded["log_likelihood"] != pyros["log_likelihood"]
+
+
+def test_tables_with_densities_are_studied(tmp_path):
+    (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i % 7}.5,{-i % 11}.25\n" for i in range(40)))
+    common = f"--dataset Table --dataset.path {tmp_path / 'table.csv'} --epochs 1 --evidence.num_samples 2"
+    common += " --evidence.annealed_images 0 --encoder.hidden [4] --decoder.hidden [4] --device cpu"
+    argv = ["--contenders.one=--latent_dim 1", "--contenders.two=--latent_dim 2", "--seeds=1", f"--common={common}"]
+    runs.run_study(runs.StudySettings, [*argv, f"--run_dir={tmp_path / 'study'}"], "study")
+    assert "minus one" in (tmp_path / "study" / "table.md").read_text()
