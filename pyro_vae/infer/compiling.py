@@ -13,7 +13,6 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
@@ -44,6 +43,8 @@ def _cached(tensors: list[Tensor]) -> Any:
     """Context in which inductor looks into its cache on disk, which it does where shapes are on record; on a CPU."""
     if any(x.is_cuda for x in tensors):
         return contextlib.nullcontext()
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # brings sympy, which only compiling needs
+
     shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return tracing(TracingContext(shapes))
 

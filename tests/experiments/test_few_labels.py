@@ -80,7 +80,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
     monkeypatch.setattr(few_labels, "supervised", supervised)
     vae, data = runs.load_model(finished), runs.load_data(finished)
     x = data.observe(torch.arange(len(data.train_pixels)))
-    fresh = runs.build(runs.load_settings(finished), data.image_shape)
+    fresh = runs.build(runs.load_settings(finished), data.schema)
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     spaces = {PIXELS: (x.numpy(), data.test.numpy())}
     config = few_labels.Settings(finished, labels=(2, 7), num_draws=2)

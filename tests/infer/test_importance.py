@@ -153,7 +153,8 @@ def test_exactly_num_samples_are_drawn_whatever_the_memory():
         checks_and_sizing = sum(drawn) - 333 * 5 * 3
         once = 2 * 5 + 2 * (2 + 3)  # two samples of each, and of every other one alone
         again = 2 * 5  # of each chunk, without that
-        assert checks_and_sizing == 3 * (64 + 128 + once + again)
+        collapsed = 8 * 5  # of each datum, to see whether its draws differ
+        assert checks_and_sizing == 3 * (64 + 128 + once + again + collapsed)
 
 
 def test_invalid_log_weights_are_counted_and_never_averaged_away():
