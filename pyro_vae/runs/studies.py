@@ -254,8 +254,8 @@ def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | No
             forest(summaries, run_dir / "differences.png", title)
     per = summaries[0].unit.split(",")[0]
     lines = [
-        f"{per[0].upper()}{per[1:]}, larger is better; means over seeds 0 to {settings.seeds - 1}, with standard errors over",
-        f"seeds and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with "
+        f"{per[0].upper()}{per[1:]}, larger is better; means over seeds 0 to {settings.seeds - 1}, with standard",
+        f"errors over seeds and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with "
         "a bad Pareto k.",
         "",
         summary_table(summaries, more),
