@@ -9,6 +9,7 @@ from scipy import stats
 
 from experiments import sequences
 from experiments.sequences import FEATURES, SHORTEST, STEPS, Process
+from pyro_vae import Annealing
 from pyro_vae.errors import RunError
 
 
@@ -37,8 +38,9 @@ def test_the_filter_has_the_density_of_all_steps_together():
 
 
 @pytest.mark.slow
-def test_networks_are_compared(tmp_path):
-    few = ["--num_train=100", "--num_test=3", "--epochs=1", "--latent_dim=2"]
+def test_networks_are_compared(tmp_path, monkeypatch):
+    few = ["--num_train=100", "--num_test=2", "--epochs=1", "--latent_dim=1"]
+    monkeypatch.setattr(sequences, "CHAINS", Annealing(2, 2, num_climbs=0, num_checked=0))
     found = sequences.main([f"--run_dir={tmp_path / 'run'}", *few])
     result = json.loads((found / "result.json").read_text())
     assert set(result["networks"]) == set(sequences.NETWORKS)
