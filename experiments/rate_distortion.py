@@ -25,6 +25,7 @@ from pyro_vae import ContractError, cli, rate_distortion, runs
 from pyro_vae.infer.evidence import RateDistortion, Tempering
 from pyro_vae.infer.evidence.result import mean_and_errors
 from pyro_vae.runs import figures
+from pyro_vae.runs.build import Model
 from pyro_vae.runs.scoring import number
 
 ERRORS = "over images", "chains"
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     opened = runs.open_finished(first, settings.run_dir, "rate_distortion", settings.device, settings.seed)
     vae, data, device, run_dir = opened
     x, among = runs.some_images(data, "test", settings.num_images)
-    vaes = {first: vae}
+    vaes: dict[Path, Model] = {first: vae}
     for path in others:
         other, its_data = runs.load_finished(path, device, may_be_told=False)
         same = its_data.test.shape == data.test.shape and torch.equal(its_data.test, data.test)

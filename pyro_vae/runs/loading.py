@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xarray as xr
@@ -22,6 +22,7 @@ from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.using import Filled, Latents, Using
+from pyro_vae.vae import VAE, TwoLayerVAE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,7 +214,7 @@ def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data
 class Finished(NamedTuple):
     """A finished run of images, opened to be studied: model, data, their device, and the directory that is written."""
 
-    vae: Model
+    vae: VAE | TwoLayerVAE
     data: ImageData
     device: torch.device
     run_dir: Path
@@ -231,7 +232,7 @@ def open_finished(directory: Path, run_dir: Path | None, name: str, device: str,
     check_empty(run_dir)
     vae, data = load_finished(directory, chosen, may_be_told=False)
     torch.manual_seed(seed)
-    return Finished(vae, images_of(data), chosen, run_dir)
+    return Finished(cast(VAE | TwoLayerVAE, vae), images_of(data), chosen, run_dir)
 
 
 def images_of(data: Data) -> ImageData:

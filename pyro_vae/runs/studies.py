@@ -255,8 +255,8 @@ def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | No
     per = summaries[0].unit.split(",")[0]
     lines = [
         f"{per[0].upper()}{per[1:]}, larger is better; means over seeds 0 to {settings.seeds - 1}, with standard",
-        f"errors over seeds and over images. log p(x) is {estimators(summaries)}; importance sampling is too low in images with "
-        "a bad Pareto k.",
+        f"errors over seeds and over images. log p(x) is {estimators(summaries)}; importance sampling is too low "
+        "where Pareto k is bad.",
         "",
         summary_table(summaries, more),
         *choice(summaries),
