@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments import missing
+from pyro_vae import Annealing
 
 
 def test_errors_are_in_units_of_each_column():
@@ -28,8 +30,13 @@ def test_a_vae_fills_in_what_one_factor_tells():
 
 
 @pytest.mark.slow
-def test_the_whole_comparison(tmp_path):
-    out = missing.main(["--num_draws=2", "--steps=8", f"--run_dir={tmp_path / 'run'}"])
+def test_the_whole_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(missing, "CHAINS", Annealing(2, 2, num_climbs=0))
+    monkeypatch.setattr(missing, "SHAPES", (missing.Shape(2, ()), missing.Shape(2, (8,))))
+    for name, every in {"breast cancer": 3, "diabetes": 3}.items():
+        some = SimpleNamespace(data=missing.TABLES[name]().data[::every, :10])
+        monkeypatch.setitem(missing.TABLES, name, lambda some=some: some)
+    out = missing.main(["--num_draws=2", "--steps=4", f"--run_dir={tmp_path / 'run'}"])
     result = json.loads((out / "result.json").read_text())
     assert (out / "imputation.png").stat().st_size > 1000
     for by in result["errors"].values():

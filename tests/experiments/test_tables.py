@@ -36,8 +36,7 @@ def test_independent_columns_are_scored_as_scipy_does(tmp_path):
 @pytest.mark.slow
 def test_the_whole_comparison(tmp_path, monkeypatch):
     drawn = columns.marginals
-    first = lambda *args: "IWAE_mask" in args[-1].parts and drawn(*args)  # of three alike
-    monkeypatch.setattr(columns, "marginals", first)
+    monkeypatch.setattr(columns, "marginals", lambda *args: "IWAE_mask" in args[-1].parts and drawn(*args))
     chains = Annealing(2, 2, num_climbs=0, num_checked=0)
     monkeypatch.setattr(runs, "EvidenceSettings", partial(runs.EvidenceSettings, 10, annealing=chains))
     out = tables.main(["--epochs=1", f"--run_dir={tmp_path / 'run'}"])
