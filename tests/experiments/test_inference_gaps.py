@@ -19,7 +19,8 @@ from pyro_vae.runs import figures, loading
 pytestmark = pytest.mark.slow
 
 SETTINGS = ["--num_images=12", "--num_samples=200", "--num_steps=60", "--device=cpu"]
-SHORT = [*SETTINGS, "--num_images=2", "--num_samples=20", "--num_steps=2", "--annealing.num_temperatures=2"]
+SHORT = [*SETTINGS, "--num_images=2", "--num_samples=20", "--num_steps=2"]
+SHORT += ["--annealing.num_temperatures=2", "--annealing.num_climbs=0", "--annealing.num_checked=0"]
 ROWS = {
     "log p(x)": "log_px",
     "L[q*], flow": "elbo_flow",
@@ -41,7 +42,8 @@ def trained(tmp_path_factory):
         cli.train(
             [
                 *("--dataset", "Digits", "--encoder.hidden", "[32]", "--decoder.hidden", "[32]", "--latent_dim", "2"),
-                *("--epochs", "25", "--evidence.num_samples", "10", "--device", "cpu", "--run_dir", str(run_dir)),
+                *("--epochs", "25", "--device", "cpu", "--run_dir", str(run_dir)),
+                *("--evidence.num_samples=10", "--evidence.num_images=2", "--evidence.annealed_images=0"),
             ]
         )
     return run_dir
