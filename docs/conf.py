@@ -26,6 +26,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_show_tb = True
 nb_execution_timeout = 120
+os.environ["OMP_NUM_THREADS"] = "1"  # pages are run side by side, and threads of one would wait for those of another
 nb_execution_in_temp = True  # what a tutorial writes does not stay
 nb_output_stderr = "remove-warn"  # a tutorial that warns is an error; cells that show progress are tagged
 
