@@ -18,13 +18,10 @@ from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling, bidirectional_monte_carlo
 from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017
-from pyro_vae.infer.evidence.bridge import bridge_sampling
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.opinion import contradicts
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate, pick
 from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
-from pyro_vae.infer.evidence.smc import smc
-from pyro_vae.infer.evidence.thermodynamic import thermodynamic_integration
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
@@ -45,8 +42,8 @@ from pyro_vae.runs.directory import (
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
+from pyro_vae.runs.using import ESTIMATORS
 
-OTHERS = {"smc": smc, "bridge": bridge_sampling, "thermodynamic": thermodynamic_integration}
 PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
 
 
@@ -143,8 +140,8 @@ def estimate(
         evidence = annealed_importance_sampling(model, guide, x, annealing, progress=True)
         how: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
         how |= _reliable_share(evidence)
-    elif settings.estimator in OTHERS:
-        evidence = OTHERS[settings.estimator](model, guide, x, progress=True)
+    elif settings.estimator != "importance":
+        evidence = ESTIMATORS[settings.estimator](model, guide, x, progress=True)
         how = _reliable_share(evidence)
     else:
         evidence = importance_sampling(
