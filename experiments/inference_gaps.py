@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     result = summarize(settings, splits, vae.likelihood.head.unit()) | runs.provenance(device)
     with runs.writing(run_dir):
         groups = {name: dataset(split, result["unit"]) for name, split in splits.items()}
-        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "gaps.nc", engine="h5netcdf")
+        runs.write_evidence(run_dir / "gaps.nc", groups)
         plot(result, splits, run_dir / "gaps.png")
     return runs.conclude(run_dir, report(result), result, device)
 

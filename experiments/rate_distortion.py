@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     result = summarize(settings, curves)
     with runs.writing(run_dir):
         groups = {f"run_{i}": dataset(path, curve) for i, (path, curve) in enumerate(curves.items())}
-        xr.DataTree.from_dict(groups).to_netcdf(run_dir / "curves.nc", engine="h5netcdf")
+        runs.write_evidence(run_dir / "curves.nc", groups)
         plot(result, run_dir / "rate_distortion.png")
     return runs.conclude(run_dir, report(result), result, device)
 

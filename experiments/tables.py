@@ -25,6 +25,7 @@ from sklearn.datasets import load_diabetes
 from pyro_vae import IWAE, MLP, cli, runs
 from pyro_vae.data import Table, heads
 from pyro_vae.data.tables import TableData
+from pyro_vae.files import whole
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "IWAE, mask": {"missing": "mask", "objective": partial(IWAE, num_particles=20)},
@@ -93,7 +94,8 @@ def write_table(path: Path, settings: Settings) -> None:
     draws = np.random.default_rng(settings.seed)
     hidden = draws.random(table.shape) < settings.missing
     hidden[hidden.all(1), 0] = False  # a row of which nothing was seen is none
-    table.mask(hidden).to_csv(path, index=False)
+    with whole(path) as partial:
+        table.mask(hidden).to_csv(partial, index=False)
 
 
 def settings_of(name: str, settings: Settings, run_dir: Path, dataset: Any) -> runs.Settings:

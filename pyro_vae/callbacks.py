@@ -1,7 +1,6 @@
 """What happens in a training beside its steps: checkpoints, early stopping, the best weights, and what users add."""
 
 import io
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import CheckpointError, check_at_least_one
+from pyro_vae.files import whole
 
 
 class Epoch(NamedTuple):
@@ -148,10 +148,10 @@ class Checkpoint(Callback):
             raise CheckpointError(f"{self.path} {error}") from error
 
     def save(self, training: Training) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as file:  # torch.save itself raises no OSError where a path cannot be written
-            torch.save(training.state_dict() | {"about": self.about}, file)
-        os.replace(partial, self.path)
+        content = io.BytesIO()  # torch.save itself raises no OSError where a path cannot be written
+        torch.save(training.state_dict() | {"about": self.about}, content)
+        with whole(self.path) as partial:
+            partial.write_bytes(content.getbuffer())
 
 
 class OnEpoch(Callback):

@@ -783,7 +783,7 @@ def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: Path) -> Non
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path)
+        figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

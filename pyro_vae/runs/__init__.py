@@ -30,8 +30,10 @@ from pyro_vae.runs.directory import (
     provenance,
     table,
     write_csv,
+    write_evidence,
     write_json,
     write_text,
+    write_weights,
     writing,
 )
 from pyro_vae.runs.loading import (
@@ -157,8 +159,10 @@ __all__ = [
     "train",
     "without_class",
     "write_csv",
+    "write_evidence",
     "write_json",
     "write_study",
     "write_text",
+    "write_weights",
     "writing",
 ]

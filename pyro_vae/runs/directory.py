@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import pyro_vae
 from pyro_vae.errors import RunError
+from pyro_vae.files import holds_anything, whole
 
 
 def choose_device(name: str, scores: bool = True) -> torch.device:
@@ -65,8 +65,11 @@ def open_run(directory: Path, config: str, resume: bool | None, reread: Callable
     check_run_dir(directory, config, resume, reread)
     with writing(f"--run_dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            write_text(directory / "config.yaml", config)
+        try:
+            if not resume:
+                write_text(directory / "config.yaml", config, new=True)
+        except FileExistsError as error:
+            raise RunError(f"--run_dir: {directory} holds another run, which was begun just now") from error
 
 
 def check_run_dir(
@@ -91,7 +94,7 @@ def check_run_dir(
             if saved.exists():
                 hint = "choose another directory" + ("" if resume is None else ", or --resume")
                 raise RunError(f"--run_dir: {directory} holds another run, which is never overwritten: {hint}")
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            if directory.exists() and (not directory.is_dir() or holds_anything(directory)):
                 raise RunError(f"--run_dir: {directory} exists and is no empty directory: choose another")
             return
         if not saved.exists():
@@ -124,7 +127,7 @@ def check_empty(out: Path, options: str = "--run_dir") -> None:
         RunError: if ``out`` is not a directory, or not empty.
     """
     with writing(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or holds_anything(out)):
             raise RunError(f"{out} exists and is never overwritten: choose another directory by {options}")
 
 
@@ -141,11 +144,12 @@ def _difference(old: Any, new: Any, name: str = "") -> str | None:
 
 @contextmanager
 def writing(where: Path | str) -> Iterator[None]:
-    """Context: what the system refuses inside is a :class:`RunError` that says where."""
+    """Context: what the system refuses inside is a :class:`RunError` that says where, and which file."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{where}: {error.strerror or error}") from error
+        file = f" ({Path(error.filename).name})" if error.filename and Path(error.filename) != Path(where) else ""
+        raise RunError(f"{where}: {error.strerror or error}{file}") from error
 
 
 def conclude(out: Path, text: str, result: dict[str, Any], device: torch.device) -> Path:
@@ -161,30 +165,30 @@ def conclude(out: Path, text: str, result: dict[str, Any], device: torch.device)
     return out
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    with whole(path) as partial:
-        partial.write_text(text)
+def write_text(path: Path, text: str, new: bool = False) -> None:
+    """Write a whole file or none of it; with ``new``, only where there is none."""
+    with whole(path, new) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_evidence(path: Path, groups: dict[str, xr.Dataset]) -> None:
     """Write evidence per datum as netCDF, one group an estimator."""
+    write_netcdf(path, xr.DataTree.from_dict(groups))
+
+
+def write_netcdf(path: Path, content: xr.DataTree | xr.Dataset) -> None:
+    """Write netCDF."""
     with whole(path) as partial:
-        xr.DataTree.from_dict(groups).to_netcdf(partial, engine="h5netcdf")
+        try:
+            content.to_netcdf(partial, engine="h5netcdf")
+        except RuntimeError as error:  # as HDF5 says that a disk is full
+            raise OSError(f"cannot be written: {' '.join(str(error).split())}") from error
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write weights as safetensors, whose own writer leaves a file that nobody else may read."""
     with whole(path) as partial:
         partial.write_bytes(save(weights, metadata))
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Context: a path to write to, which takes the place of ``path`` at the end; nothing is left of half a file."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

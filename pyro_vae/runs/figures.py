@@ -17,6 +17,7 @@ from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
+from pyro_vae.files import whole
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
@@ -41,6 +42,12 @@ def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **
     return _Figure(path, width, height, columns, subplots)
 
 
+def save_figure(drawn: Any, path: Path) -> None:
+    """Write a figure as a whole PNG, or none of it."""
+    with whole(path) as partial:
+        drawn.savefig(partial, format="png")
+
+
 class _Figure:
     def __init__(self, path: Path, width: float, height: float, columns: int, subplots: dict):
         self.path = path
@@ -56,7 +63,7 @@ class _Figure:
 
     def __exit__(self, *error):
         if error[0] is None:
-            self.figure.savefig(self.path)
+            save_figure(self.figure, self.path)
         return self._style.__exit__(*error)
 
 
@@ -146,7 +153,7 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
             az.plot_forest(sample, combined=True, hdi_prob=0.95, ax=axes, textsize=10)
             axes.axvline(0, color="C3", lw=1)
             axes.set_title(title)
-            canvas.savefig(path)
+            save_figure(canvas, path)
         else:
             plot = az.plot_forest(
                 xr.DataTree.from_dict({"posterior": sample}),
@@ -156,7 +163,7 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
                 backend="matplotlib",
             )
             plot.viz["figure"].item().suptitle(title)
-            plot.savefig(path)
+            save_figure(plot, path)
 
 
 def posterior_mean(guide: Program, x: Tree, num_samples: int = 64) -> Latents:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Schema
 from pyro_vae.errors import RunError
+from pyro_vae.files import whole
 from pyro_vae.runs import figures
-from pyro_vae.runs.directory import whole, writing
+from pyro_vae.runs.directory import write_netcdf, writing
 
 MOST_PICTURES = 100
 
@@ -57,10 +58,11 @@ def write_result(
             assert schema is not None
             _picture(images, schema, out)
             return
-        with whole(out) as partial:
-            if kind == ".nc":
-                result.map(_writable).to_netcdf(partial, engine="h5netcdf")
-            elif kind in (".npz", ".npy"):
+        if kind == ".nc":
+            write_netcdf(out, result.map(_writable))
+            return
+        with whole(out, new=True) as partial:
+            if kind in (".npz", ".npy"):
                 arrays: dict[str, Any] = {str(name): _writable(each).values for name, each in result.items()}
                 with partial.open("wb") as file:
                     if kind == ".npy":

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pyro_vae.errors import NonFiniteError, RunError
+from pyro_vae.files import forget_partial, open_own, whole
 
 CLAIMS = ".claims"
 """The folder, in a directory whose work is shared, of the files that are locked while somebody works on a part."""
@@ -38,7 +39,7 @@ def claim(directory: Path, name: str) -> Iterator[None]:
     path = directory / CLAIMS / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = open_own(path)
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from error
     with file:
@@ -53,7 +54,7 @@ def claim(directory: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(run_dir: Path) -> Iterator[None]:
-    """Context: nobody else trains the run in this directory, which has its settings already.
+    """Context: nobody else writes to this directory, which has its settings already; what was half written is deleted.
 
     Raises:
         Taken: if another process does.
@@ -61,6 +62,7 @@ def alone(run_dir: Path) -> Iterator[None]:
     with (run_dir / "config.yaml").open("r+") as file:  # network file systems lock only what could be written
         if not _lock(file):
             raise Taken(f"--run_dir: another process is at work on {run_dir}")
+        forget_partial(run_dir)
         yield
 
 
@@ -137,7 +139,8 @@ class Shared:
     def _failed(self, name: str, reason: str) -> None:
         reason = " ".join(reason.split())
         print(f"{name} failed: {reason}", file=sys.stderr)
-        self._failure(name).write_text(reason)
+        with whole(self._failure(name)) as partial:
+            partial.write_text(reason, encoding="utf-8")
 
     def _failure(self, name: str) -> Path:
         return self.directory / CLAIMS / f"{name}.failed"
@@ -211,7 +214,8 @@ def _worker(shared: Callable[[], Shared], log: Callable[[str], Path], threads: i
 
     def tell(name: str) -> None:
         told.value = name.encode()[: WIDTH - 1]
-        _write_to(log(name))
+        with contextlib.suppress(OSError):  # it is written to the terminal then
+            _write_to(log(name))
 
     with contextlib.suppress(KeyboardInterrupt):
         shared().work(tell)
@@ -222,7 +226,7 @@ def _write_to(path: Path) -> None:
     """Let all that this process prints, and what its libraries do, go to the end of a file."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with path.open("a") as file:
+    with open_own(path) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
 

@@ -457,7 +457,7 @@ def test_images_of_other_shapes(tmp_path, drawing, shape):
 @pytest.mark.parametrize("reliable", [True, False, None])
 def test_the_histogram_says_which_mean_is_too_low(tmp_path, monkeypatch, reliable):
     said = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path: said.append(self.axes[0]))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: said.append(self.axes[0]))
     log_px, other = torch.tensor([-93.0, -91.0]), torch.ones(2)
     numbers = {"khat_threshold": 0.7, "annealed_log_likelihood": -90.456, "reliable": reliable}
     figures.evidence(Evidence(log_px, other, other, other, other, other), numbers, tmp_path)
