@@ -1,8 +1,10 @@
 """The random number generators that a step may use."""
 
+import hashlib
 import pickle
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -61,3 +63,17 @@ class _Generator:
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]):
         self.read, self.write, self.state = read, write, read()
+
+
+@contextmanager
+def own_numbers(key: str, device: torch.device) -> Iterator[None]:
+    """Context: torch's random numbers, on the CPU and on ``device``, are those of a key; afterwards they go on as if
+    nothing had been drawn."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for each in devices:
+            index = torch.cuda.current_device() if each.index is None else each.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield

@@ -1,0 +1,79 @@
+"""Estimates by fixed blocks of data, each with random numbers of its own, whoever computes it."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_vae.infer.randomness import own_numbers
+from pyro_vae.infer.trees import Data, data_size, first_tensor, select
+
+BLOCK = 128
+"""Observations of a block: few enough to be shared among workers, enough to fill a chunk."""
+
+Part = dict[str, Tensor]
+"""What is computed at a time: tensors by name."""
+
+
+class Work(Protocol):
+    """Who computes the parts of an estimate, and what is kept of them."""
+
+    def __call__(self, stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
+        """``do(0)``, .., ``do(number - 1)``, in this order, each computed once, by whoever is at work.
+
+        All who share a work call it for the same stages, in the same order, with functions that compute the same.
+
+        Args:
+            stage: its name, of letters, digits and dashes, once in an estimate.
+            do: computes a part; it depends on nothing but its number.
+            number: of parts.
+        """
+        ...
+
+
+def here(stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
+    """The :class:`Work` of one process alone, which keeps nothing."""
+    return map(do, range(number))
+
+
+class Blocks:
+    """Parts of one estimate, with random numbers that depend on nothing but a seed, the stage, and the part's number.
+
+    Neither chunks nor memory, nor how many work on it, nor what was drawn before changes them.
+
+    Args:
+        data: of the estimate, or any tensor on its device.
+        work: who computes the parts; None: this process.
+
+    The seed is one number of torch's generator, all that an estimate takes from it.
+    """
+
+    def __init__(self, data: Data, work: Work | None = None):
+        self._work: Work = work or here
+        self._device = first_tensor(data).device
+        self._seed = int(torch.randint(2**62, ()))
+
+    def each(self, stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
+        """The results of ``do(i)`` for all i below ``number``, in this order, each with its own random numbers."""
+
+        def keyed(i: int) -> Part:
+            with own_numbers(f"{self._seed}/{stage}/{i}", self._device):
+                return do(i)
+
+        return self._work(stage, keyed, number)
+
+    def once(self, stage: str, do: Callable[[], Part]) -> Part:
+        """The result of ``do()``, with its own random numbers."""
+        return next(iter(self.each(stage, lambda _: do(), 1)))
+
+    def of(self, stage: str, data: Data, do: Callable[[Data], Part], size: int = BLOCK) -> Iterator[Part]:
+        """The results of ``do`` of each block of ``size`` data, one after the other."""
+        return self.each(
+            stage, lambda i: do(select(data, slice(i * size, (i + 1) * size))), num_blocks(data_size(data), size)
+        )
+
+
+def num_blocks(num_data: int, size: int = BLOCK) -> int:
+    """How many blocks of ``size`` there are, the last of which may have fewer data."""
+    return -(-num_data // size)
