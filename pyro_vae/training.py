@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, OnEpoch
 from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, check_at_least_one
-from pyro_vae.infer.batches import Watch, explained
+from pyro_vae.infer.batches import ADVICE, Watch, explained
 from pyro_vae.infer.checks import check_data, check_program
 from pyro_vae.infer.diagnostics import mean_log_weights
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import Program, evaluating
-from pyro_vae.infer.trees import Data, check_same_structure, concatenate, first_tensor
+from pyro_vae.infer.retreat import Retreat, Step
+from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor
 from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
 FORMAT = "pyro_vae.training/3"  # of a checkpoint; another layout gets another number
@@ -112,8 +113,10 @@ def fit(
     Raises:
         TypeError: if ``loss`` is a class, or ``optimizer`` or ``schedule`` returns something other than it should.
         ValueError: if a setting is out of its range, or :func:`pyro_vae.check_program` refuses model, guide or data.
-        NonFiniteError: if training meets a NaN or an infinity. The message names the site; the module and the
-            checkpoint hold the last good state.
+        NonFiniteError: if training meets a NaN or an infinity, of losses, gradients, weights or moments of the
+            optimizer. The message names the site, the row and the step. The module is left in its last good state,
+            with weights and ELBO finite, and so are its buffers, the optimizer, the schedule and Pyro's parameters;
+            the message says after which step that is. A checkpoint holds the last epoch.
     """
     check_at_least_one(epochs=epochs)
     if not 0 < lr < math.inf:
@@ -177,6 +180,8 @@ class Training:
         if schedule not in ("constant", "stages"):  # these do not depend on when a training ends
             self._settings["steps"] = epochs * len(train)
         self._stopped, self._watch = False, cast(Watch | None, None)
+        self._recent: deque[tuple[int, Data]] = deque()
+        self._num_recent = 0
 
     def stop(self) -> None:
         """End the training with the epoch that is done."""
@@ -232,17 +237,26 @@ class Training:
     ) -> list[Epoch]:
         """Train to the end; return the history."""
         svi = engine(*self._programs, self.optimizer, loss)
+
+        def take(step: Step) -> object:
+            if isinstance(loss, Objective):
+                loss.advance(step.number)
+            value = call(svi.step, step.batch)
+            self.scheduler.step()
+            return value
+
         for callback in callbacks:
             callback.load(self)
         for callback in callbacks:
             callback.start(self)
+        retreat = Retreat(self.module, self.optimizer, self.scheduler, take, self._look)
         total, done = self.epochs * len(self.train), len(self.history) * len(self.train)
         bar = tqdm(total=total, initial=done, disable=not progress, unit="step", desc="training")
         with bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; an error here, with more to say
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # engines do that
             while len(self.history) < self.epochs and not self._stopped:
-                self.history.append(row := self._epoch(svi, loss, bar))
+                self.history.append(row := self._epoch(svi, loss, retreat, bar))
                 for callback in callbacks:
                     callback.epoch(self)
                 for callback in callbacks:
@@ -253,46 +267,53 @@ class Training:
             callback.end(self)
         return self.history
 
-    def _epoch(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> Epoch:
+    def _epoch(self, svi: Engine, loss: PyroELBO | Objective, retreat: Retreat, bar: tqdm) -> Epoch:
         """Train and evaluate for one epoch."""
         start, epoch = time.perf_counter(), len(self.history) + 1
-        good = self.weights()
         switch((self.optimizer,), "train")
+        retreat.begin((epoch - 1) * len(self.train))
         try:
-            objective, rate, recent = self._steps(svi, loss, bar)
+            objective, rate = self._steps(svi, loss, retreat, bar)
         except ContractError:  # a mini-batch was refused, after steps on a GPU that nobody waited for
-            self.module.load_state_dict(good)
+            retreat.to_a_copy()
             raise
         except NonFiniteError as error:
-            if self._is_finite():
-                raise
-            self.module.load_state_dict(good)
-            raise NonFiniteError(f"{error}; the weights are those of the epoch before") from error
+            raise self._undone(error, retreat) from error
         finally:
             switch((self.optimizer,), "eval")
-        # a compiled step does not wait to see its loss, so that a NaN is found here
-        if not math.isfinite(objective) or not self._is_finite():
-            self.module.load_state_dict(good)
-            raise NonFiniteError(
-                f"training stopped: the training loss was NaN or infinite in epoch {epoch}; the weights are those of "
-                "the epoch before. A smaller learning rate may help; the engine PyroSVI names the site"
-            )
         validation_elbo = math.nan
-        if self.validation is not None:
-            validation_elbo = _validation_elbo(self._programs, self.validation)
-            if not math.isfinite(validation_elbo):
-                raise explained(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
-        train_elbo = mean_log_weights(*self._programs, recent).mean().item()
+        try:
+            if self.validation is not None:
+                validation_elbo = _validation_elbo(self._programs, self.validation)
+                if not math.isfinite(validation_elbo):
+                    raise explained(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
+            train_elbo = mean_log_weights(*self._programs, (recent := self._last())).mean().item()
+            if not math.isfinite(train_elbo):
+                raise explained(self._programs, recent, f"the training ELBO is {train_elbo}")
+        except NonFiniteError as error:
+            state = retreat.to_a_copy()
+            switch((self.optimizer,), "eval")
+            raise NonFiniteError(f"{error}; {_weights_of(state.step)}") from error
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
 
-    def _is_finite(self) -> bool:
-        return all(p.isfinite().all() for p in self.module.parameters())
+    def _undone(self, error: NonFiniteError, retreat: Retreat) -> NonFiniteError:
+        """The error of a step, of a training that has been put into its last good state."""
+        told: list[str] = []
 
-    def _steps(self, svi: Engine, loss: PyroELBO | Objective, bar: tqdm) -> tuple[float, float, Data]:
-        """One pass over the mini-batches: minus the loss per datum, the last learning rate, and the last data."""
+        def explain(step: Step, what: str) -> None:
+            told.append(str(explained(self._programs, step.batch, what)))
+            told.append(f"step {step.number + 1}, {step.name}")
+
+        state = retreat.back(explain)
+        message, *where = told or [str(error)]
+        return NonFiniteError("; ".join([message, *where, _weights_of(state.step)]))
+
+    def _steps(self, svi: Engine, loss: PyroELBO | Objective, retreat: Retreat, bar: tqdm) -> tuple[float, float]:
+        """One pass over the mini-batches: minus the loss per datum, and the last learning rate."""
         total, size, rate, first, watch = 0.0, 0, math.nan, None, None
-        recent: deque[tuple[int, Data]] = deque()
-        before, num_recent = len(self.history) * len(self.train), 0
+        before = len(self.history) * len(self.train)
+        self._recent.clear()
+        self._num_recent = 0
         for number, batch in enumerate(self.train):
             if before == number == 0:
                 with evaluating(*self._programs):
@@ -300,7 +321,9 @@ class Training:
             self._watch = watch = self._watch or self._begin(batch)
             first = batch if first is None else first
             check_same_structure(batch, first, "the first mini-batch")
-            watch.look(batch, f"mini-batch {number + 1} of epoch {len(self.history) + 1}")
+            name = f"mini-batch {number + 1} of epoch {len(self.history) + 1}"
+            watch.look(batch, name)
+            retreat.add(Step(before + number, batch, name))
             if isinstance(loss, Objective):
                 loss.advance(before + number)
             value = watch.step(svi.step, batch)
@@ -309,17 +332,41 @@ class Training:
             count = len(first_tensor(batch))
             total += value if isinstance(loss, PyroELBO) else value * count
             size += count
-            recent.append((count, batch))
-            num_recent += count
-            while num_recent - recent[0][0] >= RECENT:
-                num_recent -= recent.popleft()[0]
+            self._remember(count, batch)
             rate = self.scheduler.get_last_lr()[0]
             self.scheduler.step()
             bar.update()
+            if retreat.is_due:
+                watch.finish()
+                self._check_finite(total, retreat)
+                retreat.advance()
         if watch is None:
             raise ValueError(f"train gave no mini-batch in epoch {len(self.history) + 1}: is it an iterator, used up?")
         watch.finish()
-        return -float(total) / size, float(rate), concatenate([batch for _, batch in recent])
+        self._check_finite(total, retreat)
+        return -float(total) / size, float(rate)
+
+    def _check_finite(self, total: float | Tensor, retreat: Retreat) -> None:
+        """A compiled step does not wait to see its loss, so that a NaN is found now and then."""
+        if not math.isfinite(total) or not retreat.is_finite():
+            what = "a training loss" if not math.isfinite(total) else "a gradient, or a moment of the optimizer,"
+            raise NonFiniteError(f"training stopped: {what} is NaN or infinite; {ADVICE}")
+
+    def _remember(self, count: int, batch: Data) -> None:
+        self._recent.append((count, batch))
+        self._num_recent += count
+        while self._num_recent - self._recent[0][0] >= RECENT:
+            self._num_recent -= self._recent.popleft()[0]
+
+    def _last(self) -> Data:
+        """About the last ``RECENT`` observations trained on."""
+        return concatenate([batch for _, batch in self._recent])
+
+    def _look(self) -> float:
+        """The ELBO of what has been seen in this epoch, and of validation data; 0 of nothing."""
+        seen = [self._last()] if self._recent else []
+        seen += [] if self.validation is None else [self.validation]
+        return sum(_validation_elbo(self._programs, each) for each in seen)
 
     def _begin(self, batch: Data) -> Watch:
         """Check validation data, and in a training that is resumed the first mini-batch, in full."""
@@ -332,6 +379,10 @@ class Training:
             except ContractError as error:
                 raise ContractError(f"validation: {error}") from error
         return Watch(*self._programs, batch)
+
+
+def _weights_of(step: int) -> str:
+    return f"the weights are those after step {step}" if step else "the weights are those from before the first step"
 
 
 def _validation_elbo(programs: tuple[Program, Program], data: Data) -> float:

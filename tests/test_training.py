@@ -37,6 +37,7 @@ from pyro_vae import fit as plain_fit
 from pyro_vae.errors import CheckpointError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
+from pyro_vae.infer.retreat import Retreat
 from pyro_vae.optimizers import Together
 from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, FlatBatches, OnEpoch, Training
 
@@ -456,13 +457,81 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert_same(state(vae), before)
 
 
-def test_a_compiled_gradient_that_is_not_finite_is_undone():
-    encoder, decoder = MLP(12, 6, hidden=[4]), Corner(3, 12, hidden=[4])
-    vae = VAE(StandardNormal(3), Conditional(decoder, Bernoulli(12)), Conditional(encoder, MeanField(3)))
-    before = state(vae)
-    with pytest.raises(NonFiniteError, match="NaN or infinite in epoch 1; the weights are those of the epoch before"):
-        fit(vae, Fixed(binary(20, dtype=torch.float32)), epochs=1, engine=partial(CompiledSVI, compiler="none"))
-    assert_same(state(vae), before)
+class Trips(MLP):
+    """An encoder that breaks down on rows of ones: by its output, its gradient, the step, or what Adam remembers."""
+
+    def __init__(self, kind):
+        super().__init__(12, 6, hidden=[4])
+        self.kind, self.norm = kind, nn.BatchNorm1d(6)
+        self.corner = nn.Parameter(torch.zeros(()))
+
+    def forward(self, features):
+        trips = features.amin(-1, keepdim=True)
+        outputs = super().forward(features)
+        outputs = self.norm(outputs.reshape(-1, 6)).reshape(outputs.shape)
+        if self.kind == "output":
+            return outputs + 1 / (1 - trips) - 1
+        if self.kind == "gradient":
+            return outputs + (trips * self.corner + 1 - trips).sqrt()
+        return outputs + trips * {"step": 1e305, "moment": 1e200}[self.kind] * self.corner
+
+
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
+@pytest.mark.parametrize("kind", ["output", "gradient", "step", "moment"])
+@pytest.mark.parametrize("interval", [128, 3])
+def test_failure_leaves_the_state_of_the_last_good_step(kind, engine, interval, monkeypatch):
+    """Weights, running means, moments and schedule are those of a training with the steps before the failing one."""
+    monkeypatch.setattr(Retreat, "INTERVAL", interval)
+    monkeypatch.setattr(Retreat, "LEAST", 1)
+    batches = list(binary(80).split(8))
+    for batch in batches:
+        batch[:, 0] = 0
+    batches[7][5] = 1
+
+    def trained(batches):
+        torch.manual_seed(0)
+        encoder, decoder = Trips(kind), MLP(3, 12, hidden=[4])
+        vae = VAE(StandardNormal(3), Conditional(decoder, Bernoulli(12)), Conditional(encoder, MeanField(3))).double()
+        adam = []
+
+        def optimizer(parameters, lr):
+            corner = {"params": [p for p in parameters if not p.ndim], "lr": 1e9 if kind == "step" else lr}
+            groups = [corner, {"params": [p for p in parameters if p.ndim]}]
+            adam.append((torch.optim.SGD if kind == "step" else torch.optim.Adam)(groups, lr=lr))
+            return adam[-1]
+
+        told = ""
+        try:
+            fit(vae, batches, epochs=1, optimizer=optimizer, engine=engine,
+                schedule=lambda made, **_: torch.optim.lr_scheduler.ExponentialLR(made, 0.9))  # fmt: skip
+        except NonFiniteError as error:
+            told = str(error)
+        return vae, adam[-1].state_dict(), told
+
+    vae, moments, told = trained(batches)
+    expected, expected_moments, fine = trained(batches[:7])
+    assert not fine
+    assert "step 8, mini-batch 8 of epoch 1; the weights are those after step 7" in told
+    assert ("guide site 'z' is NaN or infinite in row 5" if kind == "output" else "with every site finite") in told
+    torch.testing.assert_close(vae.state_dict(), expected.state_dict())
+    torch.testing.assert_close(moments, expected_moments)
+
+
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
+@pytest.mark.parametrize("lr", [1e2, 1e10, 1e30, 1e308])
+def test_a_large_learning_rate_leaves_a_model_that_can_be_scored(engine, lr):
+    vae, x = small_vae(), binary(40)
+    with pytest.raises(NonFiniteError, match=r"a smaller lr may help; step \d+, mini-batch .*; the weights are those"):
+        fit(vae, x.split(10), x[:5], epochs=20, lr=lr, schedule="constant", engine=engine)
+    assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
+
+
+def test_a_large_gradient_is_finite():
+    """The squares of its entries are not."""
+    p = nn.Parameter(torch.zeros(2))
+    loss = lambda model, guide, x: (p * 1e30).sum()  # noqa: E731
+    PyroSVI(lambda x: None, lambda x: None, torch.optim.SGD([p], lr=1e-30), loss).step(torch.ones(1))
+    torch.testing.assert_close(p.detach(), -torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -547,7 +616,7 @@ def test_a_compiled_step_that_meets_a_nan_is_found_at_the_end_of_the_epoch(tmp_p
 
     engine = partial(CompiledSVI, compiler="none")
     states = []
-    with pytest.raises(NonFiniteError, match="the weights are those of the epoch before"):
+    with pytest.raises(NonFiniteError, match="the weights are those after step 4"):
         fit(
             vae,
             Batches(),

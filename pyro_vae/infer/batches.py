@@ -13,8 +13,8 @@ from pyro_vae.errors import ContractError, NonFiniteError
 from pyro_vae.infer.checks import check_data
 from pyro_vae.infer.programs import (
     Program,
-    find_non_finite,
     modules_of,
+    non_finite,
     sample_sites,
     scoring,
     site_of,
@@ -22,7 +22,9 @@ from pyro_vae.infer.programs import (
 )
 from pyro_vae.infer.supports import innermost, without_mask
 from pyro_vae.infer.tracing import put_back
-from pyro_vae.infer.trees import Data, call, first_tensor, named_tensors, split, tensors
+from pyro_vae.infer.trees import Data, call, data_size, first_tensor, named_tensors, split, tensors
+
+ADVICE = "a smaller lr may help"
 
 
 class Watch:
@@ -152,15 +154,20 @@ def explained(programs: tuple[Program, Program], data: Data, what: str) -> NonFi
         if leaf.isinf().any():
             row = leaf.isinf().reshape(len(leaf), -1).any(1).nonzero()[0].item()
             return NonFiniteError(f"training stopped: row {row} of the data ({path}) is infinite")
-    site = next((site for part in split(data, 1000) if (site := _non_finite_site(programs, part))), None)
-    place = f"the {site} is NaN or infinite" if site else f"{what}, with every site finite"
-    return NonFiniteError(f"training stopped: {place}; a smaller learning rate may help")
+    starts = range(0, data_size(data), 1000)
+    looks = zip(starts, split(data, 1000), strict=True)
+    found = next(((start, *look) for start, part in looks if (look := _non_finite_site(programs, part))), None)
+    place = f"{what}, with every site finite"
+    if found:
+        start, site, row = found
+        place = f"the {site} is NaN or infinite" + (f" in row {start + row}" if row is not None else "")
+    return NonFiniteError(f"training stopped: {place}; {ADVICE}")
 
 
-def _non_finite_site(programs: tuple[Program, Program], data: Data) -> str | None:
+def _non_finite_site(programs: tuple[Program, Program], data: Data) -> tuple[str, int | None] | None:
     """:func:`find_non_finite` in the mode of training, which changes no running mean."""
     with _buffers_kept(programs):
-        return find_non_finite(*programs, data)
+        return non_finite(*programs, data)
 
 
 @contextmanager

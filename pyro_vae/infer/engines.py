@@ -1,5 +1,6 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -57,7 +58,8 @@ class PyroSVI:
     def step(self, *args: object, **kwargs: object) -> float:
         """Take one gradient step, on observations ``(B, X)`` for example; return the loss in its own scale."""
         loss, params, gradients = self._steps.differentiate(args, kwargs)
-        if gradients and not torch.nn.utils.get_total_norm([gradient for _, gradient in gradients]).isfinite():
+        # the largest entry, since squares of large ones overflow
+        if gradients and not torch.nn.utils.get_total_norm([each for _, each in gradients], math.inf).isfinite():
             raise NonFiniteError("a gradient is NaN or infinite")
         self._steps.update(params, gradients)
         return tree_map_only(Tensor, float, loss)

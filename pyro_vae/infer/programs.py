@@ -340,11 +340,24 @@ def _is_filled(cell: Any) -> bool:
 
 def find_non_finite(model: Program, guide: Program, data: Data, num_samples: int = 16) -> str | None:
     """Name the first site whose value or log-probability is NaN or infinite, guide first; None if all are finite."""
+    found = non_finite(model, guide, data, num_samples)
+    return found and found[0]
+
+
+def non_finite(model: Program, guide: Program, data: Data, num_samples: int = 16) -> tuple[str, int | None] | None:
+    """As :func:`find_non_finite`, with the first row of the data where it is so; None if it is so in all or of none."""
     with torch.no_grad(), pyro.validation_enabled(False):
         model_trace, guide_trace = traces(model, guide, data, num_samples)
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for name in sample_sites(trace):
+            site = site_of(trace, name)
             for what in ("value", "log_prob"):
-                if not site_of(trace, name)[what].isfinite().all():
-                    return f"{what.replace('_prob', '-probability')} of {program} site '{name}'"
+                bad = ~site[what].isfinite()
+                if bad.any():
+                    shape = bad.shape[: bad.ndim - site["fn"].event_dim] if what == "value" else bad.shape
+                    bad = bad.reshape(*shape, -1).any(-1)
+                    rows = bad.reshape(-1, bad.shape[-1]).any(0) if bad.ndim else bad[None]
+                    one = len(rows) == data_size(data) and not rows.all()
+                    row = int(rows.nonzero()[0].item()) if one else None
+                    return f"{what.replace('_prob', '-probability')} of {program} site '{name}'", row
     return None

@@ -190,4 +190,8 @@ def check_objective(objective: Objective, vae: Model, x: Tree) -> None:
 def as_options(error: Exception) -> str:
     """An error of the library in one line, with its settings named as options of the command line."""
     message = " ".join(str(error).split("Trace Shapes")[0].split())  # Pyro appends a table of shapes
-    return message.replace("PyroSVI", "--engine pyro").replace('kl="sampled"', "--objective.kl sampled")
+    return (
+        message.replace("PyroSVI", "--engine pyro")
+        .replace("a smaller lr", "a smaller --lr")
+        .replace('kl="sampled"', "--objective.kl sampled")
+    )

@@ -18,7 +18,7 @@ from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping,
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.tables import densities
-from pyro_vae.errors import CheckpointError, ContractError, RunError
+from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
@@ -255,6 +255,8 @@ def fit_run(
         )
     except CheckpointError as error:
         raise RunError(f"--resume: {error}; start a new run in another --run_dir") from error
+    except NonFiniteError as error:
+        raise NonFiniteError(as_options(error)) from error
     except (ValueError, TypeError, NotImplementedError) as error:
         if not isinstance(error, ContractError) and not _raised_by_a_library(error):
             raise  # an error in somebody's own class: its traceback says where
