@@ -37,7 +37,7 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
-from pyro_vae.runs.scoring import FEW_DOUBTED, some_images
+from pyro_vae.runs.scoring import FEW_DOUBTED, settings_for, some_images
 from pyro_vae.runs.settings import check_seed
 
 
@@ -64,6 +64,7 @@ class ClassificationSettings:
     seed: int = 0
     device: str = "auto"
     run_dir: Path | None = None
+    trust: bool = True
 
     def __post_init__(self):
         if self.num_images is not None and self.num_images < 2:
@@ -86,7 +87,7 @@ def classify(run: Run | Path | str, **settings: Any) -> Classified:
         RunError: for a mistake in the settings, or if the run is not told one class.
     """
     try:
-        return run_classification(ClassificationSettings(Path(run), **settings))
+        return run_classification(ClassificationSettings(Path(run), **settings_for(run, settings)))
     except (ValueError, TypeError) as error:
         raise RunError(str(error)) from error
 
@@ -101,7 +102,7 @@ def run_classification(settings: ClassificationSettings, text: str | None = None
     device = choose_device(settings.device)
     out = settings.run_dir or settings.run / "evaluations" / f"classes-{settings.split}"
     check_empty(out)
-    vae, data = load_finished(settings.run, device)
+    vae, data = load_finished(settings.run, device, trust=settings.trust)
     column = _classes(data, settings.run)
     codes = column.encode(torch.arange(len(column.values))).to(device)
     (x, c), among = some_images(data, settings.split, settings.num_images)

@@ -64,7 +64,8 @@ class Comparison(NamedTuple):
             rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
         result, size = first.result, first.evidence[self.estimator].sizes["datum"]
         how = "annealed" if self.estimator == "annealed" else f"{result['num_samples']:,} importance samples"
-        return f"{result['unit']}; {result['dataset']}, {size:,} test {noun_of(result)}s, {how}\n{table(rows)}"
+        of = result.get("dataset") or "data"
+        return f"{result['unit']}; {of}, {size:,} test {noun_of(result)}s, {how}\n{table(rows)}"
 
 
 def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None, text: str | None = None) -> Comparison:

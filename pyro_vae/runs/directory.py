@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +23,7 @@ from torch import Tensor
 import pyro_vae
 from pyro_vae.errors import RunError
 from pyro_vae.files import holds_anything, whole
+from pyro_vae.runs.reading import text_of
 
 
 def choose_device(name: str, scores: bool = True) -> torch.device:
@@ -56,7 +58,7 @@ def choose_device(name: str, scores: bool = True) -> torch.device:
     return device
 
 
-def open_run(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = Path.read_text) -> None:
+def open_run(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = text_of) -> None:
     """Make ``directory`` the home of the run described by ``config``, or check that it is; see :func:`check_run_dir`.
 
     Raises:
@@ -72,9 +74,7 @@ def open_run(directory: Path, config: str, resume: bool | None, reread: Callable
             raise RunError(f"--run_dir: {directory} holds another run, which was begun just now") from error
 
 
-def check_run_dir(
-    directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = Path.read_text
-) -> None:
+def check_run_dir(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = text_of) -> None:
     """Check that ``directory`` can become, or with ``resume`` is, the home of the run described by ``config``.
 
     Nothing is written, so that a wrong directory is found before the data are fetched.
@@ -91,18 +91,18 @@ def check_run_dir(
     saved = directory / "config.yaml"
     try:
         if not resume:
-            if saved.exists():
+            if os.path.lexists(saved):
                 hint = "choose another directory" + ("" if resume is None else ", or --resume")
                 raise RunError(f"--run_dir: {directory} holds another run, which is never overwritten: {hint}")
-            if directory.exists() and (not directory.is_dir() or holds_anything(directory)):
+            if os.path.lexists(directory) and (not directory.is_dir() or holds_anything(directory)):
                 raise RunError(f"--run_dir: {directory} exists and is no empty directory: choose another")
             return
-        if not saved.exists():
+        if not os.path.lexists(saved):
             raise RunError(f"--resume: {directory} holds no run (there is no config.yaml)")
         previous = yaml.safe_load(reread(saved))
     except OSError as error:
         raise RunError(f"--run_dir {directory}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(previous, dict):
         raise RunError(f"{saved} is damaged: it holds no settings")
@@ -127,7 +127,7 @@ def check_empty(out: Path, options: str = "--run_dir") -> None:
         RunError: if ``out`` is not a directory, or not empty.
     """
     with writing(out):
-        if out.exists() and (not out.is_dir() or holds_anything(out)):
+        if os.path.lexists(out) and (not out.is_dir() or holds_anything(out)):
             raise RunError(f"{out} exists and is never overwritten: choose another directory by {options}")
 
 

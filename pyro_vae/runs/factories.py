@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from pyro.infer import ELBO
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pyro_vae import _moved
 from pyro_vae.errors import RunError
@@ -38,15 +40,13 @@ def check_factories(settings: Mapping[str, Any], config: type) -> None:
 
 
 def _check(value: Any, annotation: Any, where: str) -> None:
-    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    value = _plainly(value)
     if isinstance(value, Mapping):
         if "class_path" in value:
             made = imported(value["class_path"], where)
             _refuse_other(made, annotation, where, value["class_path"])
             hints = parameters(made)
-            arguments = value.get("init_args") or {}
-            arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments)
-            for name, each in arguments.items():
+            for name, each in dict(_plainly(value.get("init_args")) or {}).items():
                 _check(each, hints.get(name, Any), f"{where}.{name}")
             _check(value.get("dict_kwargs"), Any, where)
         else:
@@ -58,6 +58,72 @@ def _check(value: Any, annotation: Any, where: str) -> None:
             _check(each, annotation, where)
     elif callable(value) and classes_made(annotation) - {nn.Module}:
         _refuse_other(value, annotation, where, getattr(value, "__qualname__", repr(value)))
+
+
+def check_own(settings: Mapping[str, Any], config: type, file: str) -> None:
+    """Refuse settings of a stranger that name classes of others than this library, before anything is imported.
+
+    Losses of Pyro and optimizers of torch are left, which reading a run back does not call.
+
+    Args:
+        settings: as a file has them, or as they were parsed.
+        config: the class of settings.
+        file: for the message.
+
+    Raises:
+        RunError: naming the class, and how to trust it.
+    """
+    hints = get_type_hints(config)
+    for name, value in settings.items():
+        if "." in str(name):
+            raise RunError(f"{file}: unknown setting {name}")
+        _check_own(value, hints.get(name, Any), f"{file}: --{name}")
+
+
+def _check_own(value: Any, annotation: Any, where: str) -> None:
+    value = _plainly(value)
+    if isinstance(value, Mapping):
+        if odd := [name for name in value if {"class_path", "init_args"} & set(str(name).split(".")[1:])]:
+            raise RunError(f"{where}: unknown setting {odd[0]}")
+        hints = get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
+        if "class_path" in value:
+            hints = parameters(_own(value["class_path"], where))
+            arguments, annotation = _plainly(value.get("init_args")), Any
+            _check_own(value.get("dict_kwargs"), Any, where)
+            value = arguments if isinstance(arguments, Mapping) else {}
+        for name, each in value.items():
+            _check_own(each, hints.get(name, annotation), f"{where}.{name}")
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            _check_own(each, annotation, where)
+    elif isinstance(value, str) and "." in value and _asks_for_code(annotation):
+        _own(value, where)
+
+
+def _plainly(value: Any) -> Any:
+    return vars(value) if isinstance(value, argparse.Namespace) else value
+
+
+def _asks_for_code(annotation: Any) -> bool:
+    """Whether text there would be taken for the import path of a class or a function."""
+    origin = get_origin(annotation)
+    if annotation in (Callable, type) or origin in (Callable, type) or classes_made(annotation):
+        return True
+    return any(map(_asks_for_code, get_args(annotation)))
+
+
+def _own(path: Any, where: str) -> Any:
+    """The class or function of this import path, if it is one of this library."""
+    roots = ("pyro_vae.", "pyro.infer.", "torch.optim.")
+    made = imported(path, where) if isinstance(path, str) and path.startswith(roots) else None
+    module = f"{getattr(made, '__module__', '')}."
+    named = inspect.isclass(made) and issubclass(made, ELBO | Optimizer) and module.startswith(("pyro.", "torch."))
+    if made is None or not (named or module.startswith("pyro_vae.")):
+        raise RunError(
+            f"{where}: {path} is no class of pyro_vae, so that this file is code; if you trust who wrote it, load it "
+            "with trust=True, or without --trust false"
+        )
+    return made
 
 
 def _refuse_other(made: Any, annotation: Any, where: str, path: str) -> None:

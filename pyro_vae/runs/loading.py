@@ -1,6 +1,6 @@
 """Finished runs, read back from their directories."""
 
-import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import xarray as xr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from pyro_vae.data.datasets import Data, Schema, Source, names_of
 from pyro_vae.data.fetched import cache_folder
@@ -20,6 +18,7 @@ from pyro_vae.runs.build import Model, build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, choose_device
 from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
+from pyro_vae.runs.reading import evidence_of, result_of, weights_of
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.using import Filled, Latents, Using
 from pyro_vae.vae import VAE, TwoLayerVAE
@@ -36,11 +35,13 @@ class Run:
         result: what is in ``result.json``.
         evidence: estimates of each datum along the dimension ``datum``, by estimator: ``importance`` and, if there is
             such an estimate, ``annealed``.
+        trust: whether classes of anybody are built; see :func:`load`.
     """
 
     path: Path
     result: dict[str, Any]
     evidence: dict[str, xr.Dataset]
+    trust: bool = True
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -61,22 +62,22 @@ class Run:
     @cached_property
     def settings(self) -> Settings:
         """The settings, as they are in ``config.yaml``."""
-        return load_settings(self.path)
+        return load_settings(self.path, self.trust)
 
     @cached_property
     def model(self) -> Model:
         """The trained model, on the CPU, in evaluation mode."""
-        return load_model(self.path)
+        return load_model(self.path, self.trust)
 
     @cached_property
     def schema(self) -> Schema:
         """What the model knows of its data."""
-        return load_schema(self.path)
+        return load_schema(self.path, self.trust)
 
     @cached_property
     def data(self) -> Data:
         """The data set, on the CPU."""
-        return load_data(self.path)
+        return load_data(self.path, trust=self.trust)
 
     @cached_property
     def using(self) -> Using:
@@ -109,75 +110,66 @@ class Run:
         return self.using.impute(x, given, **settings)
 
 
-def load(directory: Path | str) -> Run:
+def load(directory: Path | str, trust: bool = True) -> Run:
     """The finished run in ``directory``, whether version 0.1.0 wrote it or this one; its data set is not needed.
 
+    Args:
+        directory: of the run.
+        trust: its ``config.yaml`` may name classes of anybody, whose modules are then imported and which are built: it
+            is code. False, for a directory that was downloaded: only classes of this library are, and losses of Pyro
+            and optimizers of torch, which are named but not called.
+
     Raises:
-        RunError: if ``directory`` does not hold one.
+        RunError: if ``directory`` does not hold one, or its settings name other classes and are not trusted.
     """
     directory = Path(directory)
-    try:
-        result = json.loads((directory / "result.json").read_text())
-        with xr.open_datatree(directory / "evidence.nc", engine="h5netcdf") as tree:
-            evidence = {name: _by_datum(tree[name].to_dataset().load()) for name in tree.children}
-        evidence["importance"]  # there must be one
-        return Run(directory, result, evidence)
-    except FileNotFoundError as error:
-        raise RunError(f"{directory} holds no finished run: there is no {Path(error.filename).name}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{directory} holds a damaged run: {' '.join(str(error).split())}") from error
+    result = result_of(directory)
+    evidence = evidence_of(directory, result)
+    if not trust:
+        load_settings(directory, trust)
+    return Run(directory, result, evidence, trust)
 
 
-def _by_datum(evidence: xr.Dataset) -> xr.Dataset:
-    """Evidence along ``datum``, which version 0.1.0 called ``image``."""
-    return evidence.rename(image="datum") if "image" in evidence.dims else evidence
-
-
-def load_settings(directory: Path | str) -> Settings:
-    """The settings of a run.
+def load_settings(directory: Path | str, trust: bool = True) -> Settings:
+    """The settings of a run; for ``trust``, see :func:`load`.
 
     Raises:
-        RunError: if there are none.
+        RunError: if there are none, or they name classes that are not trusted.
     """
-    settings, _ = parse(Settings, [f"--config={Path(directory) / 'config.yaml'}"])
-    return settings
+    saved = Path(directory) / "config.yaml"
+    if not os.path.lexists(saved):
+        raise RunError(f"{directory} holds no run (there is no config.yaml)")
+    return parse(Settings, [f"--config={saved}"], trust=trust)[0]
 
 
-def load_model(directory: Path | str) -> Model:
-    """The trained model of a run, on the CPU, in evaluation mode; its data set is not needed.
+def load_model(directory: Path | str, trust: bool = True) -> Model:
+    """The trained model of a run, on the CPU, in evaluation mode; its data set is not needed. For ``trust``, see
+    :func:`load`.
 
     Raises:
         RunError: if ``directory`` holds no trained model.
     """
     directory = Path(directory)
-    weights = directory / "model.safetensors"
-    if not weights.exists():
-        raise RunError(f"{directory} holds no trained model (there is no model.safetensors)")
-    settings = load_settings(directory)
+    weights, schema = weights_of(directory)
+    vae = build(load_settings(directory, trust), schema)
     try:
-        with safe_open(weights, "pt") as file:
-            vae = build(settings, _schema(file.metadata() or {}))
-        vae.load_state_dict(load_file(weights))
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"{weights} is damaged, or of another model: {' '.join(str(error).split())}") from error
+        vae.load_state_dict(weights)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{directory / 'model.safetensors'} is of another model than config.yaml: {reason}") from error
     return vae.eval()
 
 
-def load_schema(directory: Path | str) -> Schema:
+def load_schema(directory: Path | str, trust: bool = True) -> Schema:
     """What the model of a run knows of its data. Only for images of an earlier version are these read for that.
 
     Raises:
         RunError: if ``directory`` holds no trained model.
     """
-    weights = Path(directory) / "model.safetensors"
-    try:
-        with safe_open(weights, "pt") as file:
-            schema = _schema(file.metadata() or {})
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{weights} is damaged, or not there: {' '.join(str(error).split())}") from error
-    if schema.pixels is None and isinstance(_source(load_settings(directory)), Dataset):
+    _, schema = weights_of(Path(directory))
+    if schema.pixels is None and isinstance(_source(load_settings(directory, trust)), Dataset):
         try:
-            return load_data(directory).schema
+            return load_data(directory, trust=trust).schema
         except RunError as error:
             raise RunError(
                 f"{directory} is of an earlier version, which did not keep how pixels become observations, and its "
@@ -186,24 +178,17 @@ def load_schema(directory: Path | str) -> Schema:
     return schema
 
 
-def _schema(metadata: dict[str, str]) -> Schema:
-    """What a model must know of its data; before version 0.2.0 all were images."""
-    if "schema" not in metadata:
-        return Schema(tuple(json.loads(metadata["image_shape"])))
-    return Schema.loads(metadata["schema"])
-
-
 def _source(settings: Settings) -> Source:
     return make("dataset", settings.dataset, settings.data_dir or cache_folder())
 
 
-def load_data(directory: Path | str, device: torch.device | str = "cpu") -> Data:
-    """The data set of a run.
+def load_data(directory: Path | str, device: torch.device | str = "cpu", trust: bool = True) -> Data:
+    """The data set of a run; for ``trust``, see :func:`load`.
 
     Raises:
         RunError: if it cannot be had, or is another one than the run was trained on.
     """
-    settings, directory = load_settings(directory), Path(directory)
+    settings, directory = load_settings(directory, trust), Path(directory)
     dataset = _source(settings)
     find_again(directory, dataset)
     data = load_dataset(dataset, device, settings.conditions)
@@ -246,15 +231,16 @@ def images_of(data: Data) -> ImageData:
     return data
 
 
-def load_finished(directory: Path, device: torch.device, may_be_told: bool = True) -> tuple[Model, Data]:
-    """Model and data of a finished run, on ``device``.
+def load_finished(
+    directory: Path, device: torch.device, may_be_told: bool = True, trust: bool = True
+) -> tuple[Model, Data]:
+    """Model and data of a finished run, on ``device``; for ``trust``, see :func:`load`.
 
     Raises:
         RunError: if ``directory`` holds none, or the data cannot be had, or it is told a condition and may not be.
     """
-    if not (directory / "result.json").exists():
-        raise RunError(f"{directory} holds no finished run (there is no result.json)")
-    vae, data = load_model(directory).to(device), load_data(directory, device)
+    result_of(directory)
+    vae, data = load_model(directory, trust).to(device), load_data(directory, device, trust)
     if data.schema.condition and not may_be_told:
         raise RunError(f"this is made for models of p(x), {directory} is told {names_of(data.schema.condition)}")
     return vae, data

@@ -1,12 +1,11 @@
 """What a run remembers of its data: what they were, and where."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pyro_vae.data.datasets import Data, Source
 from pyro_vae.errors import RunError
 from pyro_vae.runs.directory import write_json
+from pyro_vae.runs.reading import memory_of
 
 FILE = "data.json"
 
@@ -21,7 +20,7 @@ def find_again(run_dir: Path, dataset: Source) -> None:
 
     What is not there any more is looked for where the command is given.
     """
-    for name, value in _known(run_dir).get("paths", {}).items():
+    for name, value in memory_of(run_dir).get("paths", {}).items():
         given = getattr(dataset, name, None)
         if isinstance(given, Path) and not given.is_absolute() and Path(value).exists():
             setattr(dataset, name, Path(value))
@@ -33,7 +32,7 @@ def check_same_data(run_dir: Path, dataset: Source, data: Data, option: str = ""
     Raises:
         RunError: beginning with ``option``.
     """
-    known = _known(run_dir).get("fingerprint")
+    known = memory_of(run_dir).get("fingerprint")
     if known is not None and known != data.fingerprint:
         path = getattr(dataset, "path", None)
         where = type(dataset).__name__ if path is None else str(path)
@@ -41,18 +40,6 @@ def check_same_data(run_dir: Path, dataset: Source, data: Data, option: str = ""
             f"{option}{run_dir} was trained on other data than {where} holds now (fingerprint {known}, now "
             f"{data.fingerprint}): put back what it read, or train anew"
         )
-
-
-def _known(run_dir: Path) -> dict[str, Any]:
-    """What a run remembers; what it has in ``result.json`` alone was written by a program of its own."""
-    try:
-        if (run_dir / FILE).exists():
-            return json.loads((run_dir / FILE).read_text())
-        if (run_dir / "result.json").exists():
-            return {"fingerprint": json.loads((run_dir / "result.json").read_text()).get("data")}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run_dir} holds a damaged run: {' '.join(str(error).split())}") from error
-    return {}
 
 
 def _absolute(dataset: Source) -> dict[str, str]:

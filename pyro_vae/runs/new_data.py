@@ -48,6 +48,8 @@ class _Settings:
             null: columns, or arrays, of the file that are called as it is.
         seed: of random draws, at least 0.
         device: auto takes a GPU if there is one.
+        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
+            pyro_vae.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = ("run", "file", "out", "array", "given", "seed", "device")
@@ -59,6 +61,7 @@ class _Settings:
     given: Given = None
     seed: int = 0
     device: str = "auto"
+    trust: bool = True
 
     def __post_init__(self):
         as_paths(self, "run", "file", "out")
@@ -177,6 +180,8 @@ class SampleSettings:
         out: file to write.
         seed: of the draws, at least 0.
         device: auto takes a GPU if there is one.
+        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
+            pyro_vae.
     """
 
     DESCRIPTION: ClassVar[str] = (
@@ -191,6 +196,7 @@ class SampleSettings:
     out: Path | None = None
     seed: int = 0
     device: str = "auto"
+    trust: bool = True
 
     def __post_init__(self):
         as_paths(self, "run", "out")
@@ -271,7 +277,7 @@ def _latents_told(latents: dict[str, Tensor]) -> str:
 
 def sample_new(settings: SampleSettings) -> Done:
     """Draws of x."""
-    run = load(settings.run)
+    run = load(settings.run, settings.trust)
     using = Using(run.using.vae.to(choose_device(settings.device)), run.schema)
     out = settings.out or Path("samples.png" if _is_image(using) else "samples.csv")
     check_out(out, _endings(using))
@@ -328,7 +334,7 @@ def _opened(settings: _Settings) -> tuple[Using, NewData, Run]:
         RunError: if there is no finished run, no such device, or no such data.
     """
     device = choose_device(settings.device)
-    run = load(settings.run)
+    run = load(settings.run, settings.trust)
     try:
         new = read_new(settings.file, run.schema, settings.array)
     except DataError as error:

@@ -22,17 +22,19 @@ from pyro_vae.errors import RunError
 from pyro_vae.runs.factories import (
     as_partial,
     check_factories,
+    check_own,
     classes_made,
     plain,
     spelled,
     translated,
     translated_option,
 )
+from pyro_vae.runs.reading import yaml_of
 
 T = TypeVar("T")
 
 
-PLACE = ("run_dir", "resume", "tensorboard", "workers")
+PLACE = ("run_dir", "resume", "tensorboard", "workers", "trust")
 """Settings that say where and how a run is written and not what it is; ``config.yaml`` leaves them out."""
 MISTAKES = (ArgumentError, ValueError, TypeError, OSError, SyntaxError)
 """What the parser and constructors raise at a user's mistakes."""
@@ -53,13 +55,18 @@ def parser(config: type, prog: str | None = None) -> ArgumentParser:
 
 
 def parse(
-    config: type[T], argv: Sequence[str] | None = None, first: str | None = None, prog: str | None = None
+    config: type[T],
+    argv: Sequence[str] | None = None,
+    first: str | None = None,
+    prog: str | None = None,
+    trust: bool = True,
 ) -> tuple[T, str]:
     """Read the command line into an instance of ``config``; return it with its YAML text, ready for ``--config``.
 
     With ``--resume``, settings that the command line does not name come from ``config.yaml`` in ``--run_dir``. What
     stands first, before any option, is the value of the setting ``first``, if there is one: one word, or several for a
-    sequence; or, of several names with blanks between them, a word each.
+    sequence; or, of several names with blanks between them, a word each. Without ``trust`` only classes of this library
+    are imported and built.
 
     Raises:
         RunError: for every mistake, in one line that names the option.
@@ -83,10 +90,14 @@ def parse(
                 raise RunError(f"--resume: {run_dir} holds no run (there is no config.yaml)")
             argv, files = [f"--config={saved}", *argv], [str(saved), *files]
         contents = [_read_settings(file, options) for file in files]
+        for content, file in zip(contents if not trust else [], files, strict=False):
+            check_own(content, config, file)
         _forget_replaced_defaults(argv, contents, options)
         argv = _in_todays_names(argv, contents)
         with _quietly():
             read = options.parse_args(argv)
+        if not trust:
+            check_own(vars(read), config, ", ".join(files))
         result, text = _instance(config, options, read)
     except MISTAKES as error:
         raise RunError(_one_line(str(error), config, options)) from error
@@ -265,13 +276,9 @@ def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 def _read_settings(file: str, options: ArgumentParser) -> dict[str, Any]:
     """Settings in a file, by the names of today; the parser's own complaints would not name the file."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise RunError(f"--config {file}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"--config {file} is no readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"--config {file}: expected lines such as 'epochs: 10', a setting and its value")
+        content = yaml_of(Path(file))
+    except RunError as error:
+        raise RunError(f"--config {error}") from error
     known = [action.dest for action in options._actions]
     for name in content:
         if not any(option.split(".")[0] == str(name).split(".")[0] for option in known):

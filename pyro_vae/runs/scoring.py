@@ -1,7 +1,6 @@
 """Scores of a trained model: those of its run, and those of a finished run by another estimator or on other data."""
 
 import hashlib
-import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -41,6 +40,7 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
+from pyro_vae.runs.reading import result_of
 from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
 from pyro_vae.runs.using import ESTIMATORS
 
@@ -65,9 +65,14 @@ def score(run: Run | Path | str, **settings: Any) -> Scored:
         RunError: for a mistake in the settings, or if the estimator cannot serve the model.
     """
     try:
-        return evaluate(EvaluationSettings(Path(run), **settings))
+        return evaluate(EvaluationSettings(Path(run), **settings_for(run, settings)))
     except (ValueError, TypeError) as error:
         raise RunError(str(error)) from error
+
+
+def settings_for(run: Run | Path | str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name: a run that was loaded without trust is scored without."""
+    return ({"trust": run.trust} if isinstance(run, Run) else {}) | settings
 
 
 def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
@@ -82,7 +87,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
     name = settings.name or ("bdmc" if bdmc else f"{settings.estimator}-{settings.split}")
     run_dir = settings.run_dir or settings.run / "evaluations" / name
     check_empty(run_dir, "--name or --run_dir")
-    vae, data = load_finished(settings.run, device)
+    vae, data = load_finished(settings.run, device, trust=settings.trust)
     x, among = some_images(data, settings.split, settings.num_images)
     make_directory(run_dir)
     torch.manual_seed(settings.seed)
@@ -361,7 +366,7 @@ def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float |
 
 def report_run(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
-    result = json.loads((run_dir / "result.json").read_text())
+    result = result_of(run_dir)
     noun = noun_of(result)
     tests = f"{result['num_images']:,} test {noun}s"
     samples = f"{result['num_samples']:,} samples from the guide, {tests}: the customary number"

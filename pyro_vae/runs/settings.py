@@ -255,6 +255,8 @@ class EvaluationSettings:
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         name: of the directory in the run's evaluations; null: made of the estimator and the split.
         run_dir: directory to write, new or empty, in place of that one.
+        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
+            pyro_vae.
     """
 
     DESCRIPTION: ClassVar[str] = EVALUATION
@@ -275,6 +277,7 @@ class EvaluationSettings:
     device: str = "auto"
     name: str | None = None
     run_dir: Path | None = None
+    trust: bool = True
 
     def __post_init__(self):
         as_paths(self, "run", "run_dir")

@@ -1,7 +1,7 @@
 """What the runs of a study say: a summary of each contender, differences to the first, their table and figure."""
 
-import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from pyro_vae.runs import figures
 from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
 from pyro_vae.runs.directory import table, write_json, write_text, writing
 from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.reading import LATER_SUMMARY, SUMMARY, check_entries, json_of
 from pyro_vae.runs.scoring import number
 
 
@@ -209,13 +210,15 @@ def load_study(directory: Path | str) -> list[Summary]:
     Raises:
         RunError: if ``directory`` holds no finished study.
     """
-    files = [file for name in ("result.json", "summary.json") if (file := Path(directory) / name).exists()]
+    files = [file for name in ("result.json", "summary.json") if os.path.lexists(file := Path(directory) / name)]
     if not files:
         raise RunError(f"{directory} holds no finished study: there is no result.json")
-    try:
-        return [_summary(each) for each in json.loads(files[0].read_text())["summaries"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{files[0]} is no summary of a study: {' '.join(str(error).split())}") from error
+    summaries = json_of(files[0]).get("summaries")
+    if not (isinstance(summaries, list) and summaries and all(isinstance(each, dict) for each in summaries)):
+        raise RunError(f"{files[0]} is no summary of a study: there are no 'summaries' in it")
+    for each in summaries:
+        check_entries(files[0], each, SUMMARY, LATER_SUMMARY)
+    return [_summary(each) for each in summaries]
 
 
 def _summary(content: dict[str, Any]) -> Summary:

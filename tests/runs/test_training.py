@@ -812,8 +812,8 @@ def without_config(run_dir):
         (gone, "holds no trained model"),
         (cut, "model.safetensors is damaged"),
         (without_metadata, "model.safetensors is damaged"),
-        (of_other_shapes, "or of another model"),
-        (without_config, "config.yaml: No such file"),
+        (of_other_shapes, "is of another model"),
+        (without_config, "there is no config.yaml"),
     ],
 )
 def test_loading_what_is_no_finished_run(finished, tmp_path, spoil, words):

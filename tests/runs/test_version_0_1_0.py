@@ -167,5 +167,5 @@ def test_what_is_no_study_is_refused(tmp_path):
     with pytest.raises(runs.RunError, match="holds no finished study"):
         runs.load_study(tmp_path)
     (tmp_path / "result.json").write_text('{"summaries": [{"name": 3}]}')
-    with pytest.raises(runs.RunError, match="is no summary of a study"):
+    with pytest.raises(runs.RunError, match=r"result.json is damaged: .*'name' cannot be 3"):
         runs.load_study(tmp_path)
