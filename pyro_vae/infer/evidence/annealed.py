@@ -12,11 +12,12 @@ from pyro_vae.infer.checks import check_parts, check_program
 from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
-from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, warm_up
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
+from pyro_vae.infer.evidence.chains import Path, Start, anneal, evaluator, warm_up
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost, observations_at_once
 from pyro_vae.infer.evidence.opinion import check_start, checked
-from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
+from pyro_vae.infer.evidence.result import Evidence, as_part, concatenate, from_part, rounding, t_factor
 from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, kind_of, longest_step
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, scoring
@@ -36,6 +37,7 @@ def annealed_importance_sampling(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x) of each observation by annealed importance sampling (Neal 2001), there and back.
 
@@ -60,8 +62,7 @@ def annealed_importance_sampling(
             says where the posterior is looked for first, and is the start if asked.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the chains.
-        memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
-            128 MiB on a CPU.
+        memory, work: see :func:`pyro_vae.importance_sampling`.
         compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with
             side effects.
         progress: show a progress bar.
@@ -74,27 +75,42 @@ def annealed_importance_sampling(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, or if p(x, z) is finite nowhere at the start.
     """
     with scoring(model, guide):
-        check_parts(model, guide, data)
-        rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)  # a gradient keeps what a forward pass drops
+        blocks = Blocks(data, work)
+        with blocks.apart("checks"):
+            check_parts(model, guide, data)
+            # a gradient keeps what a forward pass drops
+            rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
     with evaluating(model, guide):
-        return anneal_latents(Latents(model, guide, data, gaussian=True), settings, rows, compiled, progress)
+        with blocks.apart("latents"):
+            latents = Latents(model, guide, data, gaussian=True)
+        return anneal_latents(latents, settings, rows, compiled, progress, blocks)
 
 
 @torch.no_grad()
 def anneal_latents(
-    latents: Latents, settings: Annealing, rows: int, compiled: bool = True, progress: bool = False
+    latents: Latents,
+    settings: Annealing,
+    rows: int,
+    compiled: bool = True,
+    progress: bool = False,
+    blocks: Blocks | None = None,
 ) -> Evidence:
     """What :func:`annealed_importance_sampling` does once the programs are checked; ``rows`` z fit into memory."""
-    known = check_start(latents)
+    blocks = blocks or Blocks(latents.like)
+
+    def start(at: slice) -> Part:
+        return {"known": check_start(latents.select(at), at.start)}
+
+    known = joined(blocks.of("start", latents.size, start))["known"]
     with tqdm(total=latents.size, disable=not progress, unit="datum", desc="annealing") as bar:
         if settings.num_temperatures is not None:
-            evidence, unseen = _there_only(latents, settings, rows, compiled, bar)
+            evidence, unseen = _there_only(latents, settings, rows, compiled, blocks, bar)
         else:
-            found = adaptive(latents, settings, rows, compiled, bar)
+            found = adaptive(latents, settings, rows, compiled, blocks, bar)
             evidence, unseen = evidence_of(found, settings), found.unseen
         mc_se = torch.maximum(evidence.mc_se, rounding(evidence.log_px, latents.like.dtype))
         evidence = evidence._replace(mc_se=mc_se, reliable=cast(Tensor, evidence.reliable) & known)
-        return checked(latents, evidence, unseen, settings, rows, compiled, bar)
+        return checked(latents, evidence, unseen, settings, rows, compiled, blocks, bar)
 
 
 def evidence_of(found: Found, settings: Annealing) -> Evidence:
@@ -117,14 +133,23 @@ def evidence_of(found: Found, settings: Annealing) -> Evidence:
     )
 
 
-def _there_only(latents: Latents, settings: Annealing, rows: int, compiled: bool, bar: tqdm) -> tuple[Evidence, Tensor]:
+def _there_only(
+    latents: Latents, settings: Annealing, rows: int, compiled: bool, blocks: Blocks, bar: tqdm
+) -> tuple[Evidence, Tensor]:
     """Unbiased estimates with a given number of temperatures, from a start on one mode, if it is laplace."""
-    results = []
-    for path, betas, steps in paths(latents, settings, rows, compiled):
-        log_w, _, acceptance = anneal(path, betas, path.evaluate(path.draw(settings.num_chains)), steps)
-        results.append(one_way(log_w, acceptance, path))
-        bar.update(log_w.shape[1])
-    evidence = concatenate(results)
+    paths, parts = Paths(latents, settings, rows, compiled, blocks), []
+
+    def estimate(at: slice) -> Part:
+        results = []
+        for path, steps in paths.of(latents.select(at)):
+            log_w, _, acceptance = anneal(path, paths.betas, path.evaluate(path.draw(settings.num_chains)), steps)
+            results.append(one_way(log_w, acceptance, path))
+        return as_part(concatenate(results))
+
+    for part in blocks.of("annealed", latents.size, estimate):
+        parts.append(part)
+        bar.update(len(part["log_px"]))
+    evidence = from_part(joined(parts))
     return evidence, torch.zeros_like(evidence.log_px)
 
 
@@ -158,6 +183,7 @@ def bidirectional_monte_carlo(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Sandwich:
     """Enclose log p(x) of observations that are drawn from the model itself (Grosse, Ghahramani & Adams 2015).
 
@@ -167,26 +193,45 @@ def bidirectional_monte_carlo(
     fail.
 
     Args:
-        model, guide, settings, memory, compiled, progress: see :func:`annealed_importance_sampling`.
+        model, guide, settings, memory, compiled, progress, work: see :func:`annealed_importance_sampling`.
         data: what is observed is drawn anew, for as many data; conditions and masks stay.
     """
-    lower, upper = [], []
     with scoring(model, guide):
-        latents = Latents(model, guide, data, gaussian=True)
-        data, posterior_draws = latents.simulate()
-        check_program(model, guide, next(split(data, 1000)))
-        rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
-    first, count = 0, settings.num_chains
+        blocks = Blocks(data, work)
+        with blocks.apart("simulate"):
+            latents = Latents(model, guide, data, gaussian=True)
+            data, posterior_draws = latents.simulate()
+            check_program(model, guide, next(split(data, 1000)))
+            rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
+    latents, parts = latents.of(data), []
+
+    def estimate(at: slice) -> Part:
+        drawn, bounds = posterior_draws[at].expand(settings.num_chains, -1, -1), []
+        for path, steps in paths.of(latents.select(at)):
+            here, drawn = drawn[:, : path.latents.size], drawn[:, path.latents.size :]
+            bounds.append(enclosed(path, paths.betas, steps, here))
+        return as_bounds(*(concatenate(each) for each in zip(*bounds, strict=True)))
+
     bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc="annealing")
     with bar, evaluating(model, guide):
-        for path, betas, steps in paths(latents.of(data), settings, rows, compiled):
-            size = path.latents.size
-            below, above = enclosed(path, betas, steps, posterior_draws[first : first + size].expand(count, -1, -1))
-            lower.append(below)
-            upper.append(above)
-            first += size
-            bar.update(size)
-    return Sandwich(concatenate(lower), concatenate(upper), data)
+        paths = Paths(latents, settings, rows, compiled, blocks)
+        for part in blocks.of("bounds", latents.size, estimate):
+            parts.append(part)
+            bar.update(len(part["lower_log_px"]))
+    return Sandwich(*from_bounds(joined(parts)), data)
+
+
+def as_bounds(lower: Evidence, upper: Evidence) -> Part:
+    """Both as tensors by name."""
+    sides = {"lower": as_part(lower), "upper": as_part(upper)}
+    return {f"{side}_{name}": each for side, part in sides.items() for name, each in part.items()}
+
+
+def from_bounds(part: Part) -> tuple[Evidence, Evidence]:
+    """What :func:`as_bounds` was given."""
+    sides = ({name[6:]: each for name, each in part.items() if name[:6] == f"{side}_"} for side in ("lower", "upper"))
+    lower, upper = map(from_part, sides)
+    return lower, upper
 
 
 def enclosed(path: Path, betas: Tensor, steps: Tensor, drawn: Tensor) -> tuple[Evidence, Evidence]:
@@ -209,31 +254,48 @@ def one_way(log_w: Tensor, acceptance: Tensor, path: Path) -> Evidence:
     return evidence._replace(acceptance=acceptance, mc_se=mc_se, reliable=known, evaluations=cost)
 
 
-def paths(latents: Latents, settings: Annealing, rows: int, compiled: bool) -> Iterator[tuple[Path, Tensor, Tensor]]:
-    """For each chunk of observations its path, temperatures ``(T + 1,)``, and step sizes ``(T - 1, B)`` of its own."""
-    kind = kind_of(latents, settings.start)
-    evaluate = evaluator(latents, kind, compiled)
-    size = max(1, rows // settings.num_chains)
+class Paths:
+    """Paths of observations from a start to the posterior.
 
-    def path_of(part: Latents) -> Path:
-        laplace = settings.start == "laplace"
-        coordinates = laplace_approximation(part) if laplace else coordinates_of(part, settings.start)
-        path = Path(part, coordinates, kind, settings.num_leapfrogs, evaluate)
+    Args:
+        latents: of all observations.
+        settings: of the chains.
+        rows: how many z fit into memory.
+        compiled: whether what is called often is compiled.
+        blocks: of the estimate; a pilot is one of its stages if the settings do not say how many temperatures.
+
+    Attributes:
+        betas: temperatures, ``(T + 1,)``.
+    """
+
+    def __init__(self, latents: Latents, settings: Annealing, rows: int, compiled: bool, blocks: Blocks):
+        self._settings = settings
+        self._kind: Start = kind_of(latents, settings.start)
+        self._evaluate = evaluator(latents, self._kind, compiled)
+        self._at_once = observations_at_once(rows, latents.dim)
+        self._size = power_of_two(rows // settings.num_chains)
+        num = settings.num_temperatures
+        if num is None:
+            with blocks.apart("few"):
+                few = latents.select(torch.randperm(latents.size)[:32].to(latents.like.device))
+            num = int(blocks.once("pilot", lambda: {"num": torch.tensor(_pilot(self._path(few), settings))})["num"])
+        self.betas = settings.temperatures(num).to(latents.like)
+
+    def of(self, latents: Latents) -> Iterator[tuple[Path, Tensor]]:
+        """For each chunk of observations its path, and step sizes ``(T - 1, B)`` of its own."""
+        for first in range(0, latents.size, self._at_once):
+            whole = self._path(latents.select(slice(first, first + self._at_once)))
+            for start in range(0, whole.latents.size, self._size):
+                path = whole.select(slice(start, start + self._size))
+                path.evaluations = whole.evaluations
+                yield path, step_sizes(path, self.betas, self._settings)
+
+    def _path(self, part: Latents) -> Path:
+        laplace = self._settings.start == "laplace"
+        coordinates = laplace_approximation(part) if laplace else coordinates_of(part, self._settings.start)
+        path = Path(part, coordinates, self._kind, self._settings.num_leapfrogs, self._evaluate)
         path.evaluations = laplace_cost(part.dim) if laplace else 64
         return path
-
-    num = settings.num_temperatures
-    if num is None:
-        few = torch.randperm(latents.size)[:32].to(latents.like.device)
-        num = _pilot(path_of(latents.select(few)), settings)
-    betas = settings.temperatures(num).to(latents.like)
-    at_once = observations_at_once(rows, latents.dim)
-    for first in range(0, latents.size, at_once):
-        whole = path_of(latents.select(slice(first, first + at_once)))
-        for start in range(0, whole.latents.size, size):
-            path = whole.select(slice(start, start + size))
-            path.evaluations = whole.evaluations
-            yield path, betas, step_sizes(path, betas, settings)
 
 
 def step_sizes(path: Path, betas: Tensor, settings: Annealing) -> Tensor:

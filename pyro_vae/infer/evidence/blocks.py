@@ -1,13 +1,14 @@
 """Estimates by fixed blocks of data, each with random numbers of its own, whoever computes it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_vae.infer.randomness import own_numbers
-from pyro_vae.infer.trees import Data, data_size, first_tensor, select
+from pyro_vae.infer.trees import Data, first_tensor
 
 BLOCK = 128
 """Observations of a block: few enough to be shared among workers, enough to fill a chunk."""
@@ -37,6 +38,11 @@ def here(stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
     return map(do, range(number))
 
 
+def named(prefix: str, work: Work | None) -> Work:
+    """The same work, for one of several estimates that are computed one after the other."""
+    return lambda stage, do, number: (work or here)(f"{prefix}-{stage}", do, number)
+
+
 class Blocks:
     """Parts of one estimate, with random numbers that depend on nothing but a seed, the stage, and the part's number.
 
@@ -54,26 +60,35 @@ class Blocks:
         self._device = first_tensor(data).device
         self._seed = int(torch.randint(2**62, ()))
 
+    def apart(self, stage: str) -> AbstractContextManager[None]:
+        """Context: random numbers are those of a stage that everybody computes alike."""
+        return own_numbers(f"{self._seed}/{stage}", self._device)
+
     def each(self, stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
         """The results of ``do(i)`` for all i below ``number``, in this order, each with its own random numbers."""
 
         def keyed(i: int) -> Part:
-            with own_numbers(f"{self._seed}/{stage}/{i}", self._device):
+            with self.apart(f"{stage}/{i}"):
                 return do(i)
 
         return self._work(stage, keyed, number)
 
     def once(self, stage: str, do: Callable[[], Part]) -> Part:
         """The result of ``do()``, with its own random numbers."""
-        return next(iter(self.each(stage, lambda _: do(), 1)))
+        (result,) = self.each(stage, lambda _: do(), 1)
+        return result
 
-    def of(self, stage: str, data: Data, do: Callable[[Data], Part], size: int = BLOCK) -> Iterator[Part]:
-        """The results of ``do`` of each block of ``size`` data, one after the other."""
-        return self.each(
-            stage, lambda i: do(select(data, slice(i * size, (i + 1) * size))), num_blocks(data_size(data), size)
-        )
+    def of(self, stage: str, num_data: int, do: Callable[[slice], Part], size: int = BLOCK) -> Iterator[Part]:
+        """The results of ``do`` of each block of ``size`` data, whose places it is given, one after the other."""
+        return self.each(stage, lambda i: do(slice(i * size, min((i + 1) * size, num_data))), -(-num_data // size))
 
 
-def num_blocks(num_data: int, size: int = BLOCK) -> int:
-    """How many blocks of ``size`` there are, the last of which may have fewer data."""
-    return -(-num_data // size)
+def joined(parts: Iterable[Part]) -> Part:
+    """The tensors of all parts, one after the other."""
+    parts = list(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def power_of_two(number: int) -> int:
+    """The largest power of two that is at most ``number``, at least 1, so that chunks fill a block."""
+    return 1 << (max(1, number).bit_length() - 1)

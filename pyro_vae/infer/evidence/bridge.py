@@ -10,19 +10,19 @@ from torch import Tensor
 
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.convergence import autocorrelation_ess
+from pyro_vae.infer.evidence.blocks import Part, Work
 from pyro_vae.infer.evidence.chains import evaluator
-from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import (
     PRIOR_DRAWS,
     PosteriorChains,
     average_variance,
+    by_blocks,
     contradicted,
-    in_chunks,
     posterior_chains,
 )
-from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.evidence.result import Evidence, as_part, from_part
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -40,6 +40,7 @@ def bridge_sampling(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x) of each observation by bridge sampling (Meng & Wong 1996; Gronau et al. 2017, a tutorial).
 
@@ -55,7 +56,7 @@ def bridge_sampling(
     misses, at many times the cost. No estimate from chains sees a mode that none of them has found.
 
     Args:
-        model, guide, memory, compiled, progress: see :func:`pyro_vae.annealed_importance_sampling`.
+        model, guide, memory, compiled, progress, work: see :func:`pyro_vae.annealed_importance_sampling`.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the posterior chains.
 
@@ -69,12 +70,16 @@ def bridge_sampling(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    results, tools = [], None
-    chunks = in_chunks(model, guide, data, settings.num_chains, memory, progress, "bridge sampling", settings.num_draws)
-    for latents, _ in chunks:
+    tools = None
+
+    def do(latents: Latents) -> Part:
+        nonlocal tools
         tools = tools or Tools.of(latents, compiled)
-        results.append(estimate(latents, settings, tools))
-    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
+        return as_part(estimate(latents, settings, tools))
+
+    chains, draws, name = settings.num_chains, settings.num_draws, "bridge sampling"
+    found, rows, blocks = by_blocks(model, guide, data, do, chains, memory, progress, name, work, draws)
+    return confirmed(model, guide, data, from_part(found), rows, blocks)
 
 
 class Tools(NamedTuple):

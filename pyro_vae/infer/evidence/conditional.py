@@ -13,6 +13,7 @@ from pyro_vae.infer.checks import seen_entries
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.evidence.annealed import DEFAULTS, FEWEST, annealed_importance_sampling, step_sizes
 from pyro_vae.infer.evidence.annealing import Annealing
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, named, power_of_two
 from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, resample
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost
@@ -32,6 +33,7 @@ def log_conditional(
     settings: Annealing = DEFAULTS,
     memory: int | None = None,
     compiled: bool = True,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x_target | x_given) of each observation x, by chains from p(z | x_given) to p(z | x).
 
@@ -49,7 +51,7 @@ def log_conditional(
         target: booleans, shape ``(B, X)``, or ``(X,)`` for all observations alike.
         given: likewise; none of them may be a target. Where there is none, the result is log p(x_target).
         settings: of the chains; ``error`` is what is asked for of the result, and of both parts.
-        memory, compiled: see :func:`pyro_vae.annealed_importance_sampling`.
+        memory, compiled, work: see :func:`pyro_vae.annealed_importance_sampling`.
 
     Returns:
         Evidence, whose ``log_px`` is log p(x_target | x_given), in nats per datum: a density in the unit of x_target,
@@ -67,14 +69,17 @@ def log_conditional(
         for each, seen in ((whole, target | given), (part, given)):
             _check_heeded(model, guide, each, seen)
     options: dict[str, Any] = {"settings": settings, "memory": memory, "compiled": compiled}
-    of_whole = annealed_importance_sampling(model, guide, whole, **options)
-    of_part = annealed_importance_sampling(model, guide, part, **options)
-    with scoring(model, guide):
+    of_whole, of_part = (
+        annealed_importance_sampling(model, guide, each, **options, work=named(name, work))
+        for name, each in (("whole", whole), ("part", part))
+    )
+    blocks = Blocks(data, work)
+    with scoring(model, guide), blocks.apart("checks"):
         rows = max(1, rows_per_chunk(model, guide, whole, memory) // 6)  # two gradients, of what each keeps
         latents = Latents(model, guide, part, gaussian=True)
     with evaluating(model, guide), torch.no_grad():
         enough = torch.hypot(of_whole.mc_se, of_part.mc_se) <= settings.error
-        found = _chained(latents, whole, settings, rows, compiled, enough)
+        found = _chained(latents, whole, settings, rows, compiled, enough, blocks)
     result = _joined(of_whole, of_part, found, settings, latents.like.dtype)
     return _exact_where_empty(result, of_whole, target, given)
 
@@ -142,16 +147,17 @@ def _evaluate(latents: Latents, e: Tensor, data: Any, coordinates: Any, mixture:
     return tuple(each.detach() for each in (*ends, *gradients))
 
 
-def _chained(latents: Latents, whole: Data, settings: Annealing, rows: int, compiled: bool, enough: Tensor) -> Found:
+def _chained(
+    latents: Latents, whole: Data, settings: Annealing, rows: int, compiled: bool, enough: Tensor, blocks: Blocks
+) -> Found:
     """log p(x_target | x_given) by chains; ``rows`` z fit into memory; where it is known well ``enough``, once only."""
     pair = latents.of((latents.data, whole))
-    size = max(1, rows // settings.num_chains)
+    size = power_of_two(min(BLOCK, rows // settings.num_chains))
     compiled = compiled and latents.size > 4 * size  # compiling takes longer than a few chunks do
     evaluate = partial(_evaluate, latents)
     evaluates = evaluator(latents, "normal", compiled), Compiled(evaluate) if compiled else evaluate
-    parts = []
-    for first in range(0, latents.size, size):
-        among = slice(first, first + size)
+
+    def estimate(among: slice) -> Part:
         part = latents.select(among)
         coordinates = laplace_approximation(part)
         most = settings.num_temperatures or settings.most_temperatures
@@ -165,8 +171,9 @@ def _chained(latents: Latents, whole: Data, settings: Annealing, rows: int, comp
             cost = found.evaluations[again] + more.evaluations
             more = more._replace(evaluations=cost)
             found = Found(*(a.index_copy(0, again, b) for a, b in zip(found, more, strict=True)))
-        parts.append(found)
-    return Found(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        return found._asdict()
+
+    return Found(**joined(blocks.of("conditional", latents.size, estimate, size)))
 
 
 def _round(

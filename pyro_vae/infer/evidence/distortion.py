@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.infer.evidence.blocks import Part, Work
 from pyro_vae.infer.evidence.chains import Path, evaluator
-from pyro_vae.infer.evidence.posterior import in_chunks
+from pyro_vae.infer.evidence.posterior import by_blocks
 from pyro_vae.infer.evidence.result import mean_and_errors, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
 from pyro_vae.infer.evidence.tempered import Pilot, pilot
@@ -109,6 +110,7 @@ def rate_distortion(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> RateDistortion:
     """The rate-distortion curve of a model's latent variables (Huang, Makhzani, Cao & Grosse 2020).
 
@@ -124,7 +126,7 @@ def rate_distortion(
     for the names of its sites.
 
     Args:
-        model, guide, memory, compiled, progress: see :func:`pyro_vae.annealed_importance_sampling`.
+        model, guide, memory, compiled, progress, work: see :func:`pyro_vae.annealed_importance_sampling`.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         betas: where to stand still, positive and ascending, above 1 too.
         settings: of the chains.
@@ -139,19 +141,23 @@ def rate_distortion(
     at = torch.as_tensor(betas, dtype=torch.float64)
     if at.dim() != 1 or not len(at) or not (torch.cat([at.new_zeros(1), at]).diff() > 0).all() or at.isinf().any():
         raise ValueError(f"betas must be positive and ascending, got {at.tolist()}")
-    results, evaluate = [], None
-    for latents, bar in in_chunks(model, guide, data, settings.num_chains, memory, progress, "rate and distortion"):
+    evaluate = None
+
+    def do(latents: Latents) -> Part:
+        nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "prior", compiled)
-        results.append(estimate(latents, at, settings, evaluate))
-        bar.set_postfix(temperatures=results[-1][1])
-    parts = zip(*(result for result, _ in results), strict=True)
-    return RateDistortion(at, *(torch.cat(part, -1) for part in list(parts)[1:]))
+        _, *fields = estimate(latents, at, settings, evaluate)
+        return {str(i): field.movedim(-1, 0) for i, field in enumerate(fields)}
+
+    name = "rate and distortion"
+    found, _, _ = by_blocks(model, guide, data, do, settings.num_chains, memory, progress, name, work)
+    return RateDistortion(at, *(field.movedim(0, -1) for field in found.values()))
 
 
 def estimate(
     latents: Latents, betas: Tensor, settings: Tempering = DEFAULTS, evaluate: Callable | None = None
-) -> tuple[RateDistortion, int]:
-    """:func:`rate_distortion` of one chunk of data, and how many temperatures it took."""
+) -> RateDistortion:
+    """:func:`rate_distortion` of one chunk of data."""
     evaluate = evaluate or evaluator(latents, "prior", compiled=False)
     at = betas.to(latents.like.device)
     path = Path(latents, coordinates_of(latents, "prior"), "prior", settings.num_leapfrogs, evaluate)
@@ -170,7 +176,7 @@ def estimate(
     acceptance = torch.stack(acceptances).mean(0).double()
     rows = {name: torch.stack(field) for name, field in zip(Point._fields, zip(*points, strict=True), strict=True)}
     spent = torch.full_like(acceptance, path.evaluations)
-    return RateDistortion(at, **rows, acceptance=acceptance, evaluations=spent), len(placed) - 1
+    return RateDistortion(at, **rows, acceptance=acceptance, evaluations=spent)
 
 
 def _number(found: Pilot, settings: Tempering) -> int:

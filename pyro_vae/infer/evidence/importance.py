@@ -1,5 +1,6 @@
 """log p(x) by importance sampling, from the guide or from a Laplace approximation."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Literal, cast
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from pyro_vae.infer.checks import check_program, checked_parts
+from pyro_vae.infer.checks import check_part, check_program
 from pyro_vae.infer.compiling import Compiled
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
     laplace_approximation,
@@ -20,14 +22,20 @@ from pyro_vae.infer.evidence.laplace import (
     whitened_log_joint,
 )
 from pyro_vae.infer.evidence.opinion import confirmed
-from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.evidence.result import Evidence, as_part, concatenate, from_part
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, log_weights, posterior_samples, scoring
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
+CHUNK = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes that the intermediate results of one chunk may take, on each kind of device."""
 SAMPLES_PER_CHUNK = 64
 """Samples of one observation scored together: enough that the encoder, run once per chunk, costs next to nothing."""
+
+
+Draw = Callable[[Data], Iterator[Callable[[int], Tensor]]]
+"""For each chunk of a block of observations a function that draws K log-weights ``(K, B)``."""
 
 
 def importance_sampling(
@@ -43,6 +51,7 @@ def importance_sampling(
     compiled: bool = True,
     progress: bool = False,
     num_checked: int = 16,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x) of each observation from K importance samples of a proposal.
 
@@ -60,18 +69,20 @@ def importance_sampling(
         df: degrees of freedom, positive, of a Student t in place of the Laplace proposal's normal; None: normal.
         smooth: replace the largest weights by quantiles of the Pareto distribution fitted to them: less noise for some
             bias; where k is above its threshold, still not to be trusted.
-        memory: bytes that the intermediate results of one chunk may take, about; None: half of a GPU's free memory,
-            128 MiB on a CPU.
+        memory: bytes that the intermediate results of one chunk are expected to take at most: a warning tells if that
+            is not enough. Chunks are at most 128 MiB on a CPU, 1 GiB on a GPU, for any budget, so that numbers are the
+            same for each.
         compiled: compile what is called often, see :class:`pyro_vae.infer.compiling.Compiled`; not for programs with
             side effects.
         progress: show a progress bar.
         num_checked: observations, drawn at random, on which chains from the prior are to confirm the estimate, which
             draws around some of several modes cannot; 0 leaves modes that were missed untold.
+        work: who computes the blocks of data; None: this process. Numbers do not depend on it: each block has random
+            numbers of its own, from a seed which is the one number that is taken from torch's generator.
 
     ``reliable`` is false where Pareto's k is above its threshold, or unknown, or draws of the guide are all alike, and
     where sequential Monte Carlo from the prior, tried on ``num_checked`` of the others, finds more of p(x): on those,
-    and on all that were not tried if these are more than a few. It takes its own random numbers, and needs continuous
-    latent sites.
+    and on all that were not tried if these are more than a few. It needs continuous latent sites.
 
     Returns:
         Evidence of the N observations, in nats per datum. ``acceptance`` is NaN.
@@ -90,68 +101,74 @@ def importance_sampling(
     if proposal == "guide" and (widening != 1 or df is not None):
         raise ValueError("widening and df are for proposal laplace; the guide is taken as it is")
     with scoring(model, guide):
-        check_program(model, guide, next(split(data, 1000)))
-        rows = rows_per_chunk(model, guide, data, memory)
-        samples = min(num_samples, SAMPLES_PER_CHUNK, rows)
-        size = max(1, rows // samples)
-        if proposal == "guide":
-            parts = _from_guide(model, guide, data, size, compiled)
-        else:
-            parts = _from_laplace(model, guide, data, rows, size, widening, df, compiled)
-        total = num_samples * data_size(data)
-        with tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)") as bar:
-
-            def chunks(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
-                for start in range(0, num_samples, samples):
-                    log_w = draw(min(samples, num_samples - start))
-                    bar.update(log_w.numel())
-                    yield log_w
-
-            results = [reduce_log_weights(chunks(draw), num_samples, smooth) for draw in parts]
-        evidence = concatenate(results)
-        cost = torch.full_like(evidence.log_px, float(num_samples))
+        blocks = Blocks(data, work)
+        with blocks.apart("checks"):
+            check_program(model, guide, next(split(data, 1000)))
+            rows = rows_per_chunk(model, guide, data, memory)
+        samples = min(num_samples, max(SAMPLES_PER_CHUNK, rows // BLOCK), rows)
+        size = power_of_two(rows // samples)
+        draw = _from_guide(model, guide, size, compiled)
         if proposal == "laplace":
-            cost += laplace_cost(Latents(model, guide, select(data, slice(1))).dim)
-        evidence = evidence._replace(evaluations=cost)
-        evidence = confirmed(model, guide, data, evidence, rows, num_checked)
-        if proposal == "guide":
-            reliable = cast(Tensor, evidence.reliable)
-            evidence = evidence._replace(reliable=reliable & ~_collapsed(guide, data, size))
-        return evidence
+            draw = _from_laplace(model, guide, data, rows, size, widening, df, compiled)
+        total = num_samples * data_size(data)
+        bar = tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)")
+
+        def chunks(weigh: Callable[[int], Tensor]) -> Iterator[Tensor]:
+            for start in range(0, num_samples, samples):
+                log_w = weigh(min(samples, num_samples - start))
+                bar.update(log_w.numel())
+                yield log_w
+
+        def estimate(among: slice) -> Part:
+            part = select(data, among)
+            check_part(model, guide, part, False, among.start)
+            evidence = concatenate(reduce_log_weights(chunks(weigh), num_samples, smooth) for weigh in draw(part))
+            alike = torch.zeros_like(evidence.log_px, dtype=torch.bool)
+            alike = _collapsed(guide, part, size) if proposal == "guide" else alike
+            return as_part(evidence) | {"alike": alike}
+
+        with bar:
+            found = joined(blocks.of("importance", data_size(data), estimate))
+        evidence = from_part(found)
+        cost = cast(Tensor, evidence.evaluations)
+        if proposal == "laplace":
+            cost = cost + laplace_cost(Latents(model, guide, select(data, slice(1))).dim)
+        evidence = confirmed(model, guide, data, evidence._replace(evaluations=cost), rows, blocks, num_checked)
+        return evidence._replace(reliable=cast(Tensor, evidence.reliable) & ~found["alike"])
 
 
 def _collapsed(guide: Program, data: Data, size: int) -> Tensor:
     """Where draws of the guide differ by no more than rounding, ``(N,)``: all weights are alike then, and say nothing.
 
-    An encoder may say so of data far from those that it was trained on. No random number is used up.
+    An encoder may say so of data far from those that it was trained on.
     """
-    devices = [first_tensor(data).device] if first_tensor(data).is_cuda else []
     found = []
-    with torch.random.fork_rng(devices):
-        for part in split(data, size):
-            alike = torch.zeros(data_size(part), dtype=torch.bool, device=first_tensor(data).device)
-            for z in posterior_samples(guide, part, 8).values():
-                if z.is_floating_point():
-                    spread, place = z.amax(0) - z.amin(0), z.abs().amax(0)
-                    narrow = (spread <= 16 * torch.finfo(z.dtype).eps * place) & (place > 0)
-                    alike = alike | narrow.reshape(len(alike), -1).any(1)
-            found.append(alike)
+    for part in split(data, size):
+        alike = torch.zeros(data_size(part), dtype=torch.bool, device=first_tensor(data).device)
+        for z in posterior_samples(guide, part, 8).values():
+            if z.is_floating_point():
+                spread, place = z.amax(0) - z.amin(0), z.abs().amax(0)
+                narrow = (spread <= 16 * torch.finfo(z.dtype).eps * place) & (place > 0)
+                alike = alike | narrow.reshape(len(alike), -1).any(1)
+        found.append(alike)
     return torch.cat(found)
 
 
-def _from_guide(
-    model: Program, guide: Program, data: Data, size: int, compiled: bool
-) -> Iterator[Callable[[int], Tensor]]:
-    """For each chunk of observations a function that draws K log-weights ``(K, B)``."""
+def _from_guide(model: Program, guide: Program, size: int, compiled: bool) -> Draw:
+    """Log-weights of draws of the guide."""
     weigh = _per_number(lambda num_samples, data: log_weights(model, guide, data, num_samples), compiled)
-    for part in checked_parts(model, guide, data, size):
-        yield lambda num_samples, part=part: weigh(num_samples)(part)
+
+    def draw(block: Data) -> Iterator[Callable[[int], Tensor]]:
+        for part in split(block, size):
+            yield lambda num_samples, part=part: weigh(num_samples)(part)
+
+    return draw
 
 
 def _from_laplace(
     model: Program, guide: Program, data: Data, rows: int, size: int, widening: float, df: float | None, compiled: bool
-) -> Iterator[Callable[[int], Tensor]]:
-    """The same from Laplace approximations, which are made of as many observations at once as memory allows."""
+) -> Draw:
+    """The same of Laplace approximations, which are made of as many observations at once as memory allows."""
     latents = Latents(model, guide, select(data, slice(1)))
     zero = latents.like.new_zeros(latents.dim)
     if df is None:
@@ -165,12 +182,16 @@ def _from_laplace(
 
     weigh = _per_number(weights, compiled)
     at_once = observations_at_once(rows // 3, latents.dim)  # a gradient keeps what a forward pass would drop
-    for part in checked_parts(model, guide, data, at_once):
-        approximation = laplace_approximation(latents.of(part))
-        for first in range(0, data_size(part), size):
-            among = slice(first, first + size)
-            given = select(part, among), *approximation.select(among)
-            yield lambda num_samples, given=given: weigh(num_samples)(*given)
+
+    def draw(block: Data) -> Iterator[Callable[[int], Tensor]]:
+        for part in split(block, at_once):
+            approximation = laplace_approximation(latents.of(part))
+            for first in range(0, data_size(part), size):
+                among = slice(first, first + size)
+                given = select(part, among), *approximation.select(among)
+                yield lambda num_samples, given=given: weigh(num_samples)(*given)
+
+    return draw
 
 
 def _per_number(function: Callable[..., Tensor], compiled: bool) -> Callable[[int], Callable[..., Tensor]]:
@@ -179,20 +200,25 @@ def _per_number(function: Callable[..., Tensor], compiled: bool) -> Callable[[in
 
 
 def rows_per_chunk(model: Program, guide: Program, data: Data, memory: int | None) -> int:
-    """How many z may be scored at once in ``memory`` bytes; None: half of what a GPU has free, 128 MiB on a CPU.
+    """How many z are scored at once: a power of two, which depends on the programs and the kind of device alone.
+
+    Were it another for another budget, the order of sums, and so the last digits, would be too; a budget that does not
+    suffice is told by a warning.
 
     Raises:
         ValueError: if ``memory`` is below 1.
     """
-    if memory is None:
-        memory = _free_memory(first_tensor(data).device)
-    if memory < 1:
+    each = _bytes_per_sample(model, guide, select(data, slice(1)))
+    rows = power_of_two(CHUNK["cuda" if first_tensor(data).is_cuda else "cpu"] // each)
+    if memory is not None and memory < 1:
         raise ValueError(f"memory must be at least 1 byte, got {memory}")
-    return max(1, memory // _bytes_per_sample(model, guide, select(data, slice(1))))
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**27
+    if memory is not None and memory < each * rows:
+        warnings.warn(
+            f"a chunk of {rows} draws takes about {each * rows / 2**20:.0f} MiB, whatever memory= says: numbers do not "
+            "depend on it",
+            stacklevel=3,
+        )
+    return rows
 
 
 class _CountBytes(TorchDispatchMode):

@@ -1,7 +1,8 @@
 """What was not seen of an observation, drawn and averaged given what was."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_parts, seen_entries
-from pyro_vae.infer.evidence.annealed import one_way, paths
+from pyro_vae.infer.evidence.annealed import Paths, one_way
 from pyro_vae.infer.evidence.annealing import Annealing
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
 from pyro_vae.infer.evidence.chains import anneal, resample
 from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK, rows_per_chunk
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
-from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.evidence.result import Evidence, as_part, concatenate, from_part
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, log_weights_of, sample_sites, scoring, site_of, traces
 from pyro_vae.infer.supports import Latents, without_mask
@@ -58,6 +60,7 @@ def impute(
     site: str | None = None,
     memory: int | None = None,
     num_checked: int = 16,
+    work: Work | None = None,
 ) -> Imputation:
     """Draw what was not seen of each observation, given what was, by sampling importance resampling (Rubin 1987).
 
@@ -77,7 +80,7 @@ def impute(
             of some observations tells, whose weights vary less; 100 chains or more are advised. None: z of the guide.
         site: the observed site; None: the only one.
         memory: see :func:`pyro_vae.importance_sampling`.
-        num_checked: likewise.
+        num_checked, work: likewise.
 
     Raises:
         ValueError: if a number is below 1.
@@ -87,21 +90,26 @@ def impute(
     if num_samples < 1 or num_draws < 1:
         raise ValueError(f"num_samples and num_draws must be at least 1, got {num_samples} and {num_draws}")
     with scoring(model, guide):
-        check_parts(model, guide, data)
-        rows = rows_per_chunk(model, guide, data, memory)
-        site = _observed_site(model, guide, data, site)
-        if chains is None:
-            parts = _from_guide(model, guide, data, site, num_samples, rows)
-            filled = [_filled(*each, num_draws) for each in parts]
-    if chains is not None:
-        with evaluating(model, guide), torch.no_grad():
-            parts = _from_chains(model, guide, data, site, chains, max(1, rows // 3))
-            filled = [_filled(*each, num_draws) for each in parts]
-    evidence = concatenate(each.evidence for each in filled)
-    evidence = confirmed(model, guide, data, evidence, rows, num_checked)
-    draws = torch.cat([each.draws for each in filled], 1)
-    mean, std, seen = (torch.cat([getattr(each, name) for each in filled]) for name in ("mean", "std", "seen"))
-    return Imputation(draws, mean, std, seen, evidence)
+        blocks = Blocks(data, work)
+        with blocks.apart("checks"):
+            check_parts(model, guide, data)
+            rows = rows_per_chunk(model, guide, data, memory)
+            name = _observed_site(model, guide, data, site)
+    if chains is None:
+        draw = partial(_from_guide, model, guide, data, name, num_samples, rows)
+    else:
+        draw = _from_chains(model, guide, data, name, chains, max(1, rows // 3), blocks)
+
+    def do(at: slice) -> Part:
+        with scoring(model, guide) if chains is None else evaluating(model, guide), torch.no_grad():
+            filled = [_filled(*each, num_draws) for each in draw(at)]
+        draws = torch.cat([each.draws for each in filled], 1).movedim(1, 0)
+        rest = {name: torch.cat([getattr(each, name) for each in filled]) for name in ("mean", "std", "seen")}
+        return {"draws": draws, **rest} | as_part(concatenate(each.evidence for each in filled))
+
+    found = joined(blocks.of("impute", data_size(data), do))
+    evidence = confirmed(model, guide, data, from_part(found), rows, blocks, num_checked)
+    return Imputation(found["draws"].movedim(0, 1), found["mean"], found["std"], found["seen"], evidence)
 
 
 class _Scored(NamedTuple):
@@ -113,12 +121,16 @@ class _Scored(NamedTuple):
     means: Tensor
 
 
+_Drawn = tuple[list[_Scored], Tensor, Evidence]
+"""Of a chunk of observations: what the model says of x, log-weights ``(K, B)``, and evidence."""
+
+
 def _from_guide(
-    model: Program, guide: Program, data: Data, site: str, num_samples: int, rows: int
-) -> Iterator[tuple[list[_Scored], Tensor, Evidence]]:
-    """For each chunk of observations what the model says of x, log-weights ``(K, B)``, and evidence."""
+    model: Program, guide: Program, data: Data, site: str, num_samples: int, rows: int, at: slice
+) -> Iterator[_Drawn]:
+    """The chunks of a block, from draws of the guide."""
     at_once = min(num_samples, SAMPLES_PER_CHUNK, rows)
-    for part in split(data, max(1, rows // num_samples)):
+    for part in split(select(data, at), power_of_two(rows // num_samples)):
         scored, weights = [], []
         for first in range(0, num_samples, at_once):
             both = traces(model, guide, part, min(at_once, num_samples - first))
@@ -128,20 +140,26 @@ def _from_guide(
 
 
 def _from_chains(
-    model: Program, guide: Program, data: Data, site: str, chains: Annealing, rows: int
-) -> Iterator[tuple[list[_Scored], Tensor, Evidence]]:
+    model: Program, guide: Program, data: Data, site: str, chains: Annealing, rows: int, blocks: Blocks
+) -> Callable[[slice], Iterator[_Drawn]]:
     """The same by chains that end at the posterior."""
-    latents = Latents(model, guide, data, gaussian=True)
-    known = check_start(latents)
-    first = 0
-    for path, betas, steps in paths(latents, chains, rows, compiled=False):
-        log_w, state, acceptance = anneal(path, betas, path.evaluate(path.draw(chains.num_chains)), steps)
-        evidence = one_way(log_w, acceptance, path)
-        size = path.latents.size
-        reliable = cast(Tensor, evidence.reliable) & known[first : first + size]
-        first += size
-        trace = path.latents.trace_at(path.coordinates.to_latents(state.e))
-        yield [_read(trace, site, size)], log_w, evidence._replace(reliable=reliable)
+    with evaluating(model, guide), torch.no_grad():
+        with blocks.apart("latents"):
+            latents = Latents(model, guide, data, gaussian=True)
+        paths = Paths(latents, chains, rows, False, blocks)
+
+    def draw(at: slice) -> Iterator[_Drawn]:
+        known, first = check_start(latents.select(at), at.start), 0
+        for path, steps in paths.of(latents.select(at)):
+            log_w, state, acceptance = anneal(path, paths.betas, path.evaluate(path.draw(chains.num_chains)), steps)
+            evidence = one_way(log_w, acceptance, path)
+            size = path.latents.size
+            reliable = cast(Tensor, evidence.reliable) & known[first : first + size]
+            first += size
+            trace = path.latents.trace_at(path.coordinates.to_latents(state.e))
+            yield [_read(trace, site, size)], log_w, evidence._replace(reliable=reliable)
+
+    return draw
 
 
 def _observed_site(model: Program, guide: Program, data: Data, site: str | None) -> str:

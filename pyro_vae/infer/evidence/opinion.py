@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.exact import quadrature
 from pyro_vae.infer.evidence.modes import ENOUGH, FEW, MANY
@@ -24,8 +25,10 @@ EXACT = 1e-3
 """Error below which another estimate is as good as exact, as is that of quadrature that is reliable."""
 LEAST_BUDGET = 1e6
 """Evaluations that may be spent on second opinions in any case, if one of them contradicts."""
-BATCH = 64
+GROUP = 8
 """Observations that are tried together."""
+WAVE = 256
+"""Observations at most that are tried before it is asked how far the budget goes."""
 MANY_WRONG = 0.05
 """Share of the observations tried on which the second opinion may differ without doubt falling on all the others."""
 
@@ -118,41 +121,55 @@ def checked(
     settings: Annealing,
     rows: int,
     compiled: bool,
+    blocks: Blocks,
     bar: tqdm,
 ) -> Evidence:
     """The evidence, with what second opinions say of it; where they are confirmed, it is put right."""
+    if not settings.num_checked:
+        return evidence._replace(reliable=cast(Tensor, evidence.reliable) & ~(unseen >= ENOUGH))
     budget = max(float(cast(Tensor, evidence.evaluations).sum()), LEAST_BUDGET)
-    device = evidence.log_px.device
     suspect = unseen >= ENOUGH
-    order = torch.randperm(latents.size, device=device)
+    with blocks.apart("order"):
+        order = torch.randperm(latents.size, device=evidence.log_px.device)
     order = order[(~suspect[order]).long().argsort(stable=True)]  # suspects first
-    tried = torch.zeros_like(suspect)
-    wrong, agreed = torch.zeros_like(suspect), torch.zeros_like(suspect)
-    first, wanted = 0, int(suspect.sum()) + settings.num_checked if settings.num_checked else 0
-    cost, spent = cast(Tensor, evidence.evaluations).clone(), 0.0
+    tried, wrong, agreed = (torch.zeros_like(suspect) for _ in range(3))
+    first, wanted, spent = 0, int(suspect.sum()) + settings.num_checked, 0.0
+    cost = cast(Tensor, evidence.evaluations).clone()
     while first < min(wanted, latents.size):
-        among = order[first : min(wanted, latents.size)][:BATCH].sort().values
-        part, mine = latents.select(among), pick(evidence, among)
-        other, error, paid, exact, differs = decided(part, mine, rows)
-        tried[among], wrong[among] = True, differs
-        # where modes are many, nothing is believed but what an estimate confirms that is precise itself
-        agreed[among] = _agrees(mine.log_px, mine.mc_se, other, error)
-        cost[among] += paid
-        spent += float(paid.sum())
-        again = differs | ((unseen[among] >= HOPELESS) & ~agreed[among])
-        known_now = again & exact
-        evidence = _taken(evidence, among[known_now], other[known_now], error[known_now])
-        agreed[among[known_now]] = True
-        again &= ~exact
-        if again.any():
-            places, other, error = among[again], other[again], error[again]
-            found = adaptive(latents.select(places), settings, rows, compiled, bar, start="prior")
-            evidence = _replaced(evidence, places, found, other, error, settings.error)
-            agreed[places] = _agrees(found.log_z, found.mc_se, other, error)
-            cost[places] += found.evaluations
-        first += len(among)
+        groups = [each.sort().values for each in order[first : min(wanted, latents.size)][:WAVE].split(GROUP)]
+
+        def ask(i: int, groups: list[Tensor] = groups, evidence: Evidence = evidence) -> Part:
+            among = groups[i]
+            part, mine = latents.select(among), pick(evidence, among)
+            opinion = decided(part, mine, rows)
+            # where modes are many, nothing is believed but what an estimate confirms that is precise itself
+            agrees = _agrees(mine.log_px, mine.mc_se, opinion.log_z, opinion.error)
+            again = (opinion.differs | ((unseen[among] >= HOPELESS) & ~agrees)) & ~opinion.exact
+            result = opinion._asdict() | {"agrees": agrees, "again": again}
+            if again.any():
+                alone = Blocks(evidence.log_px)
+                found = adaptive(part.select(again.nonzero().squeeze(1)), settings, rows, compiled, alone, bar, "prior")
+                result |= {f"found_{name}": value for name, value in found._asdict().items()}
+            return result
+
+        for among, part in zip(groups, blocks.each(f"opinion-{first}", ask, len(groups)), strict=True):
+            opinion, again = Opinion(**{name: part[name] for name in Opinion._fields}), part["again"]
+            tried[among], wrong[among], agreed[among] = True, opinion.differs, part["agrees"]
+            cost[among] += opinion.evaluations
+            spent += float(opinion.evaluations.sum())
+            taken = (opinion.differs | ((unseen[among] >= HOPELESS) & ~part["agrees"])) & opinion.exact
+            evidence = _taken(evidence, among[taken], opinion.log_z[taken], opinion.error[taken])
+            agreed[among[taken]] = True
+            if again.any():
+                places, other, error = among[again], opinion.log_z[again], opinion.error[again]
+                found = Found(**{name: part[f"found_{name}"] for name in Found._fields})
+                evidence = _replaced(evidence, places, found, other, error, settings.error)
+                agreed[places] = _agrees(found.log_z, found.mc_se, other, error)
+                cost[places] += found.evaluations
+            first += len(among)
         if wrong.any() and first >= wanted and spent < budget:
-            wanted = min(latents.size, 2 * wanted)
+            affordable = first + max(GROUP, int((budget - spent) * first / spent))
+            wanted = min(latents.size, 2 * wanted, affordable)
         if spent > budget and first >= settings.num_checked:
             break
     known = cast(Tensor, evidence.reliable) & ~(suspect & ~agreed)
@@ -168,28 +185,40 @@ def _agrees(log_z: Tensor, mc_se: Tensor, other: Tensor, error: Tensor) -> Tenso
 
 @torch.no_grad()
 def confirmed(
-    model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, num_checked: int = 16
+    model: Program, guide: Program, data: Data, evidence: Evidence, rows: int, blocks: Blocks, num_checked: int = 16
 ) -> Evidence:
-    """The evidence, not reliable where second opinions contradict it; random numbers are left as they were."""
+    """The evidence, not reliable where second opinions contradict it."""
     known = cast(Tensor, evidence.reliable)
     places = known.nonzero().squeeze(1)
     if num_checked == 0 or len(places) == 0:
         return evidence
-    devices = [known.device] if known.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluating(model, guide):
+    with evaluating(model, guide):
         try:
-            latents = Latents(model, guide, data, gaussian=True)
+            with blocks.apart("latents"):
+                latents = Latents(model, guide, data, gaussian=True)
         except ContractError:  # a discrete site: there is no path to follow from the prior
             return evidence
         cost = cast(Tensor, evidence.evaluations).clone()
         if latents.dim <= FEW:
-            wrong = _more_by_prior(latents.select(places), pick(evidence, places), rows)
+            few, mine = latents.select(places), pick(evidence, places)
+
+            def by_prior(at: slice) -> Part:
+                among = torch.arange(at.start, at.stop, device=known.device)
+                return {"more": _more_by_prior(few.select(at), pick(mine, among), rows)}
+
+            wrong = joined(blocks.of("prior", len(places), by_prior, 8 * BLOCK))["more"]
             known = known.index_fill(0, places[wrong], False)
             cost[places] += MANY
             places = places[~wrong]
-        among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
+        with blocks.apart("order"):
+            among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
         if len(among):
-            opinion = decided(latents.select(among), pick(evidence, among), rows)
+
+            def ask(at: slice) -> Part:
+                some = among[at]
+                return decided(latents.select(some), pick(evidence, some), rows)._asdict()
+
+            opinion = Opinion(**joined(blocks.of("opinion", len(among), ask, GROUP)))
             cost[among] += opinion.evaluations
             agreed = among[~opinion.differs]
             if opinion.differs.sum() > MANY_WRONG * len(among):
@@ -202,7 +231,7 @@ def confirmed(
 def _more_by_prior(latents: Latents, evidence: Evidence, rows: int) -> Tensor:
     """Whether importance sampling from the prior finds more than the evidence allows, ``(B,)``."""
     more = []
-    for part in torch.arange(latents.size, device=evidence.log_px.device).split(max(1, rows // MANY)):
+    for part in torch.arange(latents.size, device=evidence.log_px.device).split(power_of_two(rows // MANY)):
         few = latents.select(part)
         with torch.no_grad():
             log_w = few.log_joint(few.sample_prior(MANY))[1]
@@ -240,8 +269,10 @@ def _taken(evidence: Evidence, places: Tensor, log_px: Tensor, error: Tensor) ->
     )
 
 
-def check_start(latents: Latents, num_draws: int = 64) -> Tensor:
+def check_start(latents: Latents, first: int = 0, num_draws: int = 64) -> Tensor:
     """Refuse programs with an observation whose density is finite at no draw of prior or guide.
+
+    ``first`` is the place of the first of these observations among all.
 
     Returns:
         Whether it is NaN at none of them, ``(B,)``: otherwise no estimate is to be believed.
@@ -259,6 +290,6 @@ def check_start(latents: Latents, num_draws: int = 64) -> Tensor:
             raise ContractError(
                 f"the log-density of {' and '.join(map(repr, names))} is finite at none of {len(draws)} draws of guide "
                 f"and prior for {int(lost.sum())} observations, the first of which is number "
-                f"{int(lost.nonzero()[0])}: there is no posterior to be annealed to"
+                f"{first + int(lost.nonzero()[0])}: there is no posterior to be annealed to"
             )
     return ~(log_prior + log_likelihood).isnan().any(0)

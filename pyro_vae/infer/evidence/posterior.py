@@ -1,7 +1,7 @@
 """Draws of p(z | x) by long Hamiltonian chains, and whether the chains have converged."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.checks import check_program, checked_parts
+from pyro_vae.infer.checks import check_part, check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Path, State
-from pyro_vae.infer.evidence.importance import _free_memory, reduce_log_weights, rows_per_chunk
+from pyro_vae.infer.evidence.importance import CHUNK, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
     laplace_approximation,
@@ -22,9 +23,10 @@ from pyro_vae.infer.evidence.laplace import (
     prior_location_and_width,
 )
 from pyro_vae.infer.evidence.opinion import check_start
+from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, added, evaluating, scoring
 from pyro_vae.infer.supports import Latents
-from pyro_vae.infer.trees import Data, data_size, first_tensor, split
+from pyro_vae.infer.trees import Data, data_size, split
 
 RUN_AWAY = 3.0
 """Chains that stay further out than this, in units of the prior's width, are asked whether they run away."""
@@ -103,35 +105,55 @@ class Posterior(NamedTuple):
     evaluations: int
 
 
-def in_chunks(
+def by_blocks(
     model: Program,
     guide: Program,
     data: Data,
+    estimate: Callable[[Latents], Part],
     num_chains: int,
     memory: int | None,
     progress: bool,
     description: str,
+    work: Work | None,
     draws: int = 0,
-) -> Iterator[tuple[Latents, tqdm]]:
-    """The latent variables of as many observations at a time as memory allows, and a progress bar of observations.
+) -> tuple[Part, int, Blocks]:
+    """What ``estimate`` says of as many observations at a time as a chunk holds, for all of them.
 
-    ``draws`` is how many draws of each chain are kept.
+    Args:
+        num_chains: of each observation.
+        draws: how many draws of each chain are kept.
+        model, guide, data, memory, progress, work: see :func:`pyro_vae.importance_sampling`.
+
+    Returns:
+        The tensors, whose first dimension is the datum; how many z a chunk holds; and the blocks, for further stages.
     """
     with scoring(model, guide):
-        check_program(model, guide, next(split(data, 1000)))
-        rows = rows_per_chunk(model, guide, data, memory)
-        latents = Latents(model, guide, data, gaussian=True)
+        blocks = Blocks(data, work)
+        with blocks.apart("checks"):
+            check_program(model, guide, next(split(data, 1000)))
+            rows = rows_per_chunk(model, guide, data, memory)
+            latents = Latents(model, guide, data, gaussian=True)
     size = observations_at_once(rows // 3 // num_chains, latents.dim)  # a gradient keeps what a forward pass would drop
     if draws:
         kept = 4 * draws * num_chains * latents.dim * latents.like.element_size()  # with what is made of them
-        size = max(1, min(size, (memory or _free_memory(first_tensor(data).device)) // kept))
-    bar = tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
+        size = min(size, CHUNK["cuda" if latents.like.is_cuda else "cpu"] // kept)
+    size = power_of_two(size)
+
+    def do(at: slice) -> Part:
+        found = []
+        for first in range(at.start, at.stop, size):
+            some = latents.select(slice(first, min(first + size, at.stop)))
+            check_part(model, guide, some.data, False, first)
+            check_start(some, first)
+            found.append(estimate(some))
+        return joined(found)
+
+    parts, bar = [], tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
     with bar, evaluating(model, guide):
-        for part in checked_parts(model, guide, data, size):
-            some = latents.of(part)
-            check_start(some)
-            yield some, bar
-            bar.update(data_size(part))
+        for part in blocks.of("estimate", latents.size, do, max(BLOCK // 4, min(size, BLOCK))):
+            parts.append(part)
+            bar.update(len(next(iter(part.values()))))
+    return joined(parts), rows, blocks
 
 
 def posterior_chains(latents: Latents, settings: PosteriorChains, evaluate: Callable) -> Posterior:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -87,6 +87,19 @@ class Evidence(NamedTuple):
         data = {name: ("datum", value.detach().cpu().numpy()) for name, value in fields.items()}
         number = np.arange(self.log_px.numel()) if datum is None else datum.cpu().numpy()
         return xr.Dataset(data, coords={"datum": number}, attrs={"num_samples": self.num_samples} | attributes)
+
+
+def as_part(evidence: Evidence) -> dict[str, Tensor]:
+    """The evidence as tensors by name, whose first dimension is the datum."""
+    fields = evidence._asdict() | {"num_samples": torch.full_like(evidence.num_invalid, evidence.num_samples)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def from_part(part: Mapping[str, Tensor]) -> Evidence:
+    """What :func:`as_part` gave; it may be of several blocks."""
+    fields: dict[str, Any] = {name: part.get(name) for name in Evidence._fields}
+    fields["num_samples"] = int(part["num_samples"][0])
+    return Evidence(**fields)
 
 
 def concatenate(parts: Iterable[Evidence]) -> Evidence:

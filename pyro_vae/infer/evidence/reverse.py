@@ -6,13 +6,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyro_vae.infer.evidence.annealed import Sandwich, enclosed, paths
+from pyro_vae.infer.evidence.annealed import Paths, Sandwich, as_bounds, enclosed, from_bounds
 from pyro_vae.infer.evidence.annealing import Annealing
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work
 from pyro_vae.infer.evidence.chains import evaluator
-from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.opinion import confirmed
-from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, in_chunks, posterior_chains
-from pyro_vae.infer.evidence.result import Evidence, concatenate
+from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, by_blocks, posterior_chains
+from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -30,6 +30,7 @@ def sandwich(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Sandwich:
     """Enclose log p(x) of the observations themselves, not of simulated ones, between two estimates.
 
@@ -45,7 +46,7 @@ def sandwich(
     like those simulated only.
 
     Args:
-        model, guide, memory, compiled, progress: see :func:`pyro_vae.annealed_importance_sampling`.
+        model, guide, memory, compiled, progress, work: see :func:`pyro_vae.annealed_importance_sampling`.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the annealed chains, which go both ways.
         chains: of the posterior.
@@ -58,15 +59,17 @@ def sandwich(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    lower, upper, evaluate = [], [], None
-    most = max(settings.num_chains, chains.num_chains)
-    for latents, _ in in_chunks(model, guide, data, most, memory, progress, "sandwich", chains.num_draws):
+    evaluate = None
+
+    def do(latents: Latents) -> Part:
+        nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "normal", compiled)
-        found = estimate(latents, settings, chains, evaluate, compiled)
-        lower.append(found.lower)
-        upper.append(found.upper)
-    below, above = concatenate(lower), concatenate(upper)
-    below = confirmed(model, guide, data, below, rows_per_chunk(model, guide, data, memory))
+        return as_bounds(*estimate(latents, settings, chains, evaluate, compiled))
+
+    most = max(settings.num_chains, chains.num_chains)
+    found, rows, blocks = by_blocks(model, guide, data, do, most, memory, progress, "sandwich", work, chains.num_draws)
+    below, above = from_bounds(found)
+    below = confirmed(model, guide, data, below, rows, blocks)
     sound = cast(Tensor, below.reliable)
     return Sandwich(below, above._replace(reliable=cast(Tensor, above.reliable) & sound), data)
 
@@ -87,9 +90,10 @@ def estimate(
 ) -> Bounds:
     """:func:`sandwich` of one chunk of data; ``evaluate`` is for the posterior's chains."""
     posterior = posterior_chains(latents, chains, evaluate or evaluator(latents, "normal", compiled))
-    rows = latents.size * settings.num_chains  # one path for all
-    ((path, betas, steps),) = paths(latents, settings, rows, compiled)
-    lower, upper = enclosed(path, betas, steps, spread_draws(posterior, settings.num_chains))
+    rows = 2 * latents.size * settings.num_chains  # one path for all
+    paths = Paths(latents, settings, rows, compiled, Blocks(latents.like))
+    ((path, steps),) = paths.of(latents)
+    lower, upper = enclosed(path, paths.betas, steps, spread_draws(posterior, settings.num_chains))
     apart = (upper.log_px - lower.log_px).abs() > 4 * torch.hypot(upper.mc_se, lower.mc_se)
     sound = posterior.converged & ~apart
     lower, upper = (each._replace(reliable=each.reliable & sound) for each in (lower, upper))

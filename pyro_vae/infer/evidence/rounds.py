@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
@@ -38,8 +39,6 @@ QUANTILE = 0.8
 be uncertain, as the high ones are, would bias the mean."""
 HOPELESS = 0.2
 """The share of modes that no climb has met, as far as can be told, above which a start on those met is given up."""
-BLOCK = 2048
-"""Observations whose starts are kept together, so that those that need another round make full batches."""
 
 
 class Found(NamedTuple):
@@ -53,20 +52,27 @@ class Found(NamedTuple):
 
 
 def adaptive(
-    latents: Latents, settings: Annealing, rows: int, compiled: bool, bar: tqdm, start: str | None = None
+    latents: Latents,
+    settings: Annealing,
+    rows: int,
+    compiled: bool,
+    blocks: Blocks,
+    bar: tqdm,
+    start: str | None = None,
 ) -> Found:
     """Estimates of all observations, from rounds of chains; ``rows`` is how many z may be evaluated at once."""
     sampler = _Sampler(latents, settings, start or settings.start, rows, compiled)
-    few = latents.select(torch.randperm(latents.size)[:64].to(latents.like.device))
-    num, steps = sampler.pilot(few)
+    with blocks.apart("few"):
+        few = latents.select(torch.randperm(latents.size)[:64].to(latents.like.device))
+    pilot = blocks.once("pilot", lambda: sampler.pilot(few))
+    num, steps = sampler.use(pilot)
     bar.set_postfix(temperatures=num)
     parts = []
     size = observations_at_once(BLOCK, latents.dim)
-    for first in range(0, latents.size, size):
-        block = latents.select(slice(first, first + size))
-        parts.append(sampler.block(block, num, steps))
-        bar.update(block.size)
-    return Found(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    for part in blocks.of("annealed", latents.size, lambda at: sampler.block(latents, at, num, steps), size):
+        parts.append(part)
+        bar.update(len(part["log_z"]))
+    return Found(**joined(parts))
 
 
 class _Sampler:
@@ -75,14 +81,14 @@ class _Sampler:
     def __init__(self, latents: Latents, settings: Annealing, start: str, rows: int, compiled: bool):
         self.settings, self.start = settings, start
         self.kind: Start = kind_of(latents, start)
-        self.rows = observations_at_once(rows // settings.num_chains, latents.dim)
+        self.rows = power_of_two(observations_at_once(rows // settings.num_chains, latents.dim))
         # compiling takes longer than a few chunks do
         compiled = compiled and latents.size > MANY_CHUNKS * self.rows
         self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
         self.curve: Tensor | None = None
 
-    def starts(self, latents: Latents) -> Starts:
-        """Where the chains of some observations start."""
+    def starts(self, latents: Latents, before: int = 0) -> Starts:
+        """Where the chains of some observations start; ``before`` is the place of the first among all."""
         settings, parts = self.settings, []
         at_once = ELSEWHERE if self.start == "laplace" and self.num_climbs else 32
         rows = observations_at_once(
@@ -96,11 +102,11 @@ class _Sampler:
                 nothing = part.like.new_zeros(part.size, dtype=torch.float64)
                 places = torch.arange(part.size, device=nothing.device)
                 starts = Starts(places, coordinates_of(part, self.start), None, nothing, nothing + 64)
-            _check_ends(part, starts)
+            _check_ends(part, starts, before + first)
             parts.append(starts._replace(rows=starts.rows + first))
-        return joined(parts)
+        return all_starts(parts)
 
-    def pilot(self, latents: Latents) -> tuple[int, Tensor]:
+    def pilot(self, latents: Latents) -> Part:
         """How many temperatures T give most the error asked for, and step sizes that suit most, ``(T - 1,)``.
 
         Where there are many dimensions, and none of the observations has several modes, the others are spared climbs.
@@ -122,9 +128,14 @@ class _Sampler:
             found = self.round(latents, starts, betas, None, steps)
             wide = found.mc_se.nan_to_num(nan=math.inf).quantile(QUANTILE).item() / settings.error
             if wide <= 1 or num >= settings.most_temperatures:
-                middle = torch.cat(steps, 1).median(1).values
-                return num, middle
+                found = {"steps": torch.cat(steps, 1).median(1).values, "climbs": torch.tensor(self.num_climbs)}
+                return found if self.curve is None else found | {"curve": self.curve}
             num = min(settings.most_temperatures, math.ceil(num * (min(wide, 2) ** 2 if math.isfinite(wide) else 3)))
+
+    def use(self, pilot: Part) -> tuple[int, Tensor]:
+        """How many temperatures, and their step sizes, as a pilot has found them, whoever made it."""
+        self.num_climbs, self.curve = int(pilot["climbs"]), pilot.get("curve")
+        return len(pilot["steps"]) + 1, pilot["steps"]
 
     def ladder(self, latents: Latents, num: int) -> Tensor:
         """Temperatures from 0 to 1, ``(num + 1,)``: from afar, between which weights change as much."""
@@ -135,9 +146,10 @@ class _Sampler:
             betas = torch.lerp(self.curve[low], self.curve[low + 1], at - low)
         return betas.to(latents.like)
 
-    def block(self, latents: Latents, num: int, steps: Tensor) -> Found:
+    def block(self, everything: Latents, at: slice, num: int, steps: Tensor) -> Part:
         """Rounds with more and more temperatures for those observations that do not have the error asked for yet."""
-        settings, starts = self.settings, self.starts(latents)
+        latents = everything.select(at)
+        settings, starts = self.settings, self.starts(latents, at.start)
         found = self.round(latents, starts, self.ladder(latents, num), steps)
         found = found._replace(evaluations=found.evaluations + starts.evaluations)
         while num < settings.most_temperatures:
@@ -152,7 +164,7 @@ class _Sampler:
             first = Found(*(each[again] for each in found))
             more = _averaged(first, more, before / (before + num), 2 * settings.error)
             found = Found(*(a.index_copy(0, again, b) for a, b in zip(found, more, strict=True)))
-        return found
+        return found._asdict()
 
     def round(
         self, latents: Latents, starts: Starts, betas: Tensor, steps: Tensor | None, kept: list | None = None
@@ -237,7 +249,7 @@ def there_and_back(path: Path, betas: Tensor, steps: Tensor, num_chains: int) ->
     return log_z, torch.maximum(error * t_factor(num_chains - 1), apart / 4), acceptance
 
 
-def _check_ends(latents: Latents, starts: Starts) -> None:
+def _check_ends(latents: Latents, starts: Starts, first: int) -> None:
     """Refuse a posterior whose density does not fall on the way to infinity, where climbs have gone that way."""
     location, width = prior_location_and_width(latents)
     loc = starts.coordinates.loc
@@ -254,8 +266,8 @@ def _check_ends(latents: Latents, starts: Starts) -> None:
         at = far[runs[0]]
         name = latents.site_at(int(((loc[at] - location) / width).abs().argmax()))
         raise ContractError(
-            f"log p(x) of observation {int(starts.rows[at])} diverges: p(x, z) does not fall as site '{name}' goes to "
-            "the end of its support, so that there is no posterior"
+            f"log p(x) of observation {first + int(starts.rows[at])} diverges: p(x, z) does not fall as site '{name}' "
+            "goes to the end of its support, so that there is no posterior"
         )
 
 
@@ -283,7 +295,7 @@ def coordinates_of(latents: Latents, start: str) -> Coordinates:
     return diagonal(*(each.expand(latents.size, -1) for each in prior_location_and_width(latents)))
 
 
-def joined(parts: list[Starts]) -> Starts:
+def all_starts(parts: list[Starts]) -> Starts:
     """The starts of all parts, one after the other."""
     if len(parts) == 1:
         return parts[0]

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from pyro_vae.infer.evidence.blocks import Part, Work
 from pyro_vae.infer.evidence.chains import Path, evaluator
-from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
-from pyro_vae.infer.evidence.posterior import in_chunks
-from pyro_vae.infer.evidence.result import Evidence, concatenate, log_mean_of_groups, rounding
+from pyro_vae.infer.evidence.posterior import by_blocks
+from pyro_vae.infer.evidence.result import Evidence, as_part, from_part, log_mean_of_groups, rounding
 from pyro_vae.infer.evidence.rounds import coordinates_of, kind_of
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
@@ -30,6 +30,7 @@ def smc(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x) of each observation by sequential Monte Carlo (Del Moral, Doucet & Jasra 2006).
 
@@ -38,7 +39,7 @@ def smc(
     long as the particles at the start come near each; many dimensions are, where it says that it is not reliable.
 
     Args:
-        model, guide, memory, compiled, progress: see :func:`pyro_vae.annealed_importance_sampling`.
+        model, guide, memory, compiled, progress, work: see :func:`pyro_vae.annealed_importance_sampling`.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the particles.
 
@@ -50,12 +51,16 @@ def smc(
     Raises:
         ContractError: as :func:`pyro_vae.traces`, and if a site is discrete.
     """
-    results, evaluate = [], None
-    chunks = in_chunks(model, guide, data, settings.num_particles, memory, progress, "sequential Monte Carlo")
-    for latents, _ in chunks:
+    evaluate = None
+
+    def do(latents: Latents) -> Part:
+        nonlocal evaluate
         evaluate = evaluate or evaluator(latents, kind_of(latents, settings.start), compiled)
-        results.append(estimate(latents, settings, evaluate))
-    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
+        return as_part(estimate(latents, settings, evaluate))
+
+    name = "sequential Monte Carlo"
+    found, rows, blocks = by_blocks(model, guide, data, do, settings.num_particles, memory, progress, name, work)
+    return confirmed(model, guide, data, from_part(found), rows, blocks)
 
 
 @torch.no_grad()

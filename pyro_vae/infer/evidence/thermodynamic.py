@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
+from pyro_vae.infer.evidence.blocks import Part, Work
 from pyro_vae.infer.evidence.chains import Path, Start, evaluator
-from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.opinion import confirmed
-from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, contradicted, in_chunks, posterior_chains
-from pyro_vae.infer.evidence.result import Evidence, concatenate, rounding, t_factor
+from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, by_blocks, contradicted, posterior_chains
+from pyro_vae.infer.evidence.result import Evidence, as_part, from_part, rounding, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
 from pyro_vae.infer.evidence.tempered import pilot
 from pyro_vae.infer.programs import Program
@@ -86,6 +86,7 @@ def thermodynamic_integration(
     memory: int | None = None,
     compiled: bool = True,
     progress: bool = False,
+    work: Work | None = None,
 ) -> Evidence:
     """Estimate log p(x) of each observation by thermodynamic integration (Friel & Pettitt 2008).
 
@@ -101,7 +102,7 @@ def thermodynamic_integration(
     at equal distances by the standard deviation of U, as a pilot finds it, the same for all data of a chunk.
 
     Args:
-        model, guide, memory, compiled, progress: see :func:`pyro_vae.annealed_importance_sampling`.
+        model, guide, memory, compiled, progress, work: see :func:`pyro_vae.annealed_importance_sampling`.
         data: see :func:`pyro_vae.traces`; on the programs' device.
         settings: of the chains.
 
@@ -116,11 +117,17 @@ def thermodynamic_integration(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    results, tools = [], None
-    for latents, _ in in_chunks(model, guide, data, settings.num_chains, memory, progress, "thermodynamic"):
+    tools = None
+
+    def do(latents: Latents) -> Part:
+        nonlocal tools
         tools = tools or Tools.of(latents, settings, compiled)
-        results.append(estimate(latents, settings, tools))
-    return confirmed(model, guide, data, concatenate(results), rows_per_chunk(model, guide, data, memory))
+        return as_part(estimate(latents, settings, tools))
+
+    found, rows, blocks = by_blocks(
+        model, guide, data, do, settings.num_chains, memory, progress, "thermodynamic", work
+    )
+    return confirmed(model, guide, data, from_part(found), rows, blocks)
 
 
 class Tools(NamedTuple):
