@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import CheckpointError, check_at_least_one
 from pyro_vae.files import whole
+from pyro_vae.infer.parallel import Processes
 
 
 class Epoch(NamedTuple):
@@ -49,7 +50,8 @@ class Training(Protocol):
 
 
 class Callback:
-    """Something to do in a training: override what is needed. Callbacks are called in the order given."""
+    """Something to do in a training: override what is needed. Callbacks are called in the order given, and in each of
+    several processes; those of this library write in the first alone."""
 
     def load(self, training: Training) -> None:
         """Before anything else: put the training where it is to begin."""
@@ -113,7 +115,8 @@ class Checkpoint(Callback):
 
     Args:
         path: the file.
-        resume: go on from it if it exists. The trajectory is that of an uninterrupted run.
+        resume: go on from it if it exists. The trajectory is that of an uninterrupted run, but for its random numbers
+            where the number of processes is another.
         about: what the training is of, such as its data: written to the file, and compared with what a file says.
 
     Raises:
@@ -126,18 +129,11 @@ class Checkpoint(Callback):
         self.path, self.resume, self.about = Path(path), resume, dict(about or {})
 
     def load(self, training: Training) -> None:
-        if not (self.resume and self.path.exists()):
+        processes = Processes()
+        device = "cpu" if processes.grouped else next(training.module.parameters()).device
+        content = processes.from_first(lambda: self._read(device))
+        if content is None:
             return
-        device, file = next(training.module.parameters()).device, io.BytesIO(self.path.read_bytes())
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch writes checksums, and does not read them
-            file.seek(0)
-            content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
-            raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
-        if damaged:
-            raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is another")
         try:
             known = content.get("about", {}) if isinstance(content, dict) else {}
             for name, value in self.about.items():
@@ -147,7 +143,26 @@ class Checkpoint(Callback):
         except CheckpointError as error:
             raise CheckpointError(f"{self.path} {error}") from error
 
+    def _read(self, device: torch.device | str) -> Any:
+        """What the file holds; None if there is nothing to go on from."""
+        if not (self.resume and self.path.exists()):
+            return None
+        file = io.BytesIO(self.path.read_bytes())
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch writes checksums, and does not read them
+            file.seek(0)
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # unpickling the bytes of a stranger's file may raise anything
+            raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
+        if damaged:
+            raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is another")
+        return content
+
     def save(self, training: Training) -> None:
+        Processes().from_first(lambda: self._write(training))
+
+    def _write(self, training: Training) -> None:
         content = io.BytesIO()  # torch.save itself raises no OSError where a path cannot be written
         torch.save(training.state_dict() | {"about": self.about}, content)
         with whole(self.path) as partial:
@@ -156,7 +171,8 @@ class Checkpoint(Callback):
 
 class OnEpoch(Callback):
     """Call a function with the history so far, after each epoch and once when a training is resumed: for a log.
-    Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written.
+    Given after :class:`Checkpoint`, it is called when the epoch's checkpoint has been written. Of several processes the
+    first one calls it.
     """
 
     def __init__(self, function: Callable[[list[Epoch]], object]):
@@ -164,10 +180,13 @@ class OnEpoch(Callback):
 
     def start(self, training: Training) -> None:
         if training.history:
-            self.function(training.history)
+            self.save(training)
 
     def save(self, training: Training) -> None:
-        self.function(training.history)
+        def tell() -> None:
+            self.function(training.history)
+
+        Processes().from_first(tell)
 
 
 def best_epoch(history: Sequence[Epoch]) -> int:

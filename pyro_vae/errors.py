@@ -51,6 +51,10 @@ class RunError(Exception):
     """A user's mistake, told in one line."""
 
 
+class ProcessLost(RunError):
+    """Another process of a training that several share ended, or does not answer."""
+
+
 class MissingExtra(ModuleNotFoundError):
     """Packages are missing that an extra of this library brings."""
 

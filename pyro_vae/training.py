@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, OnEpoch
-from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, check_at_least_one
+from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, ProcessLost, check_at_least_one
 from pyro_vae.infer.batches import ADVICE, Watch, explained
 from pyro_vae.infer.checks import check_data, check_program
 from pyro_vae.infer.diagnostics import mean_log_weights
 from pyro_vae.infer.engines import Engine, PyroSVI
 from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.parallel import DataParallel, Processes
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.retreat import Retreat, Step
 from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor
@@ -182,6 +184,7 @@ class Training:
         self._stopped, self._watch = False, cast(Watch | None, None)
         self._recent: deque[tuple[int, Data]] = deque()
         self._num_recent = 0
+        self._processes = Processes()
 
     def stop(self) -> None:
         """End the training with the epoch that is done."""
@@ -201,6 +204,7 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "history": [tuple(row) for row in self.history],
             "kept": self.kept,
+            "processes": self._processes.size,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "mps_rng": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
@@ -225,6 +229,13 @@ class Training:
             raise CheckpointError(f"belongs to another model: {textwrap.shorten(str(error), 200)}") from error
         self.scheduler.load_state_dict(content["scheduler"])
         self.history = [Epoch(*row) for row in content["history"]]
+        before, now = content.get("processes", 1), self._processes.size
+        if before != now and self._processes.is_first:
+            warnings.warn(
+                f"the training goes on in {now} process{'es' * (now > 1)}, after {before}: it is the same but for its "
+                "random numbers",
+                stacklevel=2,
+            )
         self.kept = content["kept"] if "kept" in content else {"best_weights": content["best_weights"]}
         torch.set_rng_state(content["rng"].cpu())
         for index, rng in enumerate(content["cuda_rng"][: torch.cuda.device_count()]):
@@ -236,7 +247,10 @@ class Training:
         self, engine: Callable[..., Engine], loss: PyroELBO | Objective, callbacks: Sequence[Callback], progress: bool
     ) -> list[Epoch]:
         """Train to the end; return the history."""
+        processes = self._processes
         svi = engine(*self._programs, self.optimizer, loss)
+        if processes.grouped:
+            svi = DataParallel(svi, processes)
 
         def take(step: Step) -> object:
             if isinstance(loss, Objective):
@@ -247,25 +261,47 @@ class Training:
 
         for callback in callbacks:
             callback.load(self)
+        self._check_same(loss)
         for callback in callbacks:
             callback.start(self)
         retreat = Retreat(self.module, self.optimizer, self.scheduler, take, self._look)
         total, done = self.epochs * len(self.train), len(self.history) * len(self.train)
-        bar = tqdm(total=total, initial=done, disable=not progress, unit="step", desc="training")
+        hidden = not progress or not processes.is_first
+        bar = tqdm(total=total, initial=done, disable=hidden, unit="step", desc="training")
         with bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered (NaN|[+-]inf)")  # Pyro's; an error here, with more to say
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # engines do that
             while len(self.history) < self.epochs and not self._stopped:
-                self.history.append(row := self._epoch(svi, loss, retreat, bar))
+                self.history.append(row := self._epoch_of_all(svi, loss, retreat, bar))
                 for callback in callbacks:
                     callback.epoch(self)
                 for callback in callbacks:
                     callback.save(self)
+                self._stopped = processes.from_first(lambda: self._stopped)
                 elbos = {"train": f"{row.train_elbo:.2f}", "validation": f"{row.validation_elbo:.2f}"}
                 bar.set_postfix({"epoch": f"{row.epoch}/{self.epochs}"} | elbos)
         for callback in callbacks:
             callback.end(self)
         return self.history
+
+    def _check_same(self, loss: PyroELBO | Objective) -> None:
+        """Let all processes begin alike, or refuse to."""
+        settings = self._settings | {
+            "loss": type(loss).__name__,
+            "epochs": self.epochs,
+            "number of mini-batches": len(self.train),
+        }
+        self._processes.check_same(**settings, epoch=len(self.history), stopped=self._stopped)
+        self._processes.share(list(self.module.state_dict().values()))
+
+    def _epoch_of_all(self, svi: Engine, loss: PyroELBO | Objective, retreat: Retreat, bar: tqdm) -> Epoch:
+        """An epoch after which all processes have one row, the same weights and the same random numbers to come."""
+        processes, device = self._processes, next(self.module.parameters()).device
+        processes.share_randomness(device)
+        row = self._epoch(svi, loss, retreat, bar)
+        processes.share(list(self.module.buffers()))
+        processes.share(list(self.module.parameters()), near=True)
+        return processes.from_first(lambda: row)
 
     def _epoch(self, svi: Engine, loss: PyroELBO | Objective, retreat: Retreat, bar: tqdm) -> Epoch:
         """Train and evaluate for one epoch."""
@@ -274,7 +310,7 @@ class Training:
         retreat.begin((epoch - 1) * len(self.train))
         try:
             objective, rate = self._steps(svi, loss, retreat, bar)
-        except ContractError:  # a mini-batch was refused, after steps on a GPU that nobody waited for
+        except (ContractError, ProcessLost):  # refused late: steps on a GPU are not waited for
             retreat.to_a_copy()
             raise
         except NonFiniteError as error:
@@ -287,7 +323,7 @@ class Training:
                 validation_elbo = _validation_elbo(self._programs, self.validation)
                 if not math.isfinite(validation_elbo):
                     raise explained(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
-            train_elbo = mean_log_weights(*self._programs, (recent := self._last())).mean().item()
+            train_elbo = self._processes.mean(partial(mean_log_weights, *self._programs), recent := self._last())
             if not math.isfinite(train_elbo):
                 raise explained(self._programs, recent, f"the training ELBO is {train_elbo}")
         except NonFiniteError as error:
@@ -338,15 +374,16 @@ class Training:
             bar.update()
             if retreat.is_due:
                 watch.finish()
-                self._check_finite(total, retreat)
+                self._check_finite(sum(self._processes.gather(float(total))), retreat)
                 retreat.advance()
         if watch is None:
             raise ValueError(f"train gave no mini-batch in epoch {len(self.history) + 1}: is it an iterator, used up?")
         watch.finish()
+        total = sum(self._processes.gather(float(total)))
         self._check_finite(total, retreat)
-        return -float(total) / size, float(rate)
+        return -total / size, float(rate)
 
-    def _check_finite(self, total: float | Tensor, retreat: Retreat) -> None:
+    def _check_finite(self, total: float, retreat: Retreat) -> None:
         """A compiled step does not wait to see its loss, so that a NaN is found now and then."""
         if not math.isfinite(total) or not retreat.is_finite():
             what = "a training loss" if not math.isfinite(total) else "a gradient, or a moment of the optimizer,"
@@ -366,7 +403,7 @@ class Training:
         """The ELBO of what has been seen in this epoch, and of validation data; 0 of nothing."""
         seen = [self._last()] if self._recent else []
         seen += [] if self.validation is None else [self.validation]
-        return sum(_validation_elbo(self._programs, each) for each in seen)
+        return sum(mean_log_weights(*self._programs, each).mean().item() for each in seen)
 
     def _begin(self, batch: Data) -> Watch:
         """Check validation data, and in a training that is resumed the first mini-batch, in full."""
@@ -386,4 +423,4 @@ def _weights_of(step: int) -> str:
 
 
 def _validation_elbo(programs: tuple[Program, Program], data: Data) -> float:
-    return mean_log_weights(*programs, data).mean().item()
+    return Processes().mean(partial(mean_log_weights, *programs), data)

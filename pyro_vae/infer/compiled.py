@@ -105,6 +105,7 @@ class CompiledSVI:
     model = property(lambda self: self._steps.model, lambda self, it: self._change(model=it), doc="The model.")
     guide = property(lambda self: self._steps.guide, lambda self, it: self._change(guide=it), doc="The guide.")
     optim = property(lambda self: self._steps.optim, lambda self, it: self._change(optim=it), doc="The optimizer.")
+    steps = property(lambda self: self._steps, doc="The two halves of a step.")
 
     @property
     def loss(self) -> Callable[..., Any]:

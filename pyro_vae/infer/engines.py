@@ -1,6 +1,5 @@
 """Engines: stochastic variational inference, one gradient step at a time."""
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyro_vae.errors import NonFiniteError
 from pyro_vae.infer.steps import Loss, Steps
 
 
@@ -55,13 +53,12 @@ class PyroSVI:
         self.model, self.guide, self.optim = model, guide, optim
         self._steps = Steps(model, guide, optim, loss)
 
+    steps = property(lambda self: self._steps, doc="The two halves of a step.")
+
     def step(self, *args: object, **kwargs: object) -> float:
         """Take one gradient step, on observations ``(B, X)`` for example; return the loss in its own scale."""
         loss, params, gradients = self._steps.differentiate(args, kwargs)
-        # the largest entry, since squares of large ones overflow
-        if gradients and not torch.nn.utils.get_total_norm([each for _, each in gradients], math.inf).isfinite():
-            raise NonFiniteError("a gradient is NaN or infinite")
-        self._steps.update(params, gradients)
+        self._steps.update(params, gradients, finite=True)
         return tree_map_only(Tensor, float, loss)
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> float:

@@ -1,5 +1,6 @@
 """A step of stochastic variational inference as Pyro takes it, in its two halves: differentiate, and update."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
@@ -22,6 +23,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pyro_vae.errors import NonFiniteError
 from pyro_vae.infer.compiling import RoundedProducts
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.tracing import Collected
@@ -37,6 +39,8 @@ _PLAIN_FORM: dict[type, type] = {
 _HELD = "_held_by_an_optimizer_of_torch"
 
 Loss = PyroELBO | Objective | Callable[..., Any]
+Reduce = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
+"""``reduce(parameters, gradients)`` gives the gradients that are used instead; None where a parameter has none."""
 
 
 class Derivatives(NamedTuple):
@@ -94,13 +98,17 @@ class Steps:
         self._max_norm, self._own = max_norm, loss_and_grads
         self._precision: Literal["float32", "bfloat16"] = precision
         self._pyros = optim if isinstance(optim, PyroOptim) else None
+        self.reduce: Reduce | None = None
+        self._met: dict[str, Tensor] = {}
         self.passes = 0  # backward passes of the last loss whose gradients were collected
         self._zeros: dict[int, tuple[Tensor, int]] = {}
 
     def with_other(self, **parts: Any) -> "Steps":
         """The same with another model, guide or optimizer."""
         own: dict[str, Any] = {"model": self.model, "guide": self.guide, "optim": self.optim, "loss": self.loss} | parts
-        return Steps(**own, max_norm=self._max_norm, precision=self._precision, loss_and_grads=self._own)
+        other = Steps(**own, max_norm=self._max_norm, precision=self._precision, loss_and_grads=self._own)
+        other.reduce = self.reduce
+        return other
 
     @property
     def held(self) -> list[Tensor]:
@@ -155,8 +163,22 @@ class Steps:
                 return detached(cast(Any, self.loss).loss(self.model, self.guide, *args, **kwargs))
             return detached(self._called(args, kwargs))
 
-    def update(self, params: dict[str, Tensor], gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Let the optimizer step, with the gradients given on top of those that the tensors have."""
+    def update(
+        self, params: dict[str, Tensor], gradients: Sequence[tuple[Tensor, Tensor]], finite: bool = False
+    ) -> None:
+        """Let the optimizer step, with the gradients given on top of those that the tensors have.
+
+        Args:
+            finite: refuse gradients that are not.
+
+        Raises:
+            NonFiniteError: if so; nothing has been updated then.
+        """
+        if self.reduce is not None:
+            gradients = self._reduced(self.reduce, params, gradients)
+        # the largest entry, since squares of large ones overflow
+        if finite and gradients and not nn.utils.get_total_norm([each for _, each in gradients], math.inf).isfinite():
+            raise NonFiniteError("a gradient is NaN or infinite")
         for p, gradient in gradients:
             zeros, version = self._zeros.get(id(p), (None, 0))
             if p.grad is None or (zeros is not None and p.grad is zeros and zeros._version == version):
@@ -173,6 +195,25 @@ class Steps:
             cast(torch.optim.Optimizer, self.optim).step()
             for p in met:
                 p.grad = None
+
+    def update_without_data(self) -> None:
+        """The update of a step in which other processes alone have data."""
+        self.update(self._met, [])
+
+    def _reduced(
+        self, reduce: Reduce, params: dict[str, Tensor], gradients: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The gradients given, and those that Pyro has left, with what other processes have."""
+        self._met = params
+        met = self.held if self._pyros is None else list({id(p): p for _, p in sorted(params.items())}.values())
+        given = {id(p): gradient for p, gradient in gradients}
+        if self._pyros is not None:
+            for p in met:
+                if p.grad is not None:
+                    given[id(p)] = p.grad + given[id(p)] if id(p) in given else p.grad
+                    p.grad = None
+        found = reduce(met, [given.get(id(p)) for p in met])
+        return [(p, gradient) for p, gradient in zip(met, found, strict=True) if gradient is not None]
 
     def _zero(self, params: Iterable[Tensor]) -> None:
         """Gradients of zero, as Pyro leaves them; the same tensor each time, so that a known zero is not added."""
