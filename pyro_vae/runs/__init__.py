@@ -36,6 +36,7 @@ from pyro_vae.runs.directory import (
     write_weights,
     writing,
 )
+from pyro_vae.runs.evaluating import Scored, evaluate, evaluation_table, score
 from pyro_vae.runs.loading import (
     Finished,
     Run,
@@ -49,14 +50,10 @@ from pyro_vae.runs.loading import (
 )
 from pyro_vae.runs.parsing import parse, parser, settings_text
 from pyro_vae.runs.scoring import (
-    Scored,
     best,
-    evaluate,
-    evaluation_table,
     number,
     reliable,
     report_run,
-    score,
     score_test,
     some,
     some_images,

@@ -35,9 +35,10 @@ from pyro_vae.runs.directory import (
     write_text,
     writing,
 )
+from pyro_vae.runs.evaluating import settings_for
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
-from pyro_vae.runs.scoring import FEW_DOUBTED, settings_for, some_images
+from pyro_vae.runs.scoring import FEW_DOUBTED, some_images
 from pyro_vae.runs.settings import check_seed
 
 

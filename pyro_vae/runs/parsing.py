@@ -82,7 +82,8 @@ def parse(
         _refuse_empty(argv)
         argv = _joined(argv)
         run_dir, resume, files = _preview(argv)
-        if resume:
+        begins = getattr(config, "BEGINS", False)  # --resume goes on with what is there, or begins
+        if resume and not (begins and (run_dir is None or not (Path(run_dir) / "config.yaml").exists())):
             if run_dir is None:
                 raise RunError("--resume needs --run_dir, the directory of the run to go on with")
             saved = Path(run_dir) / "config.yaml"

@@ -3,9 +3,8 @@
 import hashlib
 import math
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import xarray as xr
@@ -13,105 +12,22 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Data, Schema, names_of
 from pyro_vae.data.images import ImageData
-from pyro_vae.errors import ContractError, RunError
+from pyro_vae.errors import ContractError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
-from pyro_vae.infer.evidence.annealed import annealed_importance_sampling, bidirectional_monte_carlo
-from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017
+from pyro_vae.infer.evidence.annealed import annealed_importance_sampling
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.opinion import contradicts
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate, pick
-from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
-from pyro_vae.infer.programs import Program
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
 from pyro_vae.parts.likelihoods import Likelihood
 from pyro_vae.runs.build import Model
 from pyro_vae.runs.directory import (
-    check_empty,
-    choose_device,
-    make_directory,
     noun_of,
-    provenance,
     table,
-    write_evidence,
-    write_json,
-    write_text,
-    writing,
 )
-from pyro_vae.runs.loading import Run, load_finished
-from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.reading import result_of
-from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
-from pyro_vae.runs.using import ESTIMATORS
-
-PUBLISHED = {"wu_2017": WU_2017, "cremer_2018": CREMER_2018}
-
-
-class Scored(NamedTuple):
-    """A finished evaluation: its directory, what is in ``result.json``, and estimates of each datum, by estimator.
-
-    Of bidirectional Monte Carlo the two estimates are ``lower`` and ``upper``.
-    """
-
-    path: Path
-    result: dict[str, Any]
-    evidence: dict[str, Evidence]
-
-
-def score(run: Run | Path | str, **settings: Any) -> Scored:
-    """Score a finished run, or that in a directory; settings are those of :class:`EvaluationSettings`, by name.
-
-    Raises:
-        RunError: for a mistake in the settings, or if the estimator cannot serve the model.
-    """
-    try:
-        return evaluate(EvaluationSettings(Path(run), **settings_for(run, settings)))
-    except (ValueError, TypeError) as error:
-        raise RunError(str(error)) from error
-
-
-def settings_for(run: Run | Path | str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by name: a run that was loaded without trust is scored without."""
-    return ({"trust": run.trust} if isinstance(run, Run) else {}) | settings
-
-
-def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
-    """Score a finished run as told by settings; ``text`` is the same as YAML, if the caller has it.
-
-    Raises:
-        RunError: if the estimator cannot serve the model, or there is anything where it would write.
-    """
-    text = settings_text(settings) if text is None else text
-    device = choose_device(settings.device)
-    bdmc = settings.estimator == "bdmc"
-    name = settings.name or ("bdmc" if bdmc else f"{settings.estimator}-{settings.split}")
-    run_dir = settings.run_dir or settings.run / "evaluations" / name
-    check_empty(run_dir, "--name or --run_dir")
-    vae, data = load_finished(settings.run, device, trust=settings.trust)
-    x, among = some_images(data, settings.split, settings.num_images)
-    make_directory(run_dir)
-    torch.manual_seed(settings.seed)
-    start = time.perf_counter()
-    try:
-        result, evidence = estimate(settings, vae.model, vae.guide, x)
-    except (ContractError, ValueError) as error:
-        raise RunError(f"--estimator {settings.estimator}: {error}") from error
-    result |= {
-        "run": str(settings.run),
-        "estimator": settings.estimator,
-        "split": "simulated" if bdmc else settings.split,
-        "num_images": len(among),
-        "unit": unit_of(vae, data.schema),
-        "seconds": time.perf_counter() - start,
-        "seed": settings.seed,
-        **provenance(device),
-    }
-    with writing(run_dir):
-        groups = {group: each.to_dataset(among) for group, each in evidence.items()}
-        write_text(run_dir / "config.yaml", text)
-        write_evidence(run_dir / "evidence.nc", groups)
-        write_json(run_dir / "result.json", result)
-    return Scored(run_dir, result, evidence)
+from pyro_vae.runs.settings import EvidenceSettings, Settings
 
 
 def some_images(data: Data, split: str, size: int | None) -> tuple[Any, Tensor]:
@@ -125,80 +41,10 @@ def some_images(data: Data, split: str, size: int | None) -> tuple[Any, Tensor]:
         return data.observe(among), among
 
 
-def estimate(
-    settings: EvaluationSettings, model: Program, guide: Program, x: Tree
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Entries of the JSON file, and evidence by group of the netCDF file."""
-    annealing = PUBLISHED[settings.published] if settings.published else settings.annealing
-    if settings.published and settings.annealing.num_temperatures:
-        annealing = replace(annealing, num_temperatures=settings.annealing.num_temperatures)
-    if settings.estimator in ("bdmc", "sandwich"):
-        enclose = bidirectional_monte_carlo if settings.estimator == "bdmc" else sandwich_of
-        sandwich = enclose(model, guide, x, annealing, progress=True)
-        width, error = sandwich.width()
-        lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
-        result = {"lower": lower, "upper": upper, "width": width, "width_se": error, "annealing": asdict(annealing)}
-        both = cast(Tensor, sandwich.lower.reliable) & cast(Tensor, sandwich.upper.reliable)
-        result |= _reliable_share(sandwich.lower._replace(reliable=both))
-        return result, {"lower": sandwich.lower, "upper": sandwich.upper}
-    if settings.estimator == "annealed":
-        evidence = annealed_importance_sampling(model, guide, x, annealing, progress=True)
-        how: dict[str, Any] = {"annealing": asdict(annealing), "acceptance": evidence.acceptance.mean().item()}
-        how |= _reliable_share(evidence)
-    elif settings.estimator != "importance":
-        evidence = ESTIMATORS[settings.estimator](model, guide, x, progress=True)
-        how = _reliable_share(evidence)
-    else:
-        evidence = importance_sampling(
-            model, guide, x, settings.num_samples, settings.proposal, settings.widening, progress=True
-        )
-        bad = evidence.share_bad_k()
-        how = {"num_samples": settings.num_samples, "proposal": settings.proposal, "widening": settings.widening}
-        how |= {"khat_threshold": pareto_k_threshold(settings.num_samples), "share_khat_above_threshold": bad}
-        how |= {"reliable": reliable(share_doubted(evidence))}
-    log_likelihood, over_images, monte_carlo = evidence.mean()
-    result = {"log_likelihood": log_likelihood, "log_likelihood_se": over_images, "mc_se": monte_carlo}
-    result |= {"shortfall": evidence.shortfall()}
-    return result | {"num_invalid": int(evidence.num_invalid.sum())} | how, {settings.estimator: evidence}
-
-
-def _reliable_share(evidence: Evidence) -> dict[str, Any]:
+def reliable_share(evidence: Evidence) -> dict[str, Any]:
+    """The share of data that passed every check, and whether that is enough for their mean to be believed."""
     share = cast(Tensor, evidence.reliable).double().mean().item()
     return {"share_reliable": share, "reliable": share >= 1 - FEW_DOUBTED}
-
-
-def evaluation_table(result: dict[str, Any]) -> str:
-    """The result of an evaluation as a short table."""
-    images = f"{noun_of(result)}s"
-    rows = [(f"{result['num_images']:,} {result['split']} {images}", result["unit"], "")]
-    if "width" in result:
-        whose = "the exact posterior" if result["split"] == "simulated" else "long posterior chains"
-        rows = [
-            *rows,
-            ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
-            ("upper", number(result["upper"]), f"annealed back from {whose}: high in expectation"),
-            ("width", number(result["width"]), f"+- {result['width_se']:.3f} over {images}"),
-        ]
-        if not result["reliable"]:
-            rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"], images)))
-    else:
-        believe = "another run would differ by this"
-        if "reliable" in result and result["reliable"] is None:
-            believe = "too few samples to tell whether it may be believed"
-        if result.get("reliable") is False and "share_reliable" in result:
-            believe = f"not to be believed: {unreliable(result['share_reliable'], images)}"
-        elif result.get("reliable") is False:
-            share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
-            believe = f"not to be believed: {share:.0%} of the {images} have a Pareto k above {threshold:.2f}"
-            believe = believe if share > MANY else MORE_ELSEWHERE
-        rows += [
-            (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),
-            ("  Monte Carlo error", number(result["mc_se"]), believe),
-            ("  low by about", number(result["shortfall"]), "in expectation, if that error may be believed"),
-            (f"  error over {images}", number(result["log_likelihood_se"]), f"other {images} would differ by this"),
-        ]
-    rows.append(("seconds", f"{result['seconds']:.0f}", ""))
-    return table(rows)
 
 
 def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
@@ -293,7 +139,7 @@ MANY = 0.1
 
 def share_doubted(evidence: Evidence) -> float | None:
     """The share of importance-sampled data that failed a check, of k or of a second opinion; None if k is not known."""
-    return None if evidence.share_bad_k() is None else 1 - _reliable_share(evidence)["share_reliable"]
+    return None if evidence.share_bad_k() is None else 1 - reliable_share(evidence)["share_reliable"]
 
 
 def reliable(share_bad_k: float | None) -> bool | None:

@@ -257,11 +257,17 @@ class EvaluationSettings:
         run_dir: directory to write, new or empty, in place of that one.
         trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
             pyro_vae.
+        resume: print the result where this evaluation is finished already, which is refused otherwise. One that was
+            interrupted is gone on with by the same command in any case.
+        workers: processes that share the blocks of data, each with one thread of the processor; null: as many as torch
+            has threads, on a GPU one. No digit depends on it.
     """
 
     DESCRIPTION: ClassVar[str] = EVALUATION
+    BEGINS: ClassVar[bool] = True
     MAIN: ClassVar[tuple[str, ...]] = (
         *("run", "estimator", "split", "num_images", "num_samples", "proposal", "seed", "device", "name", "run_dir"),
+        "workers",
     )
 
     run: Path
@@ -278,9 +284,13 @@ class EvaluationSettings:
     name: str | None = None
     run_dir: Path | None = None
     trust: bool = True
+    resume: bool = False
+    workers: int | None = None
 
     def __post_init__(self):
         as_paths(self, "run", "run_dir")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
         if self.num_samples < 1:
