@@ -4,19 +4,20 @@ Usage: pyro-vae study --contenders.NAME 'ARGUMENTS' --contenders.OTHER 'ARGUMENT
 
 Each contender is a line of arguments of pyro-vae train; differences of log p(x) are those to the first one. Runs are
 independent: --workers N does N at a time, and the same command, given again in other shells or as the tasks of an array
-of jobs, on this machine or on others that share the directory, shares the work. A run that fails does not stop the
-others; the same command with --resume runs it again.
+of jobs, on this machine or on others that share the directory, shares the work; --ray does the runs on a Ray cluster. A
+run that fails does not stop the others; the same command with --resume runs it again.
 """
 
 import csv
+import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import yaml
 
@@ -24,6 +25,8 @@ from pyro_vae.errors import RunError
 from pyro_vae.runs.build import make
 from pyro_vae.runs.directory import open_run, writing
 from pyro_vae.runs.parsing import parse, settings_text
+from pyro_vae.runs.ray_cluster import Cluster
+from pyro_vae.runs.ray_tasks import in_cluster
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.summaries import (
     Summary,
@@ -51,6 +54,10 @@ class StudySettings:
         run_dir: directory to write, new or empty; null: one under runs/, named by time.
         resume: go on with the interrupted study in --run_dir; what is finished is not run again.
         workers: runs at a time, each in a process of its own with its part of the processor's threads, at least 1.
+        ray: do the runs on a Ray cluster: one that is started on this machine, or at an address: auto, host:port or
+            ray://host:port.
+        cpus_per_run: of a node of the cluster, as many threads, at least 1.
+        gpus_per_run: of a node of the cluster; 0.5 lets two runs share one.
     """
 
     contenders: dict[str, str]
@@ -59,10 +66,12 @@ class StudySettings:
     run_dir: Path | None = None
     resume: bool = False
     workers: int = 1
+    ray: bool | str = False
+    cpus_per_run: int = 1
+    gpus_per_run: float = 0
 
     def __post_init__(self):
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        check_workers(self)
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
         if not self.contenders:
@@ -97,6 +106,9 @@ def study(
     run_dir: Path | str | None = None,
     resume: bool = False,
     workers: int = 1,
+    ray: bool | str = False,
+    cpus_per_run: int = 1,
+    gpus_per_run: float = 0,
 ) -> Study:
     """Run every contender with every seed, and compare each with the first.
 
@@ -107,13 +119,16 @@ def study(
         run_dir: directory to write, new or empty; None: one under runs/, named by time.
         resume: go on with the interrupted study in ``run_dir``; what is finished is not run again.
         workers: runs at a time, each in a process of its own with its part of the processor's threads, at least 1.
+        ray: do the runs on a Ray cluster: True, one that is started on this machine; or its address.
+        cpus_per_run, gpus_per_run: of a node of the cluster.
 
     Raises:
         RunError: for a mistake in the settings, or if the directory holds anything else.
     """
     given = cast(dict[str, str], dict(contenders))  # what stands for Settings there is only what a command line has
     try:
-        settings = StudySettings(given, common, seeds, None if run_dir is None else Path(run_dir), resume, workers)
+        place = None if run_dir is None else Path(run_dir)
+        settings = StudySettings(given, common, seeds, place, resume, workers, ray, cpus_per_run, gpus_per_run)
     except ValueError as error:
         raise RunError(str(error)) from error
     content = {"contenders": {}, "common": common, "seeds": seeds}
@@ -163,23 +178,69 @@ def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
     Raises:
         RunError: if runs failed, when all others are finished.
     """
-    shared = partial(_shared, settings, run_dir)
-    work = shared()
-    work.forget_failures()
-    try:
-        if settings.workers == 1:
-            work.work(tell=lambda name: print(f"\n=== {name}"))
-        else:
-            status = partial(_status, run_dir)
-            in_processes(shared, min(settings.workers, len(work.names)), partial(_log, run_dir), status)
-    except KeyboardInterrupt as interrupt:
-        hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
-        raise KeyboardInterrupt(hint) from interrupt
-    if failures := work.failures():
+    if failures := do_all(partial(_shared, settings), run_dir, settings):
         (first, reason), *others = failures.items()
         more = f"; {len(others)} more failed, see {run_dir / CLAIMS}/*.failed" if others else ""
         raise RunError(f"{first}: {reason}{more}; the same command with --run_dir {run_dir} --resume runs it again")
     return {name: [run_dir / _directory(name, s) for s in range(settings.seeds)] for name in settings.contenders}
+
+
+class Workers(Protocol):
+    """Who does the runs, as :class:`StudySettings` has it."""
+
+    @property
+    def workers(self) -> int: ...
+    @property
+    def ray(self) -> bool | str: ...
+    @property
+    def cpus_per_run(self) -> int: ...
+    @property
+    def gpus_per_run(self) -> float: ...
+
+
+def check_workers(settings: Workers) -> None:
+    """Refuse workers that cannot be.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if settings.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {settings.workers}")
+    if settings.cpus_per_run < 1:
+        raise ValueError(f"--cpus_per_run must be at least 1, got {settings.cpus_per_run}")
+    if not 0 <= settings.gpus_per_run < math.inf:
+        raise ValueError(f"--gpus_per_run must be at least 0 and finite, got {settings.gpus_per_run}")
+    if settings.gpus_per_run > 1 and settings.gpus_per_run % 1:
+        raise ValueError(f"--gpus_per_run above 1 must be a whole number, got {settings.gpus_per_run}")
+    if settings.ray and settings.workers > 1:
+        raise ValueError("--workers are processes on this machine, --ray is a cluster: choose one of them")
+    if not settings.ray and (settings.cpus_per_run, settings.gpus_per_run) != (1, 0):
+        raise ValueError("--cpus_per_run and --gpus_per_run are for --ray")
+
+
+def do_all(shared: Callable[[Path], Shared], run_dir: Path, who: Workers) -> dict[str, str]:
+    """Do all of a work in ``run_dir``, in this process, in several, or on a cluster.
+
+    Returns:
+        The reasons of what failed.
+
+    Raises:
+        KeyboardInterrupt: with a hint.
+    """
+    work = shared(run_dir)
+    work.forget_failures()
+    try:
+        if who.ray:
+            in_cluster(shared, run_dir, Cluster(who.ray, who.cpus_per_run, who.gpus_per_run))
+        elif who.workers == 1:
+            work.work(tell=lambda name: print(f"\n=== {name}"))
+        else:
+            workers = min(who.workers, len(work.names))
+            in_processes(partial(shared, run_dir), workers, partial(_log, run_dir), work.status)
+    except KeyboardInterrupt as interrupt:
+        hint = f"go on with the same command and --run_dir {shlex.quote(str(run_dir))} --resume"
+        raise KeyboardInterrupt(hint) from interrupt
+    return work.failures()
 
 
 def _directory(name: str, seed: int) -> str:
@@ -196,7 +257,10 @@ def _shared(settings: StudySettings, run_dir: Path) -> Shared:
         with _named(name):
             train(*_planned(settings, name, seed, run_dir / directory))
 
-    return Shared(run_dir, list(runs), do, lambda directory: (run_dir / directory / "result.json").exists())
+    def is_done(directory: str) -> bool:
+        return (run_dir / directory / "result.json").exists()
+
+    return Shared(run_dir, list(runs), do, is_done, partial(status, run_dir))
 
 
 def _log(run_dir: Path, directory: str) -> Path:
@@ -204,7 +268,7 @@ def _log(run_dir: Path, directory: str) -> Path:
     return run_dir / f"{directory}.log"
 
 
-def _status(run_dir: Path, directory: str) -> str:
+def status(run_dir: Path, directory: str) -> str:
     """How far a run is that another process works on."""
     try:
         *_, last = csv.DictReader((run_dir / directory / "metrics.csv").read_text().splitlines())

@@ -87,13 +87,23 @@ class Shared:
         names: of its parts, which are names of files too, in the order in which they are taken.
         do: does one of them; an error of one does not stop the others, and its reason is written to the directory.
         is_done: whether one of them is done, by whomever.
+        status: a few words on one that is on its way, for its line of progress.
+        plan: what has to be settled in the directory before one is done, there or elsewhere.
+        plans: the name of the file where that is written, of each part.
     """
 
     def __init__(
-        self, directory: Path, names: Sequence[str], do: Callable[[str], object], is_done: Callable[[str], bool]
+        self,
+        directory: Path,
+        names: Sequence[str],
+        do: Callable[[str], object],
+        is_done: Callable[[str], bool],
+        status: Callable[[str], str] = lambda name: "",
+        plan: Callable[[str], object] = lambda name: None,
+        plans: Callable[[str], str] | None = None,
     ):
         self.directory, self.names = directory, list(names)
-        self.do, self.is_done = do, is_done
+        self.do, self.is_done, self.status, self.plan, self.plans = do, is_done, status, plan, plans
 
     def open(self) -> list[str]:
         """What is neither done nor has failed."""
@@ -114,16 +124,31 @@ class Shared:
         while left := self.open():
             took = False
             for name in left:
-                with contextlib.suppress(Taken), claim(self.directory, name):
-                    took = True
-                    if name in self.open():  # it was not done in the meantime
-                        tell(name)
-                        self._try(name)
+                took = self.take(name, tell) or took
             if not took:
                 if not waiting:
                     print(f"waiting for other processes, which are at work on {', '.join(left)}")
                 waiting = True
                 time.sleep(0.5)
+
+    def take(self, name: str, tell: Callable[[str], object] = lambda name: None) -> bool:
+        """Do one part, unless somebody else is at it, which is what is returned, or it was done in the meantime."""
+        try:
+            with claim(self.directory, name):
+                if name in self.open():
+                    tell(name)
+                    self._try(name)
+        except Taken:
+            return False
+        return True
+
+    def files(self, name: str) -> list[str]:
+        """What somebody else needs, by names in the directory, to do a part, or to go on with it."""
+        return [name] if self.plans is None else [name, self.plans(name)]
+
+    def writes(self, name: str) -> list[str]:
+        """What a part writes, by names in the directory."""
+        return [name, f"{name}.log"]
 
     def _try(self, name: str) -> None:
         try:
@@ -131,14 +156,16 @@ class Shared:
         except Taken:
             raise
         except (RunError, NonFiniteError) as error:
-            self._failed(name, str(error))
+            self.fail(name, str(error))
         except Exception as error:
             traceback.print_exc()
-            self._failed(name, f"{type(error).__name__}: {error}")
+            self.fail(name, f"{type(error).__name__}: {error}")
 
-    def _failed(self, name: str, reason: str) -> None:
+    def fail(self, name: str, reason: str) -> None:
+        """Write why a part failed: nobody tries it again before failures are forgotten."""
         reason = " ".join(reason.split())
         print(f"{name} failed: {reason}", file=sys.stderr)
+        self._failure(name).parent.mkdir(parents=True, exist_ok=True)
         with whole(self._failure(name)) as partial:
             partial.write_text(reason, encoding="utf-8")
 
@@ -229,6 +256,26 @@ def _write_to(path: Path) -> None:
     with open_own(path) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Context: all that this process prints, and what its libraries do, goes to the end of a file.
+
+    Raises:
+        OSError: if there cannot be one.
+    """
+    before = {number: os.dup(number) for number in (1, 2)}
+    try:
+        _write_to(path)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, kept in before.items():
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _end_with_parent(parent: int) -> None:
