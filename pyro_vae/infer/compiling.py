@@ -81,23 +81,36 @@ class Compiled:
     Args:
         function: takes trees of tensors and gives tensors, or a tuple of them, without gradients; what else it reads
             must not change.
-        often: calls of one shape before it is compiled.
+        often: calls of one shape before it is compiled; infinite: never.
+        at_once: of the function's arguments, whether they are of a shape that is compiled at its first call.
     """
 
-    def __init__(self, function: Callable[..., Any], often: int = 100):
-        self.function, self.often = function, often
+    def __init__(
+        self, function: Callable[..., Any], often: float = 100, at_once: Callable[..., bool] = lambda *_: False
+    ):
+        self.function, self.often, self._at_once = function, often, at_once
         self._calls: Counter[tuple] = Counter()
         self._compiled: dict[tuple, Callable[..., Any]] = {}
+
+    def anew(self) -> "Compiled":
+        """The same, as if nothing had been called yet; graphs that were compiled are not compiled again.
+
+        Each part of an estimate begins so: rounding must not depend on what was computed before in this process.
+        """
+        other = Compiled(self.function, self.often, self._at_once)
+        other._compiled = self._compiled
+        return other
 
     def __call__(self, *args: Any) -> Any:
         tensors, given = tree_flatten(args)
         key = given, *map(likeness, tensors)
         self._calls[key] += 1
-        if self._calls[key] == self.often + 1:
-            self._compiled[key] = self._compile(tensors, given)
-        run = self._compiled.get(key)
         with torch.no_grad():
-            return self.function(*args) if run is None else run(*tensors)
+            if self._calls[key] <= self.often and not self._at_once(*args):
+                return self.function(*args)
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(tensors, given)
+            return self._compiled[key](*tensors)
 
     def _compile(self, tensors: list[Tensor], given: TreeSpec) -> Callable[..., Any]:
         def function(*tensors: Tensor) -> Any:

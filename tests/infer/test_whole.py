@@ -685,7 +685,7 @@ def test_a_guide_says_where_the_posterior_is():
 
     truth = stats.norm.logpdf(250, 0, math.hypot(100, 0.01)) + math.log(0.01 * math.sqrt(2 * math.pi))
     found = model_evidence(model, double(250.0), guide=guide, settings=Annealing(64, 8, "guide", num_checked=0))
-    assert agrees(found, truth)
+    assert agrees(found, truth, most=0.1)
 
 
 def test_modules_and_parameters_are_taken_as_they_are():

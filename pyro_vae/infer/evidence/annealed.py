@@ -12,9 +12,9 @@ from pyro_vae.infer.checks import check_parts, check_program
 from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
-from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
-from pyro_vae.infer.evidence.chains import Path, Start, anneal, evaluator, warm_up
-from pyro_vae.infer.evidence.importance import rows_per_chunk
+from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
+from pyro_vae.infer.evidence.chains import Path, Start, anew, anneal, evaluator, warm_up
+from pyro_vae.infer.evidence.importance import WORTH, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost, observations_at_once
 from pyro_vae.infer.evidence.opinion import check_start, checked
 from pyro_vae.infer.evidence.result import Evidence, as_part, concatenate, from_part, rounding, t_factor
@@ -271,18 +271,22 @@ class Paths:
     def __init__(self, latents: Latents, settings: Annealing, rows: int, compiled: bool, blocks: Blocks):
         self._settings = settings
         self._kind: Start = kind_of(latents, settings.start)
-        self._evaluate = evaluator(latents, self._kind, compiled)
         self._at_once = observations_at_once(rows, latents.dim)
         self._size = power_of_two(rows // settings.num_chains)
+        self._evaluate = evaluator(latents, self._kind, compiled)
         num = settings.num_temperatures
         if num is None:
             with blocks.apart("few"):
                 few = latents.select(torch.randperm(latents.size)[:32].to(latents.like.device))
             num = int(blocks.once("pilot", lambda: {"num": torch.tensor(_pilot(self._path(few), settings))})["num"])
         self.betas = settings.temperatures(num).to(latents.like)
+        whole = min(self._size, self._at_once, BLOCK)
+        many = num * settings.num_leapfrogs * (latents.size // whole) > WORTH
+        self._evaluate = evaluator(latents, self._kind, compiled, whole if many else 0)
 
     def of(self, latents: Latents) -> Iterator[tuple[Path, Tensor]]:
         """For each chunk of observations its path, and step sizes ``(T - 1, B)`` of its own."""
+        self._evaluate = anew(self._evaluate)
         for first in range(0, latents.size, self._at_once):
             whole = self._path(latents.select(slice(first, first + self._at_once)))
             for start in range(0, whole.latents.size, self._size):

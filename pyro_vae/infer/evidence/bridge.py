@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import evaluator
+from pyro_vae.infer.evidence.chains import anew, evaluator
 from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import (
@@ -72,10 +72,10 @@ def bridge_sampling(
     """
     tools = None
 
-    def do(latents: Latents) -> Part:
+    def do(latents: Latents, _: int) -> Part:
         nonlocal tools
         tools = tools or Tools.of(latents, compiled)
-        return as_part(estimate(latents, settings, tools))
+        return as_part(estimate(latents, settings, Tools(*map(anew, tools))))
 
     chains, draws, name = settings.num_chains, settings.num_draws, "bridge sampling"
     found, rows, blocks = by_blocks(model, guide, data, do, chains, memory, progress, name, work, draws)

@@ -136,10 +136,31 @@ class Path:
         return State(*chosen), probability.mean(0)
 
 
-def evaluator(latents: Latents, start: Start, compiled: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """What evaluates both ends of the path for :class:`Path`, for any data of the same programs."""
-    evaluate = partial(_evaluate, latents, start)
-    return Compiled(evaluate) if compiled else evaluate
+Evaluate = Callable[..., tuple[Tensor, ...]]
+"""What :func:`evaluator` gives."""
+
+
+def evaluator(latents: Latents, start: Start, compiled: bool, rows: int = 0, often: float = 100) -> Evaluate:
+    """What evaluates both ends of the path for :class:`Path`, for any data of the same programs.
+
+    Args:
+        latents: of any of the data.
+        start: see :class:`Path`.
+        compiled: whether what is called often is compiled.
+        rows: of a chunk that is compiled at its first call, since there are many of its size.
+        often: calls of others before they are.
+    """
+    return in_graphs(partial(_evaluate, latents, start), compiled, rows, often)
+
+
+def in_graphs(function: Evaluate, compiled: bool, rows: int, often: float = 100) -> Evaluate:
+    """A function whose first argument is e, ``(C, B, D)``, compiled where B is ``rows``, or its shape comes often."""
+    return Compiled(function, often, lambda e, *_: e.shape[1] == rows) if compiled else function
+
+
+def anew(evaluate: Any) -> Any:
+    """The same function for another part of an estimate, see :meth:`Compiled.anew`."""
+    return evaluate.anew() if isinstance(evaluate, Compiled) else evaluate
 
 
 @torch.enable_grad()

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import seen_entries
-from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.evidence.annealed import DEFAULTS, FEWEST, annealed_importance_sampling, step_sizes
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, named, power_of_two
-from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, resample
+from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, in_graphs, resample
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.result import Evidence, rounding
@@ -154,8 +153,11 @@ def _chained(
     pair = latents.of((latents.data, whole))
     size = power_of_two(min(BLOCK, rows // settings.num_chains))
     compiled = compiled and latents.size > 4 * size  # compiling takes longer than a few chunks do
-    evaluate = partial(_evaluate, latents)
-    evaluates = evaluator(latents, "normal", compiled), Compiled(evaluate) if compiled else evaluate
+    whole = min(size, BLOCK)
+    evaluates = (
+        evaluator(latents, "normal", compiled, whole, math.inf),
+        in_graphs(partial(_evaluate, latents), compiled, whole, math.inf),
+    )
 
     def estimate(among: slice) -> Part:
         part = latents.select(among)

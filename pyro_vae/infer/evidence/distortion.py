@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.chains import Path, anew, evaluator
 from pyro_vae.infer.evidence.posterior import by_blocks
 from pyro_vae.infer.evidence.result import mean_and_errors, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
@@ -143,10 +143,10 @@ def rate_distortion(
         raise ValueError(f"betas must be positive and ascending, got {at.tolist()}")
     evaluate = None
 
-    def do(latents: Latents) -> Part:
+    def do(latents: Latents, _: int) -> Part:
         nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "prior", compiled)
-        _, *fields = estimate(latents, at, settings, evaluate)
+        _, *fields = estimate(latents, at, settings, anew(evaluate))
         return {str(i): field.movedim(-1, 0) for i, field in enumerate(fields)}
 
     name = "rate and distortion"

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Literal, cast
 
 import pyro.distributions as dist
@@ -32,6 +32,8 @@ CHUNK = {"cpu": 2**27, "cuda": 2**30}
 """Bytes that the intermediate results of one chunk may take, on each kind of device."""
 SAMPLES_PER_CHUNK = 64
 """Samples of one observation scored together: enough that the encoder, run once per chunk, costs next to nothing."""
+WORTH = 200
+"""Calls of one shape from which on it is compiled at the first."""
 
 
 Draw = Callable[[Data], Iterator[Callable[[int], Tensor]]]
@@ -107,9 +109,11 @@ def importance_sampling(
             rows = rows_per_chunk(model, guide, data, memory)
         samples = min(num_samples, max(SAMPLES_PER_CHUNK, rows // BLOCK), rows)
         size = power_of_two(rows // samples)
-        draw = _from_guide(model, guide, size, compiled)
+        many = (num_samples // samples) * (data_size(data) // min(size, BLOCK)) > WORTH
+        graphs = partial(_Graphs, samples, min(size, BLOCK) if many else 0, compiled)
+        draw = _from_guide(model, guide, size, graphs)
         if proposal == "laplace":
-            draw = _from_laplace(model, guide, data, rows, size, widening, df, compiled)
+            draw = _from_laplace(model, guide, data, rows, size, widening, df, graphs)
         total = num_samples * data_size(data)
         bar = tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)")
 
@@ -154,19 +158,27 @@ def _collapsed(guide: Program, data: Data, size: int) -> Tensor:
     return torch.cat(found)
 
 
-def _from_guide(model: Program, guide: Program, size: int, compiled: bool) -> Draw:
+def _from_guide(model: Program, guide: Program, size: int, graphs: "Callable[..., _Graphs]") -> Draw:
     """Log-weights of draws of the guide."""
-    weigh = _per_number(lambda num_samples, data: log_weights(model, guide, data, num_samples), compiled)
+    weigh = graphs(lambda num_samples, data: log_weights(model, guide, data, num_samples))
 
     def draw(block: Data) -> Iterator[Callable[[int], Tensor]]:
+        weigh.begin()
         for part in split(block, size):
-            yield lambda num_samples, part=part: weigh(num_samples)(part)
+            yield lambda num_samples, part=part: weigh(num_samples, part)
 
     return draw
 
 
 def _from_laplace(
-    model: Program, guide: Program, data: Data, rows: int, size: int, widening: float, df: float | None, compiled: bool
+    model: Program,
+    guide: Program,
+    data: Data,
+    rows: int,
+    size: int,
+    widening: float,
+    df: float | None,
+    graphs: "Callable[..., _Graphs]",
 ) -> Draw:
     """The same of Laplace approximations, which are made of as many observations at once as memory allows."""
     latents = Latents(model, guide, select(data, slice(1)))
@@ -180,23 +192,48 @@ def _from_laplace(
         e = base.sample((num_samples, len(coordinates[0])))
         return whitened_log_joint(latents.of(data), Coordinates(*coordinates), e) - base.log_prob(e)
 
-    weigh = _per_number(weights, compiled)
+    weigh = graphs(weights)
     at_once = observations_at_once(rows // 3, latents.dim)  # a gradient keeps what a forward pass would drop
 
     def draw(block: Data) -> Iterator[Callable[[int], Tensor]]:
+        weigh.begin()
         for part in split(block, at_once):
             approximation = laplace_approximation(latents.of(part))
             for first in range(0, data_size(part), size):
                 among = slice(first, first + size)
                 given = select(part, among), *approximation.select(among)
-                yield lambda num_samples, given=given: weigh(num_samples)(*given)
+                yield lambda num_samples, given=given: weigh(num_samples, *given)
 
     return draw
 
 
-def _per_number(function: Callable[..., Tensor], compiled: bool) -> Callable[[int], Callable[..., Tensor]]:
-    """The function of tensors for each number of samples, which is a part of its shape."""
-    return cache(lambda k: Compiled(partial(function, k)) if compiled else partial(function, k))
+class _Graphs:
+    """A function of a number of samples, which is a part of its shape, and of tensors.
+
+    Args:
+        samples: of a call that is compiled at once, if it is of ...
+        rows: as many data.
+        compiled: whether what is called often is compiled.
+        function: called as ``function(num_samples, data, *tensors)``.
+    """
+
+    def __init__(self, samples: int, rows: int, compiled: bool, function: Callable[..., Tensor]):
+        self._whole, self._compiled, self._function = (samples, rows), compiled, function
+        self._of: dict[int, Compiled] = {}
+
+    def begin(self) -> None:
+        """A block of data: see :meth:`Compiled.anew`."""
+        self._of = {number: each.anew() for number, each in self._of.items()}
+
+    def __call__(self, num_samples: int, data: Data, *tensors: Tensor) -> Tensor:
+        if not self._compiled:
+            return self._function(num_samples, data, *tensors)
+        if num_samples not in self._of:
+            self._of[num_samples] = Compiled(
+                partial(self._function, num_samples),
+                at_once=lambda data, *_: (num_samples, data_size(data)) == self._whole,
+            )
+        return self._of[num_samples](data, *tensors)
 
 
 def rows_per_chunk(model: Program, guide: Program, data: Data, memory: int | None) -> int:
@@ -214,8 +251,8 @@ def rows_per_chunk(model: Program, guide: Program, data: Data, memory: int | Non
         raise ValueError(f"memory must be at least 1 byte, got {memory}")
     if memory is not None and memory < each * rows:
         warnings.warn(
-            f"a chunk of {rows} draws takes about {each * rows / 2**20:.0f} MiB, whatever memory= says: numbers do not "
-            "depend on it",
+            f"memory={memory} is less than a chunk takes, {rows} draws of about {each} bytes: chunks are of one size, "
+            "so that numbers do not depend on memory",
             stacklevel=3,
         )
     return rows

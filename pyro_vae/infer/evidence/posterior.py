@@ -30,9 +30,9 @@ from pyro_vae.infer.trees import Data, data_size, split
 
 RUN_AWAY = 3.0
 """Chains that stay further out than this, in units of the prior's width, are asked whether they run away."""
-
-
 PRIOR_DRAWS = 1024
+MANY_CHUNKS = 4
+"""Chunks of observations from which on it is worth compiling for the first."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def by_blocks(
     model: Program,
     guide: Program,
     data: Data,
-    estimate: Callable[[Latents], Part],
+    estimate: Callable[[Latents, int], Part],
     num_chains: int,
     memory: int | None,
     progress: bool,
@@ -120,6 +120,7 @@ def by_blocks(
     """What ``estimate`` says of as many observations at a time as a chunk holds, for all of them.
 
     Args:
+        estimate: of some observations; it is also told how many of them a chunk holds, if there are many chunks.
         num_chains: of each observation.
         draws: how many draws of each chain are kept.
         model, guide, data, memory, progress, work: see :func:`pyro_vae.importance_sampling`.
@@ -138,6 +139,7 @@ def by_blocks(
         kept = 4 * draws * num_chains * latents.dim * latents.like.element_size()  # with what is made of them
         size = min(size, CHUNK["cuda" if latents.like.is_cuda else "cpu"] // kept)
     size = power_of_two(size)
+    whole = size if latents.size > MANY_CHUNKS * size else 0
 
     def do(at: slice) -> Part:
         found = []
@@ -145,7 +147,7 @@ def by_blocks(
             some = latents.select(slice(first, min(first + size, at.stop)))
             check_part(model, guide, some.data, False, first)
             check_start(some, first)
-            found.append(estimate(some))
+            found.append(estimate(some, whole))
         return joined(found)
 
     parts, bar = [], tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)

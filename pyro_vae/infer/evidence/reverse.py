@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_vae.infer.evidence.annealed import Paths, Sandwich, as_bounds, enclosed, from_bounds
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.blocks import Blocks, Part, Work
-from pyro_vae.infer.evidence.chains import evaluator
+from pyro_vae.infer.evidence.chains import anew, evaluator
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, by_blocks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence
@@ -61,10 +61,10 @@ def sandwich(
     """
     evaluate = None
 
-    def do(latents: Latents) -> Part:
+    def do(latents: Latents, _: int) -> Part:
         nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "normal", compiled)
-        return as_bounds(*estimate(latents, settings, chains, evaluate, compiled))
+        return as_bounds(*estimate(latents, settings, chains, anew(evaluate), compiled))
 
     most = max(settings.num_chains, chains.num_chains)
     found, rows, blocks = by_blocks(model, guide, data, do, most, memory, progress, "sandwich", work, chains.num_draws)

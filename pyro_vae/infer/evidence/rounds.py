@@ -82,9 +82,11 @@ class _Sampler:
         self.settings, self.start = settings, start
         self.kind: Start = kind_of(latents, start)
         self.rows = power_of_two(observations_at_once(rows // settings.num_chains, latents.dim))
-        # compiling takes longer than a few chunks do
+        # compiling takes longer than a few chunks do, and than what is left over
         compiled = compiled and latents.size > MANY_CHUNKS * self.rows
-        self.evaluate, self.num_climbs = evaluator(latents, self.kind, compiled), settings.num_climbs
+        whole = min(self.rows, observations_at_once(BLOCK, latents.dim))
+        self.evaluate = evaluator(latents, self.kind, compiled, whole, math.inf)
+        self.num_climbs = settings.num_climbs
         self.curve: Tensor | None = None
 
     def starts(self, latents: Latents, before: int = 0) -> Starts:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, evaluator
+from pyro_vae.infer.evidence.chains import Path, anew, evaluator
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.posterior import by_blocks
@@ -53,10 +53,10 @@ def smc(
     """
     evaluate = None
 
-    def do(latents: Latents) -> Part:
+    def do(latents: Latents, whole: int) -> Part:
         nonlocal evaluate
-        evaluate = evaluate or evaluator(latents, kind_of(latents, settings.start), compiled)
-        return as_part(estimate(latents, settings, evaluate))
+        evaluate = evaluate or evaluator(latents, kind_of(latents, settings.start), compiled, whole)
+        return as_part(estimate(latents, settings, anew(evaluate)))
 
     name = "sequential Monte Carlo"
     found, rows, blocks = by_blocks(model, guide, data, do, settings.num_particles, memory, progress, name, work)

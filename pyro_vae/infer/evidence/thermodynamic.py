@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, Start, evaluator
+from pyro_vae.infer.evidence.chains import Path, Start, anew, evaluator
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, by_blocks, contradicted, posterior_chains
@@ -119,10 +119,10 @@ def thermodynamic_integration(
     """
     tools = None
 
-    def do(latents: Latents) -> Part:
+    def do(latents: Latents, _: int) -> Part:
         nonlocal tools
         tools = tools or Tools.of(latents, settings, compiled)
-        return as_part(estimate(latents, settings, tools))
+        return as_part(estimate(latents, settings, Tools(*map(anew, tools))))
 
     found, rows, blocks = by_blocks(
         model, guide, data, do, settings.num_chains, memory, progress, "thermodynamic", work
