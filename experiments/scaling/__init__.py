@@ -1,0 +1,1 @@
+"""How seconds and memory grow, with the data, with the model, and with the number of workers."""
