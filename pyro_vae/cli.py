@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
 
 if TYPE_CHECKING:
-    from pyro_vae.runs import Classified, Comparison, Run, Scored, Study
+    from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
     from pyro_vae.runs.new_data import Done
 
 USAGE = """usage: pyro-vae COMMAND [options]
@@ -25,7 +25,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   reconstruct, impute    E[x given z] of new data, or values for what was not seen of them
   sample     draws of x
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
-  study      the same run for several contenders and seeds, and their differences
+  study      the same run for several contenders and seeds, and their differences; --search: for settings to be found
 
 pyro-vae COMMAND --help shows the options that matter first, --help.all every one."""
 
@@ -113,10 +113,13 @@ def compare(argv: Sequence[str] | None = None) -> "Comparison":
     return compared
 
 
-def study(argv: Sequence[str] | None = None) -> "Study":
-    """Run the study of the contenders that ``argv`` names."""
+def study(argv: Sequence[str] | None = None) -> "Study | Search":
+    """Run the study of the contenders that ``argv`` names, or with ``--search`` the search."""
     from pyro_vae import runs
 
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word.partition("=")[0] == "--search" for word in argv):
+        return runs.run_search(argv, prog="pyro-vae study")
     done = runs.run_study(runs.StudySettings, argv, "study", prog="pyro-vae study")
     runs.report_study(done, "log p(x) of each contender, minus that of the first")
     return done

@@ -58,6 +58,7 @@ from pyro_vae.runs.scoring import (
     some,
     some_images,
 )
+from pyro_vae.runs.searching import Search, SearchSettings, run_search, search
 from pyro_vae.runs.settings import (
     EvaluationSettings,
     EvidenceSettings,
@@ -94,6 +95,8 @@ __all__ = [
     "Run",
     "RunError",
     "Scored",
+    "Search",
+    "SearchSettings",
     "Settings",
     "Study",
     "StudySettings",
@@ -141,9 +144,11 @@ __all__ = [
     "report_run",
     "report_study",
     "run_classification",
+    "run_search",
     "run_study",
     "score",
     "score_test",
+    "search",
     "settings_text",
     "slug",
     "some",

@@ -155,16 +155,16 @@ def _run(settings: StudySettings, text: str, name: str) -> Study:
         with _named(contender):
             make("objective", _planned(settings, contender, 0)[0].objective)
     # the same command may be given in several shells: all but the first find the study there
-    open_run(run_dir, text, settings.resume or _holds(run_dir, text))
+    open_run(run_dir, text, settings.resume or holds(run_dir, text))
     directories = run_all(settings, run_dir)
     return Study(settings, run_dir, directories, summarize(directories))
 
 
-def _holds(run_dir: Path, text: str) -> bool:
-    """Whether the directory holds this very study, on its way."""
+def holds(run_dir: Path, text: str) -> bool:
+    """Whether the directory holds this very study, on its way, or finished by others in the meantime."""
     saved = run_dir / "config.yaml"
     try:
-        return not (run_dir / "result.json").exists() and yaml.safe_load(saved.read_text()) == yaml.safe_load(text)
+        return yaml.safe_load(saved.read_text()) == yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False  # what is wrong with it is told where it is opened
 

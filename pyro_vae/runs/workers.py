@@ -170,7 +170,12 @@ class Shared:
             partial.write_text(reason, encoding="utf-8")
 
     def _failure(self, name: str) -> Path:
-        return self.directory / CLAIMS / f"{name}.failed"
+        return failure(self.directory, name)
+
+
+def failure(directory: Path, name: str) -> Path:
+    """Where it is written why a part of a work has failed, if it has."""
+    return directory / CLAIMS / f"{name}.failed"
 
 
 WIDTH = 200
