@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -40,12 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
         elif argv[0] in commands:
+            _check_alone(argv[0])
             commands[argv[0]](argv[1:])
         else:
             raise RunError(f"unknown command {argv[0]}: choose {', '.join(commands)}")
 
     with _working_directory_searched():
         guarded(run)
+
+
+def _check_alone(command: str) -> None:
+    """Refuse to do the same several times."""
+    if command != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        raise RunError(f"torchrun is for train: call {command} without it")
 
 
 @contextlib.contextmanager
@@ -134,6 +142,8 @@ def guarded(command: Callable[[], object]) -> None:
             command()
     except (RunError, NonFiniteError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends the others when one has ended: not before they say why
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)

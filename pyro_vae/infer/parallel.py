@@ -5,6 +5,7 @@ pass and the optimizer's step stands one sum over processes, of all gradients in
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -65,6 +66,12 @@ class Processes:
             if error is not None and outcome[0]:
                 raise type(error)(f"process {rank}: {error}")
         return _opened(outcome)
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """As :meth:`all`, the first process before the others, which find what it has fetched."""
+        first = self.all(lambda: [function()] if self.is_first else [])
+        others = self.all(lambda: [] if self.is_first else [function()])
+        return [*first, *others][0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
@@ -185,8 +192,8 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ProcessLost(f"another process of this training ended, or does not answer ({reason[:120]})") from error
+        reason = " ".join(re.sub(r"\[\S+:\d+\]", "", str(error)).split())  # without the lines of torch's own source
+        raise ProcessLost(f"another process of this training ended, or does not answer ({reason[:200]})") from error
 
 
 def _index(device: torch.device) -> int:

@@ -1,7 +1,9 @@
 """Training runs: from settings to a directory with a trained and scored model."""
 
+import contextlib
 import inspect
 import shlex
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -15,13 +17,14 @@ from pyro.infer import ELBO
 from torch import nn
 
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
-from pyro_vae.data.datasets import Data
+from pyro_vae.data.datasets import Data, Source
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.tables import densities
-from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, RunError
+from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, ProcessLost, RunError
 from pyro_vae.infer.compiled import CompiledSVI
 from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
+from pyro_vae.infer.parallel import Processes
 from pyro_vae.infer.trees import call, data_size, select
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer
 from pyro_vae.runs import figures
@@ -47,6 +50,7 @@ from pyro_vae.runs.directory import (
     write_weights,
     writing,
 )
+from pyro_vae.runs.launched import check_same, device_of, launched, leave
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.memory import check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
@@ -62,6 +66,9 @@ WORTH_COMPILING = 5000
 def train(settings: Settings, text: str | None = None) -> Run:
     """Train the run of ``settings``, score it and draw it; one that is finished is only reported.
 
+    Of several processes that torchrun has started, all train, and the first writes the run and scores it; in the others
+    this ends the process, with status 0, when there is no more to train.
+
     Args:
         settings: of the run, made in Python or read from a command line.
         text: the same as YAML, if the caller has it; otherwise it is written from ``settings``.
@@ -73,44 +80,85 @@ def train(settings: Settings, text: str | None = None) -> Run:
     _refuse_image_shape(text)
     dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
     objective = make("objective", settings.objective)
-    run_dir = Path(settings.run_dir or Path("runs") / f"{type(dataset).__name__}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    check_run_dir(run_dir, text, settings.resume, _reread)
-    if (run_dir / "result.json").exists():
+    with launched(settings.device) as processes:
+        check_same(processes, dict(_flat(yaml.safe_load(text), "--")))
+        now = Path("runs") / f"{type(dataset).__name__}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path(settings.run_dir or processes.from_first(lambda: now))
+        processes.from_first(lambda: check_run_dir(run_dir, text, settings.resume, _reread))
+        finished = processes.from_first((run_dir / "result.json").exists)
+        if not finished:
+            torch.manual_seed(settings.seed)
+            data, vae = _begin(settings, text, dataset, objective, run_dir, processes)
+            try:
+                with contextlib.ExitStack() as mine:
+                    processes.from_first(lambda: bool(mine.enter_context(alone(run_dir))))
+                    history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
+                    leave()
+                    if processes.is_first:
+                        _score(settings, dataset, vae, data, history, run_dir)
+            except KeyboardInterrupt as interrupt:
+                if not processes.is_first:
+                    sys.exit(130)  # the first one says it
+                raise KeyboardInterrupt(resume_hint(run_dir, processes.size)) from interrupt
+            except ProcessLost as error:
+                raise RunError(f"{error}; {resume_hint(run_dir, processes.size)}") from error
+            except OSError as error:
+                raise RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
+    if not processes.is_first:
+        sys.exit(0)
+    if finished:
         print("This run is finished; its result:")
-        report_run(run_dir)
-        return load(run_dir)
-
-    device = choose_device(settings.device, scores=False)
-    torch.manual_seed(settings.seed)
-    if settings.resume:
-        find_again(run_dir, dataset)
-    data = load_dataset(dataset, device, settings.conditions)
-    if settings.resume:
-        check_same_data(run_dir, dataset, data, "--resume: ")
-    vae = prepare(settings, data, objective)
-    open_run(run_dir, text, settings.resume, _reread)
-    if not settings.resume:
-        with writing(f"--run_dir {run_dir}"):
-            remember(run_dir, dataset, data)
-    num_parameters = sum(p.numel() for p in vae.parameters())
-    numbers = f"{data.num_train:,} training, {data_size(data.validation):,} validation, {data_size(data.test):,} test"
-    print(
-        f"{data.title}: {numbers} {data.schema.noun}s on {device}\n"
-        f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
-    )
-    try:
-        with alone(run_dir):
-            history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
-            if device.type == "mps":  # has no double precision
-                print("scoring on the CPU, in double precision, which mps lacks")
-                vae, data = vae.cpu(), load_dataset(dataset, "cpu", settings.conditions)
-            finish(settings, vae.eval(), data, history, run_dir)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(resume_hint(run_dir)) from interrupt
-    except OSError as error:
-        raise RunError(f"--run_dir {run_dir}: {error.strerror or error}") from error
     report_run(run_dir)
     return load(run_dir)
+
+
+def _begin(
+    settings: Settings,
+    text: str,
+    dataset: Source,
+    objective: Objective | ELBO,
+    run_dir: Path,
+    processes: Processes,
+) -> tuple[Data, Model]:
+    """Data and model before the first step, in every process, and the directory of the run."""
+    device = device_of(settings.device, processes.size)
+    if settings.resume:
+        processes.all(lambda: find_again(run_dir, dataset))
+    data = processes.in_turn(lambda: load_dataset(dataset, device, settings.conditions))
+    check_same(processes, {"fingerprint of the data": data.fingerprint})
+    if settings.resume:
+        processes.from_first(lambda: check_same_data(run_dir, dataset, data, "--resume: "))
+    vae = processes.all(lambda: prepare(settings, data, objective))
+    if (rows := min(settings.batch_size, data.num_train)) < processes.size:
+        option = "--batch_size" if rows == settings.batch_size else "training data"
+        raise RunError(f"{option} {rows}: {processes.size} processes of torchrun need at least a row each")
+
+    def write() -> None:
+        open_run(run_dir, text, settings.resume, _reread)
+        if not settings.resume:
+            with writing(f"--run_dir {run_dir}"):
+                remember(run_dir, dataset, data)
+
+    processes.from_first(write)
+    if processes.is_first:
+        num_parameters = sum(p.numel() for p in vae.parameters())
+        numbers = (
+            f"{data.num_train:,} training, {data_size(data.validation):,} validation, {data_size(data.test):,} test"
+        )
+        number = f", in {processes.size} processes" if processes.size > 1 else ""
+        print(
+            f"{data.title}: {numbers} {data.schema.noun}s on {device}{number}\n"
+            f"VAE with {num_parameters:,} parameters, run directory {run_dir}"
+        )
+    return data, vae
+
+
+def _score(settings: Settings, dataset: Source, vae: Model, data: Data, history: list[Epoch], run_dir: Path) -> None:
+    """Finish a run whose training is done."""
+    if data.device.type == "mps":  # has no double precision
+        print("scoring on the CPU, in double precision, which mps lacks")
+        vae, data = vae.cpu(), load_dataset(dataset, "cpu", settings.conditions)
+    finish(settings, vae.eval(), data, history, run_dir)
 
 
 LATER = ("epochs", "evidence", "device", "data_dir", "patience", "weights")
@@ -204,7 +252,7 @@ class Log(Callback):
 
     def __init__(self, run_dir: Path, tensorboard: bool):
         self.run_dir, self._logged, self._writer = run_dir, 0, None
-        if tensorboard:
+        if tensorboard and Processes().is_first:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self._writer = SummaryWriter(str(run_dir))
@@ -214,6 +262,9 @@ class Log(Callback):
             self.save(training)
 
     def save(self, training: Training) -> None:
+        Processes().from_first(lambda: self._write(training))
+
+    def _write(self, training: Training) -> None:
         write_csv(self.run_dir / "metrics.csv", [row._asdict() for row in training.history])
         if self._writer:
             for row in training.history[self._logged :]:
@@ -304,8 +355,9 @@ def _raised_by_a_library(error: BaseException) -> bool:
     return frame.f_globals["__name__"].split(".")[0] in ("pyro", "pyro_vae")
 
 
-def resume_hint(run_dir: Path) -> str:
+def resume_hint(run_dir: Path, processes: int = 1) -> str:
     """What to tell someone who pressed Ctrl-C."""
     if (run_dir / "checkpoint.pt").exists():
-        return f"go on with: pyro-vae train --run_dir {shlex.quote(str(run_dir))} --resume"
+        command = f"torchrun --nproc-per-node {processes} -m pyro_vae" if processes > 1 else "pyro-vae"
+        return f"go on with: {command} train --run_dir {shlex.quote(str(run_dir))} --resume"
     return f"no epoch was finished; {run_dir} can be deleted"
