@@ -331,9 +331,9 @@ def _report(done: Search) -> None:
         "",
         f"The validation data choose {done.best.name}, of {len(trials)} trials: {what} {done.best.validation:.2f} "
         f"with {_told(done.best.values)}.",
-        f"Its test log p(x), by {estimator}, is {best(result):.2f}; that of no other trial was looked at.",
+        f"Its test log p(x), by {estimator}, is {best(result):.2f}; that of no other trial is shown.",
     ]
-    if settings.by == "validation_log_likelihood" and not result.get("validation_reliable", True):
+    if settings.by == "validation_log_likelihood" and result.get("validation_reliable") is False:
         lines.append("Its validation log p(x) is not to be believed, too many Pareto k are bad: --by validation_elbo.")
     failed = [each for each in trials if each.reason]
     lines += ["", f"{len(failed)} failed; --resume runs them again:"] * bool(failed)
