@@ -58,7 +58,7 @@ class Blocks:
     def __init__(self, data: Data, work: Work | None = None):
         self._work: Work = work or here
         self._device = first_tensor(data).device
-        self._seed = int(torch.randint(2**62, ()))
+        self._seed = int(torch.randint(2**62, (), device="cpu"))
 
     def apart(self, stage: str) -> AbstractContextManager[None]:
         """Context: random numbers are those of a stage that everybody computes alike."""
@@ -78,8 +78,9 @@ class Blocks:
         (result,) = self.each(stage, lambda _: do(), 1)
         return result
 
-    def of(self, stage: str, num_data: int, do: Callable[[slice], Part], size: int = BLOCK) -> Iterator[Part]:
+    def of(self, stage: str, num_data: int, do: Callable[[slice], Part], size: int | None = None) -> Iterator[Part]:
         """The results of ``do`` of each block of ``size`` data, whose places it is given, one after the other."""
+        size = size or BLOCK
         return self.each(stage, lambda i: do(slice(i * size, min((i + 1) * size, num_data))), -(-num_data // size))
 
 

@@ -72,7 +72,7 @@ def bridge_sampling(
     """
     tools = None
 
-    def do(latents: Latents, _: int) -> Part:
+    def do(latents: Latents, whole: int) -> Part:
         nonlocal tools
         tools = tools or Tools.of(latents, compiled)
         return as_part(estimate(latents, settings, Tools(*map(anew, tools))))

@@ -64,15 +64,17 @@ def log_conditional(
     x = first_tensor(data)
     target, given = _checked_masks(x, target, given)
     whole, part = with_arguments(data, seen=target | given), with_arguments(data, seen=given)
-    with scoring(model, guide):
+    blocks = Blocks(data, work)
+    with scoring(model, guide), blocks.apart("heeded"):
         for each, seen in ((whole, target | given), (part, given)):
             _check_heeded(model, guide, each, seen)
     options: dict[str, Any] = {"settings": settings, "memory": memory, "compiled": compiled}
-    of_whole, of_part = (
-        annealed_importance_sampling(model, guide, each, **options, work=named(name, work))
-        for name, each in (("whole", whole), ("part", part))
-    )
-    blocks = Blocks(data, work)
+
+    def annealed(name: str, data: Data) -> Evidence:
+        with blocks.apart(name):
+            return annealed_importance_sampling(model, guide, data, **options, work=named(name, work))
+
+    of_whole, of_part = annealed("whole", whole), annealed("part", part)
     with scoring(model, guide), blocks.apart("checks"):
         rows = max(1, rows_per_chunk(model, guide, whole, memory) // 6)  # two gradients, of what each keeps
         latents = Latents(model, guide, part, gaussian=True)
@@ -153,10 +155,10 @@ def _chained(
     pair = latents.of((latents.data, whole))
     size = power_of_two(min(BLOCK, rows // settings.num_chains))
     compiled = compiled and latents.size > 4 * size  # compiling takes longer than a few chunks do
-    whole = min(size, BLOCK)
+    regular = min(size, BLOCK)
     evaluates = (
-        evaluator(latents, "normal", compiled, whole, math.inf),
-        in_graphs(partial(_evaluate, latents), compiled, whole, math.inf),
+        evaluator(latents, "normal", compiled, regular, math.inf),
+        in_graphs(partial(_evaluate, latents), compiled, regular, math.inf),
     )
 
     def estimate(among: slice) -> Part:

@@ -143,7 +143,7 @@ def rate_distortion(
         raise ValueError(f"betas must be positive and ascending, got {at.tolist()}")
     evaluate = None
 
-    def do(latents: Latents, _: int) -> Part:
+    def do(latents: Latents, whole: int) -> Part:
         nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "prior", compiled)
         _, *fields = estimate(latents, at, settings, anew(evaluate))

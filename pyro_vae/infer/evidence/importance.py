@@ -107,13 +107,14 @@ def importance_sampling(
         with blocks.apart("checks"):
             check_program(model, guide, next(split(data, 1000)))
             rows = rows_per_chunk(model, guide, data, memory)
+            one = Latents(model, guide, select(data, slice(1))) if proposal == "laplace" else None
         samples = min(num_samples, max(SAMPLES_PER_CHUNK, rows // BLOCK), rows)
         size = power_of_two(rows // samples)
         many = (num_samples // samples) * (data_size(data) // min(size, BLOCK)) > WORTH
         graphs = partial(_Graphs, samples, min(size, BLOCK) if many else 0, compiled)
         draw = _from_guide(model, guide, size, graphs)
-        if proposal == "laplace":
-            draw = _from_laplace(model, guide, data, rows, size, widening, df, graphs)
+        if one is not None:
+            draw = _from_laplace(one, rows, size, widening, df, graphs)
         total = num_samples * data_size(data)
         bar = tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)")
 
@@ -135,8 +136,8 @@ def importance_sampling(
             found = joined(blocks.of("importance", data_size(data), estimate))
         evidence = from_part(found)
         cost = cast(Tensor, evidence.evaluations)
-        if proposal == "laplace":
-            cost = cost + laplace_cost(Latents(model, guide, select(data, slice(1))).dim)
+        if one is not None:
+            cost = cost + laplace_cost(one.dim)
         evidence = confirmed(model, guide, data, evidence._replace(evaluations=cost), rows, blocks, num_checked)
         return evidence._replace(reliable=cast(Tensor, evidence.reliable) & ~found["alike"])
 
@@ -171,17 +172,9 @@ def _from_guide(model: Program, guide: Program, size: int, graphs: "Callable[...
 
 
 def _from_laplace(
-    model: Program,
-    guide: Program,
-    data: Data,
-    rows: int,
-    size: int,
-    widening: float,
-    df: float | None,
-    graphs: "Callable[..., _Graphs]",
+    latents: Latents, rows: int, size: int, widening: float, df: float | None, graphs: "Callable[..., _Graphs]"
 ) -> Draw:
     """The same of Laplace approximations, which are made of as many observations at once as memory allows."""
-    latents = Latents(model, guide, select(data, slice(1)))
     zero = latents.like.new_zeros(latents.dim)
     if df is None:
         base = dist.Normal(zero, widening).to_event(1)

@@ -61,7 +61,7 @@ def sandwich(
     """
     evaluate = None
 
-    def do(latents: Latents, _: int) -> Part:
+    def do(latents: Latents, whole: int) -> Part:
         nonlocal evaluate
         evaluate = evaluate or evaluator(latents, "normal", compiled)
         return as_bounds(*estimate(latents, settings, chains, anew(evaluate), compiled))

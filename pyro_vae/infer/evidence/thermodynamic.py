@@ -119,7 +119,7 @@ def thermodynamic_integration(
     """
     tools = None
 
-    def do(latents: Latents, _: int) -> Part:
+    def do(latents: Latents, whole: int) -> Part:
         nonlocal tools
         tools = tools or Tools.of(latents, settings, compiled)
         return as_part(estimate(latents, settings, Tools(*map(anew, tools))))
