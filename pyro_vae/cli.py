@@ -1,14 +1,16 @@
 """The command pyro-vae: it reads its arguments, calls pyro_vae.runs, and tells a user's mistake in one line."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
 
@@ -71,16 +73,14 @@ def _working_directory_searched() -> Iterator[None]:
 
 def train(argv: Sequence[str] | None = None, prog: str = "pyro-vae train") -> "Run":
     """Train the run that ``argv`` asks for, or with ``--resume`` go on with it."""
-    from pyro_vae import runs
-
+    runs = _runs()
     settings, text = runs.parse(runs.Settings, argv, prog=prog)
     return runs.train(settings, text)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> "Scored":
     """Score a finished run as told by ``argv``."""
-    from pyro_vae import runs
-
+    runs = _runs()
     settings, text = runs.parse(runs.EvaluationSettings, argv, first="run", prog="pyro-vae evaluate")
     scored = runs.evaluate(settings, text)
     print(f"\n{runs.evaluation_table(scored.result)}\n\n{scored.path}")
@@ -89,8 +89,7 @@ def evaluate(argv: Sequence[str] | None = None) -> "Scored":
 
 def classify(argv: Sequence[str] | None = None) -> "Classified":
     """Score a finished run as a classifier, as told by ``argv``."""
-    from pyro_vae import runs
-
+    runs = _runs()
     settings, text = runs.parse(runs.ClassificationSettings, argv, first="run", prog="pyro-vae classify")
     classified = runs.run_classification(settings, text)
     print(f"\n{runs.classification_table(classified.result)}\n\n{classified.path}")
@@ -99,11 +98,10 @@ def classify(argv: Sequence[str] | None = None) -> "Classified":
 
 def use(command: str, argv: Sequence[str] | None = None) -> "Done":
     """Use a finished run: ``score``, ``embed``, ``reconstruct`` or ``impute`` new data, or ``sample``."""
-    from pyro_vae.runs import new_data, parse
-
-    config, function = new_data.COMMANDS[command]
+    runs = _runs()
+    config, function = importlib.import_module("pyro_vae.runs.new_data").COMMANDS[command]
     first = "run" if command == "sample" else "run file"
-    settings, _ = parse(config, argv, first=first, prog=f"pyro-vae {command}")
+    settings, _ = runs.parse(config, argv, first=first, prog=f"pyro-vae {command}")
     done = function(settings)
     print(f"\n{done.text}" + (f"\n\n{done.path}" if done.path else ""))
     return done
@@ -111,8 +109,7 @@ def use(command: str, argv: Sequence[str] | None = None) -> "Done":
 
 def compare(argv: Sequence[str] | None = None) -> "Comparison":
     """Compare the finished runs that ``argv`` names."""
-    from pyro_vae import runs
-
+    runs = _runs()
     settings, text = runs.parse(runs.ComparisonSettings, argv, first="runs", prog="pyro-vae compare")
     compared = runs.compare(settings.runs, settings.run_dir, text)
     print(compared.table())
@@ -123,8 +120,7 @@ def compare(argv: Sequence[str] | None = None) -> "Comparison":
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":
     """Run the study of the contenders that ``argv`` names, or with ``--search`` the search."""
-    from pyro_vae import runs
-
+    runs = _runs()
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word.partition("=")[0] == "--search" for word in argv):
         return runs.run_search(argv, prog="pyro-vae study")
@@ -133,8 +129,38 @@ def study(argv: Sequence[str] | None = None) -> "Study | Search":
     return done
 
 
+def _runs() -> Any:
+    """The package ``pyro_vae.runs`` with all that its commands need, which takes seconds."""
+    leave_when_interrupted()
+    for name in ("training", "scoring", "parsing"):
+        importlib.import_module(f"pyro_vae.runs.{name}")
+    _listen_again()
+    return importlib.import_module("pyro_vae.runs")
+
+
+def leave_when_interrupted() -> None:
+    """Until a program begins, Ctrl-C ends the process at once, in one line and with status 130.
+
+    An exception in the middle of an import may end in C++, which aborts, or as another one.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: object) -> None:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+def _listen_again() -> None:
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def guarded(command: Callable[[], object]) -> None:
     """Run a program: a user's mistake is one line on stderr and exit status 2, Ctrl-C is status 130."""
+    _listen_again()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=DeprecationWarning, module="pyro_vae|experiments|__main__")

@@ -36,6 +36,7 @@ from pyro_vae.runs.directory import (
     writing,
 )
 from pyro_vae.runs.evaluating import settings_for
+from pyro_vae.runs.given import check_made
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.scoring import FEW_DOUBTED, some_images
@@ -68,6 +69,7 @@ class ClassificationSettings:
     trust: bool = True
 
     def __post_init__(self):
+        check_made(self)
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
         check_seed(self.seed)

@@ -41,8 +41,8 @@ def choose_device(name: str, scores: bool = True) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise RunError(f"--device: expected auto, cpu, mps, cuda, or one of several such as cuda:1, got '{name}'")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise RunError(f"--device: expected auto, cpu, mps, cuda, or one of several such as cuda:1, got {name!r}")
     device, mend = torch.device(name), "use --device cpu, or auto"
     if device.type == "cuda" and count == 0:
         raise RunError(f"--device {name}: torch finds no CUDA device here; {mend}")

@@ -16,10 +16,11 @@ from pyro_vae.errors import DataError, RunError
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.directory import choose_device, table
+from pyro_vae.runs.given import check_made
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.output import check_out, write_result
 from pyro_vae.runs.scoring import unit_of
-from pyro_vae.runs.settings import as_paths, check_seed
+from pyro_vae.runs.settings import check_seed
 from pyro_vae.runs.using import Using
 
 Given = dict[str, str | float] | float | str | None
@@ -64,7 +65,7 @@ class _Settings:
     trust: bool = True
 
     def __post_init__(self):
-        as_paths(self, "run", "file", "out")
+        check_made(self)
         check_seed(self.seed)
 
 
@@ -199,7 +200,7 @@ class SampleSettings:
     trust: bool = True
 
     def __post_init__(self):
-        as_paths(self, "run", "out")
+        check_made(self)
         check_seed(self.seed)
         if self.num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")

@@ -4,13 +4,14 @@ import argparse
 import difflib
 import inspect
 import json
+import os
 import pydoc
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -29,7 +30,7 @@ from pyro_vae.runs.factories import (
     translated,
     translated_option,
 )
-from pyro_vae.runs.reading import yaml_of
+from pyro_vae.runs.given import check_read, check_written, read_settings
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ def parse(
     try:
         _refuse_empty(argv)
         argv = _joined(argv)
+        _check_mappings(argv, config)
         run_dir, resume, files = _preview(argv)
         begins = getattr(config, "BEGINS", False)  # --resume goes on with what is there, or begins
         if resume and not (begins and (run_dir is None or not (Path(run_dir) / "config.yaml").exists())):
@@ -100,6 +102,8 @@ def parse(
         if not trust:
             check_own(vars(read), config, ", ".join(files))
         result, text = _instance(config, options, read)
+    except RecursionError as error:
+        raise RunError("a setting is nested too deeply") from error
     except MISTAKES as error:
         raise RunError(_one_line(str(error), config, options)) from error
     return result, _kept(text)
@@ -135,6 +139,7 @@ def _kept(text: str) -> str:
 
 def _instance(config: type[T], options: ArgumentParser, read: Any) -> tuple[T, str]:
     """Settings, and their YAML text, of what was read: checked before anything in it is called."""
+    check_read(read, config)
     check_factories(vars(read), config)
     with _quietly():
         text = options.dump(read.clone(), skip_unset=False)
@@ -252,6 +257,30 @@ def _refuse_empty(argv: Sequence[str]) -> None:
             raise RunError(f"{name}: the value is empty")
 
 
+def _check_mappings(argv: Sequence[str], config: type) -> None:
+    """Values such as ``{class_path: null}``, and pipes for files of settings, of which the parser says less."""
+    for option, after in pairwise([*argv, ""]):
+        name, equals, value = option.partition("=")
+        value = value if equals else after
+        if not re.fullmatch(r"--[\w.]+", name):
+            continue
+        if value.lstrip().startswith("{"):
+            try:
+                content = yaml.safe_load(value)
+            except (ValueError, yaml.YAMLError):
+                continue  # the parser says what is wrong with it
+            check_written(content, name)
+            continue
+        setting = name.removeprefix("--").split(".")[0]
+        if setting in _with_settings(config) and os.path.exists(value) and not os.path.isfile(value):
+            raise RunError(f"{name}: {value} is no file of settings")
+
+
+def _with_settings(config: type) -> set[str]:
+    """The settings that have settings of their own, which the parser reads from a file too."""
+    return {name for name, kind in get_type_hints(config).items() if is_dataclass(kind)}
+
+
 def _joined(argv: Sequence[str]) -> list[str]:
     """Arguments in which values such as -.inf and -1e3, which look like options, are joined to their option by =."""
     result: list[str] = []
@@ -277,7 +306,7 @@ def _preview(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
 def _read_settings(file: str, options: ArgumentParser) -> dict[str, Any]:
     """Settings in a file, by the names of today; the parser's own complaints would not name the file."""
     try:
-        content = yaml_of(Path(file))
+        content = read_settings(Path(file))
     except RunError as error:
         raise RunError(f"--config {error}") from error
     known = [action.dest for action in options._actions]
@@ -295,6 +324,7 @@ VALUES = {
     "Path": "a path",
     "Sequence": "a list, such as '[200, 200]'",
     "NoneType": "null",
+    "dict": "values by their names",
 }
 
 
@@ -315,6 +345,8 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         known = [option for action in options._actions for option in action.option_strings]
         inside = [option for option in known if option.startswith(name.split(".")[0] + ".")]
         return f"unknown option {name}{_near(name, inside or known)}; --help lists the options"
+    if found := re.match(r"argument (--[\w.]+): expected one argument", message):
+        return f"{found[1]}: expected one argument; one that begins with a minus is joined to it, as in {found[1]}=-1"
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
     problem = re.split(r'Parser key "[^"]+": ', message)[-1]
     if found := re.match(r"--(\w+)\.help: (.*)", message):
@@ -322,6 +354,8 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
     if not keys:
         return message
     option = "--" + ".".join(keys)
+    if found := re.match(r"Unable to load config [\"'](.*)[\"']", problem):
+        return f"{option}: expected settings by their names, as in {option}.NAME VALUE, got '{found[1]}'"
     if "Union subtypes" in problem and (told := _explain_union(option, problem, config)):
         return told
     found = re.search(r"class_path='([^']+)'", problem)

@@ -25,8 +25,16 @@ Is = Callable[[Any], bool]
 """Whether a value read from a file is what it must be."""
 
 
-def bytes_of(path: Path) -> bytes:
+MOST_SETTINGS = 2**20
+"""Bytes of a file of settings."""
+
+
+def bytes_of(path: Path, most: int = -1) -> bytes:
     """What a file holds.
+
+    Args:
+        path: of the file.
+        most: so many bytes of it; -1: all.
 
     Raises:
         RunError: if there is none, or it is a folder, a pipe or a device, or cannot be read.
@@ -34,7 +42,8 @@ def bytes_of(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not str(path).startswith(("/dev/", "/proc/")):
             raise RunError(f"{path}: {'Is a directory' if path.is_dir() else 'it is a pipe or a device, no file'}")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most)
     except FileNotFoundError as error:
         raise RunError(f"{path}: No such file or directory") from error
     except (OSError, ValueError) as error:
@@ -89,10 +98,14 @@ def yaml_of(path: Path) -> dict[str, Any]:
     Raises:
         RunError: as :func:`text_of`, and if it is something else.
     """
-    content = bytes_of(path)
+    content = bytes_of(path, MOST_SETTINGS + 1)
+    if len(content) > MOST_SETTINGS:
+        raise RunError(f"{path}: more than {MOST_SETTINGS:,} bytes are no settings")
     try:
         settings = yaml.safe_load(content.decode("utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise RunError(f"{path}: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise RunError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise RunError(f"{path}: expected lines such as 'epochs: 10', a setting and its value, got {_short(settings)}")

@@ -26,6 +26,7 @@ from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
 from pyro_vae.parts.networks import MLP, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
 from pyro_vae.parts.priors import Prior, StandardNormal
+from pyro_vae.runs.given import check_made, check_name
 
 
 def check_numbers(option: str, numbers: Sequence[int], least: int = 1) -> None:
@@ -48,13 +49,6 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be at least 0 and below 2^63, got {seed}")
 
 
-def as_paths(settings: object, *names: str) -> None:
-    """Paths may be given as text in Python."""
-    for name in names:
-        if isinstance(value := getattr(settings, name), str):
-            object.__setattr__(settings, name, Path(value))
-
-
 @dataclass(frozen=True)
 class EvidenceSettings:
     """How test images are scored.
@@ -73,6 +67,7 @@ class EvidenceSettings:
     annealing: Annealing = field(default_factory=Annealing)
 
     def __post_init__(self):
+        check_made(self)
         if self.num_samples < 1:
             raise ValueError(f"--evidence.num_samples must be at least 1, got {self.num_samples}")
         if self.num_images is not None and self.num_images < 2:
@@ -94,6 +89,7 @@ class TopSettings:
     hidden: Sequence[int] = (100, 100)
 
     def __post_init__(self):
+        check_made(self)
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, if it comes from the command line
         if self.latent_dim < 1:
             raise ValueError(f"--top.latent_dim must be at least 1, got {self.latent_dim}")
@@ -186,7 +182,7 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self):
-        as_paths(self, "data_dir", "run_dir")
+        check_made(self)
         for name in ("latent_dim", "epochs", "batch_size", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -288,15 +284,15 @@ class EvaluationSettings:
     workers: int | None = None
 
     def __post_init__(self):
-        as_paths(self, "run", "run_dir")
+        check_made(self)
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
         if self.num_samples < 1:
             raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
-        if not self.widening > 0:
-            raise ValueError(f"--widening must be positive, got {self.widening}")
+        if not 0 < self.widening < float("inf"):
+            raise ValueError(f"--widening must be positive and finite, got {self.widening}")
         if self.widening != 1 and self.proposal == "guide":
             raise ValueError("--widening is for --proposal laplace; the guide is taken as it is")
         check_seed(self.seed)
@@ -311,5 +307,7 @@ class EvaluationSettings:
             raise ValueError("--published leaves only --annealing.num_temperatures to choose")
         if self.estimator == "bdmc" and self.split == "train":
             raise ValueError("--split train: --estimator bdmc scores images that the model draws, of neither split")
-        if self.name is not None and (not self.name.strip(".") or Path(self.name).name != self.name):
-            raise ValueError(f"--name must be a plain file name, got {self.name}")
+        if self.name is not None:
+            check_name("--name", self.name)
+            if not self.name.strip(".") or Path(self.name).name != self.name or self.name.startswith("-"):
+                raise ValueError(f"--name must be a plain file name, got {self.name}")

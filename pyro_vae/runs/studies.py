@@ -24,6 +24,7 @@ import yaml
 from pyro_vae.errors import RunError
 from pyro_vae.runs.build import make
 from pyro_vae.runs.directory import open_run, writing
+from pyro_vae.runs.given import check_made, check_name
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.ray_tasks import in_cluster
@@ -40,6 +41,8 @@ from pyro_vae.runs.summaries import (
 )
 from pyro_vae.runs.training import train
 from pyro_vae.runs.workers import CLAIMS, Shared, in_processes
+
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,22 @@ class StudySettings:
     gpus_per_run: float = 0
 
     def __post_init__(self):
+        check_made(self)
         check_workers(self)
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.seeds > MOST_SEEDS:
+            raise ValueError(f"--seeds must be at most {MOST_SEEDS:,}, got {self.seeds}")
         if not self.contenders:
             raise ValueError("--contenders: there is none")
+        given = {"--common": self.common} | {f"--contenders.{name}": each for name, each in self.contenders.items()}
+        for name in self.contenders:
+            check_name("--contenders", name)
+        for option, each in given.items():
+            try:
+                shlex.split(each if isinstance(each, str) else "")
+            except ValueError as error:
+                raise ValueError(f"{option}: {error}") from error
         slugs = [slug(name) for name in self.contenders]
         if len(set(slugs)) < len(slugs) or not all(slugs):
             raise ValueError("--contenders: names must differ in their letters and digits, which name directories")

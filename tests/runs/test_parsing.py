@@ -1,10 +1,12 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from pyro_vae import MLP, Annealing, NonFiniteError, cli, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.errors import RunError
 from pyro_vae.runs import directory, parsing
-from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.settings import EvaluationSettings, EvidenceSettings, Settings
 
 
 class NoSubclassOfAnything:
@@ -286,6 +288,90 @@ def test_a_wrong_file_of_settings_is_one_line(content, words, in_folder):
     message = complaint("--config", "mine.yaml")
     for word in words:
         assert word in message
+
+
+NEVER_NULL = ("prior", "evidence", "top", "encoder", "optimizer", "objective", "lr", "seed", "condition_in", "resume")
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghijk")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((f"{name}: {value}", f"--{name}: expected") for name in NEVER_NULL for value in ("null", "~")),
+        *((f"{name}: {value}", f"--{name}: expected settings by their names")
+          for name in ("evidence", "top") for value in ("3", "[]", "[3]", "true", "2020-01-01")),
+        *((f"evidence: {{annealing: {value}}}", "--evidence.annealing: expected settings by their names")
+          for value in ("null", "3", "[]", "false")),
+        ("evidence.annealing: null", "--evidence.annealing: expected settings"),
+        ("evidence: {num_samples: null}", "--evidence.num_samples: expected a whole number, got null"),
+        ("top: {hidden: null}", "--top.hidden: expected a list"),
+        ("encoder: {class_path: MLP, init_args: {hidden: null}}", "--encoder.hidden: expected a list"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {betas: null}}", "--optimizer.betas: expected"),
+        ("prior: {class_path: null}", "mine.yaml: class_path must be an import path"),
+        ("prior: {class_path: 3}", "mine.yaml: class_path must be an import path"),
+        ("prior: {class_path: StandardNormal, init_args: null}", "init_args must be settings by their names, got null"),
+        ("prior: {class_path: StandardNormal, init_args: []}", "init_args must be settings by their names, got []"),
+        ("config: other.yaml", "mine.yaml: a file of settings cannot name another one, by config"),
+        ("config: null", "mine.yaml: a file of settings cannot name another one, by config"),
+        ("epochs: 1000000000000", "--epochs must be at most 2,147,483,647"),
+        ("encoder: {class_path: MLP, init_args: {hidden: [3000000000]}}", "--encoder.hidden must be at most"),
+        ("lr: 1e400", "--lr must be positive and finite"),
+        ('data_dir: "a\\0b"', "--data_dir: a path has no character '\\x00'"),
+        ("run_dir: \"a\\nb\"", "--run_dir: a path has no character '\\n'"),
+        ("prior: " + "[" * 1500, "mine.yaml: it is nested too deeply"),
+        ("prior: " + "[" * 40 + "]" * 40, "more than 32 levels are no settings"),
+        ("prior: &x [*x]", "more than 32 levels are no settings"),
+        (LAUGHS, "more than 10,000 entries are no settings"),
+        (LAUGHS + "prior: {class_path: *k}", "class_path must be an import path"),
+        ("#" * 2**21, "more than 1,048,576 bytes are no settings"),
+    ],
+    ids=lambda value: value[:50],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_at_every_depth(content, words, in_folder):
+    (in_folder / "mine.yaml").write_text(content + "\n")
+    assert words in complaint("--config=mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        *((Settings, {name: value}) for name in NEVER_NULL[:6] for value in (None, 3, [], {})),
+        *((Settings, {"epochs": value}) for value in (2.5, True, 10**12)),
+        *((Settings, {name: "x"}) for name in ("lr", "engine", "prior")),
+        *((Settings, {name: 3}) for name in ("data_dir", "condition")),
+        *((EvidenceSettings, {"annealing": value}) for value in (None, 3, [])),
+        *((EvaluationSettings, {"run": "x", "name": name}) for name in ("a" * 300, "a\nb", "..", "-x")),
+        (EvaluationSettings, {"run": "x", "annealing": None}),
+        (EvaluationSettings, {"run": "x", "widening": math.inf, "proposal": "laplace", "estimator": "importance"}),
+        (EvaluationSettings, {"run": None}),
+        *((runs.StudySettings, {"contenders": {"a": ""}, "seeds": value}) for value in (10**9, 0, "3")),
+        *((runs.StudySettings, {"contenders": {name: ""}}) for name in ("a" * 300, "a\nb", "a\0b", "-", "..", " ")),
+        (runs.StudySettings, {"contenders": {"a": "--epochs 'x"}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_in_python(config, given):
+    with pytest.raises(ValueError, match=f"^--({'|'.join(given)})[: .]") as caught:
+        config(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_expanded_and_those_of_data_are_absolute(in_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_folder / "home"))
+    argv = ["--dataset=Npz", "--dataset.path=mine.npz", "--data_dir=~/data", "--run_dir=~/run"]
+    settings, text = runs.parse(Settings, argv)
+    assert (settings.data_dir, settings.run_dir) == (in_folder / "home" / "data", in_folder / "home" / "run")
+    assert yaml.safe_load(text)["dataset"]["init_args"]["path"] == str(in_folder / "mine.npz")
+    assert Settings(data_dir="~/data").data_dir == in_folder / "home" / "data"
+
+
+@pytest.mark.parametrize("option", ["--config", "--evidence", "--evidence.annealing"])
+def test_a_pipe_is_no_file_of_settings(option, in_folder):
+    """Nobody writes into it, so that reading would wait for ever."""
+    os.mkfifo(in_folder / "pipe")
+    assert re.search("pipe.* no file", complaint(f"{option}={in_folder / 'pipe'}"))
 
 
 def test_a_file_of_settings_that_is_a_folder(in_folder):
