@@ -87,7 +87,7 @@ class Files:
         """
         left = dict.fromkeys(range(number))
         for wanted in range(number):
-            while (part := self._read(stage, wanted)) is None:
+            while (part := self.read(stage, wanted)) is None:
                 self._look()
                 damaged = self._path(stage, wanted).exists()
                 if not (damaged and self._compute(stage, do, wanted)) and not self._take(stage, do, left):
@@ -107,9 +107,9 @@ class Files:
         """Compute a part, unless somebody else does."""
         try:
             with claim(self.folder, f"{stage}-{number}"):
-                if self._read(stage, number) is None:
+                if self.read(stage, number) is None:
                     self._look()  # what is finished is not begun again
-                    self._write(stage, number, self._guarded(do, number))
+                    self.write(stage, number, self._guarded(do, number))
                 return True
         except Taken:
             return False
@@ -169,7 +169,8 @@ class Files:
     def _path(self, stage: str, number: int) -> Path:
         return self.folder / f"{stage}-{number}.part"
 
-    def _write(self, stage: str, number: int, part: Part) -> None:
+    def write(self, stage: str, number: int, part: Part) -> None:
+        """Keep a part, which its :class:`Work` computed."""
         # copies, since safetensors has no two names for one piece of memory
         content = save({name: each.detach().cpu().clone().contiguous() for name, each in part.items()})
         try:
@@ -180,7 +181,7 @@ class Files:
                 raise Overtaken from error
             raise RunError(f"{self.folder}: {error.strerror or error}") from error
 
-    def _read(self, stage: str, number: int) -> Part | None:
+    def read(self, stage: str, number: int) -> Part | None:
         """A part, if it is there, whole, and of this estimate."""
         path = self._path(stage, number)
         try:

@@ -1,9 +1,12 @@
 """Evaluations: finished runs scored again, by another estimator or on other data, by one process or several."""
 
+import copy
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +25,7 @@ from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.trees import Data as Tree
+from pyro_vae.infer.trees import to
 from pyro_vae.runs.blockwise import Files, Overtaken, check_home, code, fingerprint, helpers, is_finished, one_thread
 from pyro_vae.runs.build import Model
 from pyro_vae.runs.directory import (
@@ -36,6 +40,8 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import parse, settings_text
+from pyro_vae.runs.ray_blocks import on_cluster
+from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.reading import groups_of, json_of
 from pyro_vae.runs.scoring import (
     MANY,
@@ -99,7 +105,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         print("This evaluation is finished; its result:")
         return _read_back(run_dir)
     check_home(run_dir, text)
-    number = settings.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
+    number = 1 if settings.ray else settings.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
     if settings.num_images is not None:
         number = min(number, math.ceil(settings.num_images / BLOCK))
     with helpers(number - 1, "pyro_vae.runs.evaluating.help_in") as go:
@@ -113,7 +119,8 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         work.begin()
         go({"run_dir": str(run_dir), "trust": settings.trust})
         try:
-            return _evaluated(settings, vae, data, run_dir, work)
+            with _workers(settings, vae, data, work) as shared:
+                return _evaluated(settings, vae, data, run_dir, work, shared)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"the same command goes on with {run_dir}") from interrupt
         except RunError:
@@ -121,6 +128,26 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
                 work.forget()
                 (run_dir / "config.yaml").unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _workers(settings: EvaluationSettings, vae: Model, data: Data, work: Files) -> Iterator[Work]:
+    """Context: who computes the parts: this process and its helpers, or a cluster."""
+    if not settings.ray:
+        yield work
+        return
+    x, _ = some_images(data, settings.split, settings.num_images)
+    gpus = float(work.device.type == "cuda")
+    estimator = partial(_on_node, replace(settings, run_dir=None), copy.deepcopy(vae).cpu(), to(x, "cpu"), work.device)
+    with on_cluster(Cluster(settings.ray, 1, gpus), work, estimator) as shared:
+        yield shared
+
+
+def _on_node(settings: EvaluationSettings, vae: Model, x: Tree, device: torch.device, work: Work) -> None:
+    """The whole estimate, on a node, for what parts it is handed."""
+    vae = vae.to(device)
+    torch.manual_seed(settings.seed)
+    estimate(settings, vae.model, vae.guide, to(x, device), work, progress=False)
 
 
 def help_in(place: dict[str, Any]) -> None:
@@ -142,7 +169,13 @@ def _work(settings: EvaluationSettings, text: str, run_dir: Path, data: Data, de
 
 
 def _evaluated(
-    settings: EvaluationSettings, vae: Model, data: Data, run_dir: Path, work: Files, progress: bool = True
+    settings: EvaluationSettings,
+    vae: Model,
+    data: Data,
+    run_dir: Path,
+    work: Files,
+    shared: Work | None = None,
+    progress: bool = True,
 ) -> Scored:
     """Estimate what others do not, and write the result, or read what somebody else has written."""
     device, start = work.device, time.perf_counter()
@@ -150,7 +183,7 @@ def _evaluated(
     with one_thread(device):
         torch.manual_seed(settings.seed)
         try:
-            result, evidence = estimate(settings, vae.model, vae.guide, x, work, progress)
+            result, evidence = estimate(settings, vae.model, vae.guide, x, shared or work, progress)
         except (ContractError, ValueError) as error:
             raise RunError(f"--estimator {settings.estimator}: {error}") from error
         except Overtaken:

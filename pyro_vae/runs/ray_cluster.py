@@ -161,6 +161,13 @@ def nodes(ray: Any, home: Path) -> list[dict[str, Any]]:
     return found
 
 
+def pinned(ray: Any) -> Any:
+    """Where an actor must be that this process cannot do without: on its own node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 def check_same(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Refuse a node that runs other code than this process.
 

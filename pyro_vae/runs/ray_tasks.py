@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import RunError, reason_of
 from pyro_vae.runs.directory import writing
-from pyro_vae.runs.ray_cluster import PATIENCE, Cluster, connected, nodes, slots, too_large
+from pyro_vae.runs.ray_cluster import PATIENCE, Cluster, connected, nodes, pinned, slots, too_large
 from pyro_vae.runs.workers import CLAIMS, Shared, Taken, claim, output_to
 
 DEATHS = 3
@@ -195,7 +195,7 @@ def _board(ray: Any) -> Any:
         def read(self):
             return self.told
 
-    return ray.remote(Board).options(num_cpus=0).remote()
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=pinned(ray)).remote()
 
 
 def _do(ticket: _Ticket, board: Any) -> _Outcome:

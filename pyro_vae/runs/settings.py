@@ -257,13 +257,15 @@ class EvaluationSettings:
             interrupted is gone on with by the same command in any case.
         workers: processes that share the blocks of data, each with one thread of the processor; null: as many as torch
             has threads, on a GPU one. No digit depends on it.
+        ray: let a Ray cluster compute, one thread, or on a GPU one GPU, for each of its workers: one that is started
+            on this machine, or at an address: auto, host:port or ray://host:port.
     """
 
     DESCRIPTION: ClassVar[str] = EVALUATION
     BEGINS: ClassVar[bool] = True
     MAIN: ClassVar[tuple[str, ...]] = (
         *("run", "estimator", "split", "num_images", "num_samples", "proposal", "seed", "device", "name", "run_dir"),
-        "workers",
+        *("workers", "ray"),
     )
 
     run: Path
@@ -282,11 +284,14 @@ class EvaluationSettings:
     trust: bool = True
     resume: bool = False
     workers: int | None = None
+    ray: bool | str = False
 
     def __post_init__(self):
         check_made(self)
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        if self.ray and self.workers is not None:
+            raise ValueError("--workers are processes on this machine, --ray is a cluster: choose one of them")
         if self.num_images is not None and self.num_images < 2:
             raise ValueError(f"--num_images must be at least 2, got {self.num_images}")
         if self.num_samples < 1:
