@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.errors import CheckpointError, check_at_least_one
+from pyro_vae.errors import CheckpointError, check_at_least_one, reason_of
 from pyro_vae.files import whole
 from pyro_vae.infer.parallel import Processes
 
@@ -142,6 +142,8 @@ class Checkpoint(Callback):
             training.load_state_dict(content)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path} {error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {reason_of(error)}") from error
 
     def _read(self, device: torch.device | str) -> Any:
         """What the file holds; None if there is nothing to go on from."""

@@ -75,7 +75,7 @@ def check_own(settings: Mapping[str, Any], config: type, file: str) -> None:
     """
     hints = get_type_hints(config)
     for name, value in settings.items():
-        if "." in str(name):
+        if name not in hints:
             raise RunError(f"{file}: unknown setting {name}")
         _check_own(value, hints.get(name, Any), f"{file}: --{name}")
 
@@ -87,7 +87,7 @@ def _check_own(value: Any, annotation: Any, where: str) -> None:
             raise RunError(f"{where}: unknown setting {odd[0]}")
         hints = get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
         if "class_path" in value:
-            hints = parameters(_own(value["class_path"], where))
+            hints = parameters(_own(value["class_path"], annotation, where))
             arguments, annotation = _plainly(value.get("init_args")), Any
             _check_own(value.get("dict_kwargs"), Any, where)
             value = arguments if isinstance(arguments, Mapping) else {}
@@ -97,7 +97,7 @@ def _check_own(value: Any, annotation: Any, where: str) -> None:
         for each in value:
             _check_own(each, annotation, where)
     elif isinstance(value, str) and "." in value and _asks_for_code(annotation):
-        _own(value, where)
+        _own(value, annotation, where)
 
 
 def _plainly(value: Any) -> Any:
@@ -112,8 +112,8 @@ def _asks_for_code(annotation: Any) -> bool:
     return any(map(_asks_for_code, get_args(annotation)))
 
 
-def _own(path: Any, where: str) -> Any:
-    """The class or function of this import path, if it is one of this library."""
+def _own(path: Any, annotation: Any, where: str) -> Any:
+    """The class or function of this import path, if it is one of this library, and such as the annotation says."""
     roots = ("pyro_vae.", "pyro.infer.", "torch.optim.")
     made = imported(path, where) if isinstance(path, str) and path.startswith(roots) else None
     module = f"{getattr(made, '__module__', '')}."
@@ -123,6 +123,7 @@ def _own(path: Any, where: str) -> Any:
             f"{where}: {path} is no class of pyro_vae, so that this file is code; if you trust who wrote it, load it "
             "with trust=True, or without --trust false"
         )
+    _refuse_other(made, annotation, where, path)
     return made
 
 

@@ -100,7 +100,7 @@ def parse(
         with _quietly():
             read = options.parse_args(argv)
         if not trust:
-            check_own(vars(read), config, ", ".join(files))
+            check_own({k: v for k, v in vars(read).items() if k != "config"}, config, ", ".join(files))
         result, text = _instance(config, options, read)
     except RecursionError as error:
         raise RunError("a setting is nested too deeply") from error

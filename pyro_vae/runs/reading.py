@@ -116,7 +116,7 @@ def yaml_of(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
 
 
 def is_count(value: Any) -> bool:
