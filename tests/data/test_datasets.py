@@ -293,6 +293,7 @@ def small_fashion(arrays, monkeypatch, tmp_path):
         (dataset.folder / f"{name}.gz").write_bytes(archive)
         resources.append((f"{name}.gz", hashlib.md5(archive).hexdigest()))
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
+    monkeypatch.setattr(FashionMNIST, "sha256", {})
     return dataset
 
 
@@ -1009,6 +1010,7 @@ SPLIT = {"train": 12, "valid": 4, "test": 5}
 def static_mnist(monkeypatch, tmp_path):
     """The paths of a small one, in which all is right."""
     monkeypatch.setattr(StaticMNIST, "sizes", SPLIT)
+    monkeypatch.setattr(StaticMNIST, "sha256", {})
     monkeypatch.setattr(StaticMNIST, "usual_validation", 4)
     (tmp_path / "StaticMNIST").mkdir()
     for part, size in SPLIT.items():
@@ -1093,6 +1095,7 @@ def chardata(monkeypatch, tmp_path):
         "testtargetchar": np.array([[1, 1, 3]]),
     }
     monkeypatch.setattr(Omniglot, "sizes", {"": 9, "test": 3})
+    monkeypatch.setattr(Omniglot, "blobs", {})
     path = tmp_path / "Omniglot" / "chardata.mat"
     path.parent.mkdir()
     savemat(path, content)
@@ -1156,7 +1159,7 @@ def drawing(character, drawer):
 @pytest.fixture
 def archives(monkeypatch):
     """The two archives of the original images: of two characters in an alphabet, three in another."""
-    made, md5 = {}, {}
+    made, sha256 = {}, {}
     for part, alphabets in {
         "images_background": [("Latin", 2), ("Greek", 1)],
         "images_evaluation": [("Tifinagh", 2)],
@@ -1171,8 +1174,9 @@ def archives(monkeypatch):
                         name = f"{part}/{alphabet}/character{character + 1:02}/0001_{drawer + 1:02}.png"
                         archive.writestr(name, file.getvalue())
             archive.writestr(f"__MACOSX/{part}/._0001_01.png", "rubbish")
-        made[f"{part}.zip"], md5[part] = content.getvalue(), hashlib.md5(content.getvalue()).hexdigest()
-    monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", md5)
+        made[f"{part}.zip"] = content.getvalue()
+        sha256[f"{part}.zip"] = hashlib.sha256(content.getvalue()).hexdigest()
+    monkeypatch.setattr(Omniglot, "sha256", sha256)
     return made
 
 
@@ -1235,6 +1239,8 @@ def test_files_that_are_unreachable(source, settings, address, names, error, mon
 
 def test_missing_files_are_fetched(static_mnist, monkeypatch, capsys):
     there = {path.name: path.read_bytes() for path in static_mnist.iterdir()}
+    known = {name: hashlib.sha256(content).hexdigest() for name, content in there.items()}
+    monkeypatch.setattr(StaticMNIST, "sha256", known)
     kept = static_mnist / "binarized_mnist_train.amat"
     for name in set(there) - {kept.name}:
         (static_mnist / name).unlink()
@@ -1247,7 +1253,7 @@ def test_missing_files_are_fetched(static_mnist, monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "urlopen", urlopen)
     assert StaticMNIST(static_mnist.parent).load().test.tolist() == bits(5).tolist()
-    base = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
+    base = "https://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
     assert asked == [f"{base}/binarized_mnist_valid.amat", f"{base}/binarized_mnist_test.amat"]
     assert files(static_mnist) == sorted(there)
     output = capsys.readouterr()
@@ -1255,6 +1261,60 @@ def test_missing_files_are_fetched(static_mnist, monkeypatch, capsys):
     assert asked[0] in output.err
     StaticMNIST(static_mnist.parent).load()
     assert len(asked) == 2
+    (static_mnist / "binarized_mnist_test.amat").unlink()
+    there["binarized_mnist_test.amat"] = there["binarized_mnist_test.amat"].replace(b"1", b"0", 1)
+    with pytest.raises(DataError) as caught:
+        StaticMNIST(static_mnist.parent).load()
+    assert_refused(str(caught.value), "has another checksum than expected", asked[1])
+    assert files(static_mnist) == sorted(set(there) - {"binarized_mnist_test.amat"})
+
+
+@pytest.mark.parametrize("source", [MNIST, FashionMNIST, datasets.KMNIST, StaticMNIST, Omniglot])
+def test_every_file_that_is_fetched_has_a_published_checksum_and_comes_by_https_or_is_one_of_torchvision(source):
+    if issubclass(source, MNIST):
+        names = {name for name, _ in source.source.resources}
+        pinned = {f"{name}.gz" for name in source.sha256} | source.archives.keys()
+    else:
+        assert source.address.startswith("https://")
+        names = {"chardata.mat", *(f"{each}.zip" for each in torchvision.datasets.Omniglot.zips_md5)}
+        names = names if source is Omniglot else {f"binarized_mnist_{part}.amat" for part in source.sizes}
+        pinned = source.sha256.keys() | source.blobs.keys()
+    assert names <= pinned
+    for checksum in (*source.sha256.values(), *source.blobs.values()):
+        assert len(bytes.fromhex(checksum)) in (20, 32)
+
+
+def test_the_name_of_a_blob_is_that_of_git(tmp_path, monkeypatch):
+    """``printf hello | git hash-object --stdin``, by git itself."""
+    monkeypatch.setattr(Omniglot, "blobs", {"chardata.mat": "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"})
+    assert Omniglot(tmp_path)._is_known("chardata.mat", b"hello")
+    assert not Omniglot(tmp_path)._is_known("chardata.mat", b"Hello")
+
+
+def test_a_file_without_a_published_checksum_is_compared_with_what_it_was(small_fashion, arrays, capsys):
+    for archive in small_fashion.folder.glob("*.gz"):
+        archive.unlink()
+    assert_is(small_fashion.load(), arrays)
+    told = capsys.readouterr().err
+    path = small_fashion.folder / "train-images-idx3-ubyte"
+    beside = path.with_name(path.name + ".sha256").read_text()
+    assert beside == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    assert told.count("there is no published checksum") == 4
+    assert_is(small_fashion.load(), arrays)
+    assert not capsys.readouterr().err
+    path.write_bytes(flip(path.read_bytes()))
+    with pytest.raises(DataError) as caught:
+        small_fashion.load()
+    assert_refused(str(caught.value), path, "wrong checksum", "read first")
+
+
+@pytest.mark.parametrize("source", [FashionMNIST, datasets.KMNIST])
+def test_files_of_mnist_are_no_others(source, small_mnist, arrays, tmp_path):
+    write_raw(tmp_path / source.__name__ / "raw", arrays)
+    with pytest.raises(DataError) as caught:
+        source(tmp_path, num_validation=5).load()
+    words = "another file" if source.sha256 else "is a file of MNIST, not of KMNIST"
+    assert_refused(str(caught.value), tmp_path / source.__name__ / "raw", words)
 
 
 # A class of your own
