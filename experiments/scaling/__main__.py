@@ -137,7 +137,7 @@ def report(rows: Sequence[Row], fitted: Sequence[Exponent]) -> str:
         table = [("what", "workers", "seconds", "times as fast", "note")]
         for line in lines(workers).values():
             table += [
-                (row.what, f"{row.value:.0f}", f"{row.seconds:.1f}", f"{line[0].seconds / row.seconds:.2f}", row.note)
+                (row.what, f"{row.value:.0f}", f"{row.seconds:.3g}", f"{line[0].seconds / row.seconds:.2f}", row.note)
                 for row in line
             ]
         parts.append(runs.table(table))

@@ -127,7 +127,7 @@ class Settings:
         max_norm: the norm of each step's gradient, summed over the batch for a loss of Pyro, is clipped to this,
             positive, by the compiled engine; null: not.
         epochs: passes over the training images, at least 1.
-        batch_size: images per gradient step, at least 1.
+        batch_size: images per gradient step, at least 1; of several processes, those of all together.
         optimizer: adam, or the import path of an optimizer of torch or of your own, such as torch.optim.AdamW, whose
             options follow it: --optimizer.weight_decay 0.01.
         lr: learning rate, positive; the peak if the schedule has one.
@@ -136,10 +136,11 @@ class Settings:
         weights: evaluate the last weights, or those of the best validation ELBO.
         seed: of initialization, data order, training noise and evaluation noise, at least 0.
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1; or mps, for training alone: log p(x) is
-            then computed on the CPU, in double precision, which mps lacks.
+            then computed on the CPU, in double precision, which mps lacks. One run on several devices: torchrun
+            --nproc-per-node N -m pyro_vae train, on cuda:0, cuda:1, .., or with cpu in N processes.
         evidence: how test images are scored.
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
-        resume: go on with the interrupted run in --run_dir, with its settings.
+        resume: go on with the interrupted run in --run_dir, with its settings, in any number of processes.
         tensorboard: log curves to run_dir for TensorBoard.
     """
 
