@@ -3,14 +3,21 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.scaling import evidence, growth
+from pyro_vae import Annealing, annealed_importance_sampling, cli, importance_sampling, runs
 from pyro_vae.errors import ContractError, RunError
-from pyro_vae.runs.blockwise import FOLDER, Files, Overtaken
+from pyro_vae.runs import evaluating
+from pyro_vae.runs.blockwise import FOLDER, Files, Overtaken, check_home, helpers
 from pyro_vae.runs.workers import claim
 
 CPU = torch.device("cpu")
@@ -175,3 +182,118 @@ def test_who_comes_when_all_is_done_ends_in_peace(tmp_path):
         list(late("a", part, 2))
     late.forget()
     assert not (tmp_path / FOLDER).exists()
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """A tiny VAE, with images that it draws."""
+    sizes = growth.Sizes(images=140, samples=1, latent_dims=2, pixels=4, widths=4)
+    torch.manual_seed(0)
+    vae = growth.model(sizes)
+    return vae, growth.draws(vae, 140)
+
+
+ESTIMATES = {
+    "importance": lambda *args, **more: importance_sampling(*args, 30, num_checked=0, **more),
+    "annealed": lambda *args, **more: annealed_importance_sampling(*args, Annealing(4, 3, num_checked=1), **more),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_no_digit_depends_on_who_computed_what_or_on_memory(programs, tmp_path, name):
+    vae, x = programs
+    estimate = ESTIMATES[name]
+    torch.manual_seed(1)
+    alone = estimate(vae.model, vae.guide, x)
+    for memory in (2**14, 2**20):
+        files = Files(tmp_path, ABOUT, CPU)
+        for each in list(files.folder.glob("*.part"))[::2]:  # half of the work was done by another, with other memory
+            each.unlink()
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of memory that does not suffice
+            shared = estimate(vae.model, vae.guide, x, memory=memory, work=files)
+        for field, value in alone._asdict().items():
+            found = getattr(shared, field)
+            assert torch.equal(value.nan_to_num(7), found.nan_to_num(7)) if torch.is_tensor(value) else value == found
+
+
+def wait(until, process, seconds=120):
+    """Wait until something is so, while a process lives."""
+    end = time.time() + seconds
+    while not (found := until()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < end
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.slow
+def test_an_evaluation_outlives_a_worker_and_all_of_them_with_the_digits_of_one(tmp_path, monkeypatch, capsys):
+    """The same command in two shells: one process is killed, then the other; given again it goes on with what is there.
+
+    The digits are those of one that was never interrupted.
+    """
+    argv = "--dataset Digits --epochs 1 --latent_dim 2 --encoder.hidden [8] --decoder.hidden [8] --device cpu"
+    argv += " --evidence.annealed_images 0 --evidence.num_samples 2"
+    run = cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"]).path
+    argv = [str(run), "--split=train", "--num_images=1024", "--annealing.num_checked=0", "--annealing.start=guide"]
+    argv += ["--annealing.num_temperatures=10", "--annealing.num_chains=40"]  # few calls for a block: none is compiled
+    _, text = runs.parse(runs.EvaluationSettings, argv, first="run")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.yaml").write_text(text)
+    evaluating.help_in({"run_dir": str(tmp_path / "alone"), "trust": True})
+
+    home = run / "evaluations" / "annealed-train"
+    command = [sys.executable, "-m", "pyro_vae", "evaluate", *argv, "--workers=1"]
+    shells = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+
+    def claimed(process):
+        told = [path.read_text().split() for path in (home / FOLDER).glob(".claims/annealed-*")]
+        return [words for words in told if words[1:2] == [str(process.pid)]]
+
+    for process, least in zip(shells, (0, 1), strict=True):
+        parts = (home / FOLDER).glob
+        wait(lambda p=process, least=least: claimed(p) and len(list(parts("annealed-*.part"))) >= least, process)
+        process.kill()
+        process.communicate(timeout=60)
+    assert not (home / "result.json").exists()
+    with pytest.raises(runs.RunError, match="never overwritten"):
+        cli.evaluate([*argv, "--seed=1"])
+    written, write = [], Files._write
+    monkeypatch.setattr(Files, "_write", lambda self, *given: written.append(given[0]) or write(self, *given))
+    shared = cli.evaluate([*argv, "--workers=2"])
+    assert written.count("annealed") < 8
+    evidence.same_digits(tmp_path / "alone", shared.path)
+    assert sorted(path.name for path in home.iterdir()) == ["config.yaml", "evidence.nc", "result.json"]
+    with pytest.raises(runs.RunError, match="never overwritten"):
+        cli.evaluate(argv)
+    assert cli.evaluate([*argv, "--resume"]).result == json.loads((home / "result.json").read_text())
+    said = capsys.readouterr()
+    assert "This evaluation is finished" in said.out
+    assert "a helper ended" not in said.err
+
+
+@pytest.mark.slow
+def test_a_helper_does_what_it_is_told_and_ends_with_who_it_helps(tmp_path, capsys):
+    with helpers(2, "os.makedirs") as go:
+        go(str(tmp_path / "made"))  # by one of them: it is there already for the other
+        end = time.time() + 60
+        while not (tmp_path / "made").exists() and time.time() < end:
+            time.sleep(0.01)
+    assert (tmp_path / "made").exists()
+    assert time.time() < end
+
+
+def test_without_an_evaluation_nothing_is_refused_that_was_not(tmp_path):
+    """A directory with the settings of another evaluation, or with anything else, is nobody's home."""
+    check_home(tmp_path / "new", "run: a\n")
+    check_home(tmp_path, "run: a\n")
+    (tmp_path / "config.yaml").write_text("run: a\nseed: 1\n")
+    check_home(tmp_path, f"run: {Path('a').resolve()}\nseed: 1\n")
+    for text in ("run: a\nseed: 2\n", "run: b\nseed: 1\n"):
+        with pytest.raises(RunError, match="never overwritten"):
+            check_home(tmp_path, text)
+    (tmp_path / "config.yaml").write_bytes(b"\xff[")
+    with pytest.raises(RunError, match="never overwritten"):
+        check_home(tmp_path, "run: a\n")
