@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -156,6 +158,17 @@ def _leave(*_: object) -> None:
 def _listen_again() -> None:
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _import_ahead(argv: Sequence[str]) -> None:
+    """Let the process of which several workers will be copies import what they need, while this one does the same."""
+    numbers = re.findall(r"--workers[= ](\d+)", " ".join(argv))
+    if not numbers or int(numbers[-1]) < 2 or "forkserver" not in multiprocessing.get_all_start_methods():
+        return
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pyro_vae.runs.studies"])
+    forkserver.ensure_running()
 
 
 def guarded(command: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -179,6 +179,12 @@ def failure(directory: Path, name: str) -> Path:
 
 
 WIDTH = 200
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""How workers begin: as copies of a process that has imported this library, and done nothing else, where there are."""
+
+
+PRELOADED = ["pyro_vae.runs.studies"]
+"""What workers have imported when they begin; :mod:`pyro_vae.cli` lets that begin ahead."""
 
 
 def in_processes(
@@ -196,7 +202,9 @@ def in_processes(
         RunError: if every worker died.
         KeyboardInterrupt: when Ctrl-C was pressed, after all have stopped.
     """
-    here, context = shared(), multiprocessing.get_context("spawn")
+    here, context = shared(), cast(Any, multiprocessing.get_context(METHOD))
+    if METHOD == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     threads = max(1, torch.get_num_threads() // workers)
     told = [context.Array("c", WIDTH, lock=False) for _ in range(workers)]
     processes = [context.Process(target=_worker, args=(shared, log, threads, each), daemon=True) for each in told]
