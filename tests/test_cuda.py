@@ -28,6 +28,7 @@ from pyro_vae import (
     thermodynamic_integration,
 )
 from pyro_vae.data.fetched import Digits
+from pyro_vae.infer.parallel import DataParallel
 from pyro_vae.optimizers import Together
 from pyro_vae.training import Checkpoint, OnEpoch
 
@@ -73,6 +74,29 @@ def test_steps_are_those_of_the_cpu(settings):
     assert found == pytest.approx(losses, rel=1e-9)
     for a, b in zip(same, parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+def test_the_sum_over_processes_is_recorded_with_the_step(tmp_path):
+    losses, parameters = regression("cuda", max_norm=0.5, compiler="none")
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        wrapped = []
+
+        def engine(*parts, **settings):
+            wrapped.append(CompiledSVI(*parts, **settings))
+            return DataParallel(wrapped[0], reduction="sum")
+
+        found, same = regression("cuda", engine, max_norm=0.5, compiler="none")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found == pytest.approx(losses, rel=1e-9)
+    for a, b in zip(same, parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    kinds = [kind for state in wrapped[0]._calls._states for kind in state.kinds.values()]
+    assert any(kind.record is not None and kind.record._record is not None for kind in kinds)
 
 
 @pytest.mark.parametrize("compiler", ["none", "inductor"])

@@ -5,9 +5,10 @@ pass and the optimizer's step stands one sum over processes, of all gradients in
 """
 
 import itertools
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -61,10 +62,9 @@ class Processes:
         if not self.grouped:
             return function()
         outcome = _outcome(function)
-        failures = self.gather(None if outcome[0] else outcome[1])
-        for rank, error in enumerate(failures):
+        for rank, error in enumerate(self.gather(None if outcome[0] else outcome[1])):
             if error is not None and outcome[0]:
-                raise type(error)(f"process {rank}: {error}")
+                raise _changed(error, f"process {rank}: {error}")
         return _opened(outcome)
 
     def in_turn(self, function: Callable[[], T]) -> T:
@@ -174,10 +174,20 @@ class Processes:
 
 
 def _outcome(function: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether a function gives anything, and what, or the error; both can be sent to other processes."""
     try:
         return True, function()
     except Exception as error:
-        return False, error
+        return False, _changed(error, str(error))
+
+
+def _changed(error: Exception, message: str) -> Exception:
+    """An error of the same type with a message, or, of a type that takes or keeps something else, a RuntimeError."""
+    for make in (lambda: error, lambda: type(error)(message)):
+        with suppress(Exception):  # whatever the constructor of a stranger's error raises
+            if str(pickle.loads(pickle.dumps(made := make()))) == message:
+                return made.with_traceback(error.__traceback__)
+    return RuntimeError(f"{type(error).__name__}: {message}")
 
 
 def _opened(outcome: tuple[bool, Any]) -> Any:

@@ -162,8 +162,12 @@ def entry(rank, size, folder, function):
     processes.destroy_process_group()
 
 
+CASES = [("PyroSVI", "Trace_ELBO"), ("clipped", "IWAE"), ("CompiledSVI", "beta"), ("CompiledSVI", "Trace_ELBO")]
+CASES += [("PyroSVI", "analytic"), ("clipped", "ELBO"), ("CompiledSVI", "TraceMeanField_ELBO")]
+
+
 def gradients(folder):
-    return {(engine, loss): trained(engine, loss) for engine in ENGINES for loss in LOSSES}
+    return {case: trained(*case) for case in CASES}
 
 
 def compiled(*parts):
@@ -173,8 +177,7 @@ def compiled(*parts):
 def quick(folder):
     """All that is looked at in two processes."""
     rank = Processes().rank
-    cases = [("PyroSVI", "Trace_ELBO"), ("clipped", "IWAE"), ("CompiledSVI", "beta")]
-    found = {case: trained(*case) for case in cases}
+    found = {case: trained(*case) for case in CASES[:3]}
     found["lazy"] = made_lazily(compiled)
     found["noise"] = drawn_noise()
     logged = []

@@ -2,10 +2,17 @@
 
 import multiprocessing
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
+from pyro_vae import ELBO
+from pyro_vae.errors import ContractError
+from pyro_vae.infer import parallel
+from pyro_vae.infer.steps import Steps
 from tests.infer import parallel_checks as checks
 
 
@@ -27,7 +34,7 @@ def two(tmp_path_factory):
 
 
 def test_steps_are_those_of_one_process(two):
-    for case in [("PyroSVI", "Trace_ELBO"), ("clipped", "IWAE"), ("CompiledSVI", "beta")]:
+    for case in checks.CASES[:3]:
         weights, losses = checks.trained(*case)
         for found in two[0]:
             torch.testing.assert_close(found[case][0], weights, rtol=1e-9, atol=1e-12)
@@ -35,10 +42,9 @@ def test_steps_are_those_of_one_process(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_loss_with_every_engine(size, tmp_path):
-    every = in_processes(size, tmp_path, checks.gradients)
-    for case in every[0]:
+def test_losses_and_engines_in_three_processes(tmp_path):
+    every = in_processes(3, tmp_path, checks.gradients)
+    for case in checks.CASES:
         weights, losses = checks.trained(*case)
         for found in every:
             torch.testing.assert_close(found[case][0], weights, rtol=1e-9, atol=1e-12)
@@ -83,3 +89,51 @@ def test_what_differs_is_refused_in_every_process(two):
         for name, reason in expected.items():
             assert found["refused"][name].startswith(reason)
     assert [found["refused"]["here"] for found in two[0]] == ["ValueError: process 1: no file", "ValueError: no file"]
+
+
+def reduction(model, guide, loss):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1)
+    with pyro.get_param_store().scope():
+        return parallel._reduction_of(Steps(model, guide, optimizer, loss), checks.data(7))
+
+
+def test_whether_a_loss_is_a_sum_over_rows():
+    vae = checks.small()
+    assert reduction(vae.model, vae.guide, Trace_ELBO()) == "sum"
+    assert reduction(vae.model, vae.guide, RenyiELBO(vectorize_particles=False)) == "sum"
+    assert reduction(vae.model, vae.guide, ELBO()) == "mean"
+    halved = [poutine.scale(each, scale=0.5) for each in (vae.model, vae.guide)]
+    assert reduction(*halved, Trace_ELBO()) == "sum"
+    shared = [lambda x, each=each: poutine.scale(each, scale=100 / len(x))(x) for each in (vae.model, vae.guide)]
+    assert reduction(*shared, Trace_ELBO()) == "mean"
+    assert reduction(checks.regression, checks.regression_guide, Trace_ELBO()) == "mean"
+
+
+def a_weight_without_a_size(x):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(w, 1.0).expand([len(x)]), obs=x[:, 0])
+
+
+def test_losses_that_cannot_be_shared_are_refused():
+    def guide(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ContractError, match=r"sites of rows \(x\) are summed and others \(w\) are of no row"):
+        reduction(a_weight_without_a_size, guide, Trace_ELBO())
+    with pytest.raises(ContractError, match="RenyiELBO of a plate that is subsampled or scaled is no bound"):
+        reduction(checks.regression, checks.regression_guide, RenyiELBO())
+    with pytest.raises(ContractError, match="cannot tell whether this loss is a sum over rows: give reduction"):
+        reduction(guide, guide, lambda model, guide, x: 0.0)
+
+
+def test_errors_reach_other_processes_as_they_are():
+    class Strange(Exception):
+        def __init__(self, a, b):
+            super().__init__(a, b)
+
+    for error in (ContractError("no"), FileNotFoundError(2, "No such file", "x"), KeyError("k")):
+        found = parallel._changed(error, str(error))
+        assert (type(found), str(found)) == (type(error), str(error))
+    assert str(parallel._changed(ValueError("a"), "process 1: a")) == "process 1: a"
+    assert str(parallel._changed(Strange(1, 2), "(1, 2)")) == "Strange: (1, 2)"
