@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -38,6 +39,7 @@ from pyro_vae.data.fetched import MNIST, cache_folder
 from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import Judge, nearest, pairs_of_classes
+from pyro_vae.runs.kept import Kept, at_home, is_concluded
 from pyro_vae.runs.summaries import standard_error
 
 
@@ -57,6 +59,7 @@ class Settings:
             fewer.
         device: auto takes a GPU if there is one.
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
+        resume: go on with the interrupted comparison in --run_dir, with its settings.
     """
 
     dataset: Callable[[Path], Dataset] = MNIST
@@ -69,6 +72,7 @@ class Settings:
     num_images: int = 5000
     device: str = "auto"
     run_dir: Path | None = None
+    resume: bool = False
 
     def __post_init__(self):
         for name, bound in {"epochs": 1, "batch_size": 1, "seeds": 1, "num_images": 100}.items():
@@ -200,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dataset = runs.make("dataset", settings.dataset, settings.data_dir or cache_folder())
     name = type(dataset).__name__
     run_dir = settings.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    runs.check_run_dir(run_dir, text, resume=None)
+    if is_concluded(run_dir, text, settings.resume):
+        return run_dir
     device = runs.choose_device(settings.device)
     data = runs.images_of(runs.load_dataset(dataset, device))
     if dataset.binarization not in ("dynamic", "static"):
@@ -208,19 +213,26 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"--dataset.binarization {dataset.binarization}: binary pixels drawn from grey ones are needed, with which "
             "decoded means are compared: choose dynamic"
         )
+    with at_home(run_dir, text, settings.resume) as kept:
+        return compare(settings, data, run_dir, kept)
+
+
+def compare(settings: Settings, data: ImageData, run_dir: Path, kept: Kept) -> Path:
+    """Train and measure every model and write what was found; return the directory."""
     torch.manual_seed(0)
     judge = Judge(data)
     size = min(settings.num_images, len(data.test))
     floor = judge.floor(size)
-    runs.open_run(run_dir, text, resume=None)
     measured: dict[tuple[str, int], list[Measures]] = {}
     first: dict[tuple[str, int], Model] = {}
     each = [(kind, dim, seed) for seed in range(settings.seeds) for dim in settings.latent_dims for kind in KINDS]
     for kind, dim, seed in tqdm(each, desc="models", unit="model"):
-        model = train(settings, kind, dim, data, seed)
-        measured.setdefault((kind, dim), []).append(measure(model, dim, data, judge, size))
+        model = train(settings, kind, dim, data, seed, kept)
+        found = kept.once(_file(kind, dim, seed), partial(_measured, model, dim, data, judge, size))
+        measured.setdefault((kind, dim), []).append(Measures(**found))
         first.setdefault((kind, dim), model)
     lesson = report(settings, measured, judge.accuracy, floor)
+    torch.manual_seed(0)  # whatever was measured now, and whatever before
     with runs.writing(run_dir):
         plot_distances(settings, measured, floor, run_dir / "distances.png")
         pictures(settings, first, data, run_dir)
@@ -228,20 +240,34 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "measures": {f"{kind}, {dim}": [m._asdict() for m in each] for (kind, dim), each in measured.items()},
         "judge": {"accuracy": judge.accuracy, "floor": floor},
     }
-    return runs.conclude(run_dir, lesson, result, device)
+    return runs.conclude(run_dir, lesson, result, data.device)
+
+
+def _file(kind: str, latent_dim: int, seed: int) -> str:
+    return f"{runs.slug(kind)}-{latent_dim}-seed{seed}"
+
+
+def _measured(model: Model, latent_dim: int, data: ImageData, judge: Judge, size: int) -> dict[str, float]:
+    return measure(model, latent_dim, data, judge, size)._asdict()
 
 
 KINDS = (AE_L2, AE_CE, OURS)
 
 
-def train(settings: Settings, kind: str, latent_dim: int, data: ImageData, seed: int) -> Model:
+def train(settings: Settings, kind: str, latent_dim: int, data: ImageData, seed: int, kept: Kept) -> Model:
     """A model trained on ``data``, the same networks and batches for every kind."""
     torch.manual_seed(seed)
     model = build(kind, latent_dim, data.test.shape[1]).to(data.test.device)
     model.initialize(data.observe(torch.arange(len(data.train_pixels), device=data.test.device)))
     batches = data.batches(settings.batch_size)
     engine = runs.compiled_engine(settings.epochs * len(batches))
-    fit(model, batches, epochs=settings.epochs, lr=settings.lr, engine=engine, progress=False)
+    how = {"epochs": settings.epochs, "lr": settings.lr, "engine": engine, "progress": False}
+    kept.train(
+        _file(kind, latent_dim, seed),
+        model,
+        lambda callbacks: fit(model, batches, callbacks=callbacks, **how),
+        {"data": data.fingerprint},
+    )
     return model.eval()
 
 

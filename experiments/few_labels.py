@@ -39,6 +39,7 @@ from pyro_vae.data.images import ImageData
 from pyro_vae.infer.programs import Program
 from pyro_vae.runs import figures
 from pyro_vae.runs.judge import classes
+from pyro_vae.runs.kept import Kept, at_home, is_concluded
 from pyro_vae.runs.summaries import standard_error
 
 
@@ -54,6 +55,7 @@ class Settings:
         num_steps: of each training of a network, Adam at 0.001, at most 128 images each, at least 1.
         seed: of the draws and trainings, at least 0.
         device: auto takes a GPU if there is one.
+        resume: go on with the interrupted study in --run_dir, with its settings.
     """
 
     run: Path
@@ -63,6 +65,7 @@ class Settings:
     num_steps: int = 200
     seed: int = 0
     device: str = "auto"
+    resume: bool = False
 
     def __post_init__(self):
         runs.check_numbers("--labels", self.labels)
@@ -92,9 +95,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or a run on images without labels or with too few of some class.
     """
-    settings, _ = runs.parse(Settings, argv, first="run")
-    vae, data, device, run_dir = runs.open_finished(
-        settings.run, settings.run_dir, "few_labels", settings.device, settings.seed
+    settings, written = runs.parse(Settings, argv, first="run")
+    run_dir = settings.run_dir or settings.run / "few_labels"
+    if is_concluded(run_dir, written, settings.resume):
+        return run_dir
+    vae, data, device, _ = runs.open_finished(
+        settings.run, run_dir, "few_labels", settings.device, settings.seed, settings.resume
     )
     rarest = int(classes(data)[0].bincount().min())
     if max(settings.labels) > rarest:
@@ -105,9 +111,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with torch.no_grad():
         see = cast(nn.Module, vae.posterior.inputs)  # as the network was trained to see images
         seen = see(x), see(data.test)
-    runs.make_directory(run_dir)
-    spaces = representations(vae.guide, x, data.test)
-    accuracies = study(settings, spaces, networks, seen, data)
+    with at_home(run_dir, written, settings.resume) as kept:
+        spaces = representations(vae.guide, x, data.test)
+        accuracies = study(settings, spaces, networks, seen, data, kept)
+        return conclude(accuracies, settings, spaces, run_dir, device)
+
+
+def conclude(
+    accuracies: Accuracies,
+    settings: Settings,
+    spaces: dict[str, tuple[np.ndarray, np.ndarray]],
+    run_dir: Path,
+    device: torch.device,
+) -> Path:
+    """Write what was found; return the directory."""
     text = report(accuracies, settings, spaces)
     with runs.writing(run_dir):
         plot(accuracies, run_dir / "accuracy.png")
@@ -149,38 +166,61 @@ def study(
     networks: dict[str, Network],
     seen: tuple[Tensor, Tensor],
     data: ImageData,
+    kept: Kept,
 ) -> Accuracies:
     """The accuracy of every method on test images, for every number of labels and every draw of them.
 
     ``seen`` are training and test images ``(N, X)`` as networks see them.
     """
+    accuracies: Accuracies = {}
+    generator = torch.Generator().manual_seed(settings.seed)
+    about = {"data": data.fingerprint}
+    for draw in tqdm(range(settings.num_draws), desc="draws of labels", unit="draw"):
+        order = torch.randperm(len(classes(data)[0]), generator=generator)
+        if (found := kept.tensors(f"draw{draw}", about)) is None:
+            weights, right = one_draw(settings, order, spaces, networks, seen, data)
+            kept.keep(f"draw{draw}", weights, right, about)
+        else:
+            _, right = found
+        for name, number, accuracy in right:
+            accuracies.setdefault(name, {}).setdefault(number, []).append(accuracy)
+    return accuracies
+
+
+def one_draw(
+    settings: Settings,
+    order: Tensor,
+    spaces: dict[str, tuple[np.ndarray, np.ndarray]],
+    networks: dict[str, Network],
+    seen: tuple[Tensor, Tensor],
+    data: ImageData,
+) -> tuple[dict[str, Tensor], list[tuple[str, int, float]]]:
+    """Weights of the networks trained on the first labels of each class in ``order``, and each method's accuracy."""
     x, test_images = seen
     train_labels, test_labels = classes(data)
     num_classes = int(train_labels.max()) + 1
-    accuracies: Accuracies = {}
+    weights: dict[str, Tensor] = {}
+    right: list[tuple[str, int, float]] = []
 
     def record(name: str, number: int, predicted: np.ndarray) -> None:
-        right = (predicted == test_labels.numpy()).mean()
-        accuracies.setdefault(name, {}).setdefault(number, []).append(float(right))
+        right.append((name, number, float((predicted == test_labels.numpy()).mean())))
 
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in tqdm(range(settings.num_draws), desc="draws of labels", unit="draw"):
-        order = torch.randperm(len(train_labels), generator=generator)
-        for number in settings.labels:
-            known = torch.cat([order[train_labels[order] == each][:number] for each in range(num_classes)])
-            labels = train_labels[known]
-            for space, (train, test) in spaces.items():
-                for name, make in CLASSIFIERS.items():
-                    with warnings.catch_warnings():  # a thousand steps will do
-                        warnings.simplefilter("ignore", ConvergenceWarning)
-                        fitted = make(number).fit(train[known.numpy()], labels.numpy())
-                    record(f"{space}, {name}", number, fitted.predict(test))
-            for name, network in networks.items():
-                model = supervised(network, num_classes, x[known], labels.to(x.device), settings.num_steps)
-                with torch.no_grad():
-                    predicted = torch.cat([model(part).argmax(-1) for part in test_images.split(1000)])
-                record(name, number, predicted.cpu().numpy())
-    return accuracies
+    for number in settings.labels:
+        known = torch.cat([order[train_labels[order] == each][:number] for each in range(num_classes)])
+        labels = train_labels[known]
+        for space, (train, test) in spaces.items():
+            for name, make in CLASSIFIERS.items():
+                with warnings.catch_warnings():  # a thousand steps will do
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    fitted = make(number).fit(train[known.numpy()], labels.numpy())
+                record(f"{space}, {name}", number, fitted.predict(test))
+        for name, network in networks.items():
+            model = supervised(network, num_classes, x[known], labels.to(x.device), settings.num_steps)
+            weights |= {f"{name}, {number} labels: {key}": value for key, value in model.state_dict().items()}
+            with torch.no_grad():
+                predicted = torch.cat([model(part).argmax(-1) for part in test_images.split(1000)])
+            record(name, number, predicted.cpu().numpy())
+    return weights, right
 
 
 CLASSIFIERS: dict[str, Callable[[int], LogisticRegression | KNeighborsClassifier]] = {

@@ -32,6 +32,7 @@ from pyro_vae.data.images import ImageData
 from pyro_vae.errors import check_widths
 from pyro_vae.infer.flows import import_zuko
 from pyro_vae.runs import figures
+from pyro_vae.runs.kept import Kept, at_home, is_concluded
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Settings:
         precision: of products and convolutions in training; bfloat16 is faster where the processor has it.
         seed: of both trainings and the samples, at least 0.
         device: auto takes a GPU if there is one.
+        resume: go on with the interrupted comparison in --run_dir, with its settings.
     """
 
     run: Path
@@ -66,6 +68,7 @@ class Settings:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     device: str = "auto"
+    resume: bool = False
 
     def __post_init__(self):
         for name in ("channels", "layers", "epochs", "made_epochs", "batch_size"):
@@ -269,22 +272,29 @@ def main(argv: Sequence[str] | None = None) -> Path:
     Raises:
         RunError: for a mistake in ``argv``, or a run on other than binary images of one channel.
     """
-    settings, _ = runs.parse(Settings, argv, first="run")
-    vae, data, device, run_dir = runs.open_finished(
-        settings.run, settings.run_dir, "pixelcnn", settings.device, settings.seed
-    )
-    if data.encoding != "binary" or data.image_shape[0] != 1:
+    settings, text = runs.parse(Settings, argv, first="run")
+    run_dir = settings.run_dir or settings.run / "pixelcnn"
+    if is_concluded(run_dir, text, settings.resume):
+        return run_dir
+    opened = runs.open_finished(settings.run, run_dir, "pixelcnn", settings.device, settings.seed, settings.resume)
+    if opened.data.encoding != "binary" or opened.data.image_shape[0] != 1:
         raise runs.RunError(f"{settings.run}: its images must be binary and of one channel, as MNIST's")
+    with at_home(run_dir, text, settings.resume) as kept:
+        return compare(settings, opened, kept)
+
+
+def compare(settings: Settings, opened: runs.Finished, kept: Kept) -> Path:
+    """Train both, compare them with the VAE and write what was found; return the directory."""
+    vae, data, device, run_dir = opened
     finished = runs.load(settings.run)
     test = data.test[: finished.result["num_images"]]
-    runs.make_directory(run_dir)
     draw = lambda: figures.decode(vae.model, DRAWN, test, draw=True)  # noqa: E731
     seconds, samples = clock(draw, repetitions=20)
     parameters = sum(p.numel() for p in vae.parameters())
     importance = finished.importance["log_px"].values
     rows = [Row("VAE", parameters, importance, finished.result["train_seconds"], seconds, samples)]
     for name, network, epochs in networks(settings, data):
-        rows.append(train(name, network.to(device), epochs, settings, data, test))
+        rows.append(train(name, network.to(device), epochs, settings, data, test, kept))
     with runs.writing(run_dir):
         plot(rows, finished, data, run_dir)
     result = {
@@ -315,14 +325,22 @@ def networks(settings: Settings, data: ImageData) -> list[tuple[str, Network, in
     return [("MADE", MADE(size, size, settings.hidden), settings.made_epochs), ("PixelCNN", pixelcnn, settings.epochs)]
 
 
-def train(name: str, network: Network, epochs: int, settings: Settings, data: ImageData, test: Tensor) -> Row:
+def train(
+    name: str, network: Network, epochs: int, settings: Settings, data: ImageData, test: Tensor, kept: Kept
+) -> Row:
     """A model trained on ``data``, its exact log p(x) of test images and its samples."""
     model = AutoregressiveModel(network)
     batches = data.batches(settings.batch_size)
     # a PixelCNN's step takes some ten times as long as a VAE's, so that compiling pays after a tenth of the steps
     engine = runs.compiled_engine(10 * epochs * len(batches), precision=settings.precision)
     print(f"{name}: {num_parameters(network):,} parameters")
-    history = fit(model, batches, data.validation, epochs=epochs, lr=settings.lr, engine=engine)
+    how = {"epochs": epochs, "lr": settings.lr, "engine": engine}
+    history = kept.train(
+        name,
+        model,
+        lambda callbacks: fit(model, batches, data.validation, callbacks=callbacks, **how),
+        {"data": data.fingerprint},
+    )
     model.eval()
     log_px = model.log_px(test).double().cpu().numpy()
     seconds, samples = clock(lambda: Autoregressive(network).sample([DRAWN]), repetitions=1)

@@ -55,6 +55,8 @@ class ClassificationSettings:
         seed: of the estimates, at least 0.
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         run_dir: directory to write, new or empty; null: classes-test or classes-train in the run's evaluations.
+        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
+            pyro_vae.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = ("run", "split", "num_images", "seed", "device", "run_dir")
@@ -143,7 +145,7 @@ def run_classification(settings: ClassificationSettings, text: str | None = None
         **provenance(device),
     }
     with writing(out):
-        write_text(out / "config.yaml", text)
+        write_text(out / "config.yaml", text, new=True)
         write_evidence(out / "posterior.nc", {"classes": _dataset(posterior, right, among, column.values)})
         write_json(out / "result.json", result)
     return Classified(out, result, posterior)

@@ -188,7 +188,8 @@ def write_netcdf(path: Path, content: xr.DataTree | xr.Dataset) -> None:
 def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write weights as safetensors, whose own writer leaves a file that nobody else may read."""
     with whole(path) as partial:
-        partial.write_bytes(save(weights, metadata))
+        own = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}  # some may be shared
+        partial.write_bytes(save(own, metadata))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

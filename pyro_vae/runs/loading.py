@@ -205,16 +205,19 @@ class Finished(NamedTuple):
     run_dir: Path
 
 
-def open_finished(directory: Path, run_dir: Path | None, name: str, device: str, seed: int) -> Finished:
+def open_finished(
+    directory: Path, run_dir: Path | None, name: str, device: str, seed: int, resume: bool = False
+) -> Finished:
     """Open the finished run in ``directory``, with torch seeded, to be studied in ``run_dir``, or ``name`` there.
 
     Raises:
         RunError: if there is no finished run, or one of other data than images, no such device, or anything in
-            ``run_dir`` already.
+            ``run_dir`` already, unless it is resumed.
     """
     chosen = choose_device(device)
     run_dir = run_dir or directory / name
-    check_empty(run_dir)
+    if not resume:
+        check_empty(run_dir)
     vae, data = load_finished(directory, chosen, may_be_told=False)
     torch.manual_seed(seed)
     return Finished(cast(VAE | TwoLayerVAE, vae), images_of(data), chosen, run_dir)

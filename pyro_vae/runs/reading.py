@@ -318,6 +318,24 @@ def memory_of(directory: Path) -> dict[str, Any]:
     return {"fingerprint": content.get("data")}
 
 
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, none of which holds NaN, and its metadata.
+
+    Raises:
+        RunError: if there is no such file, or it is damaged.
+    """
+    content = bytes_of(path)
+    try:
+        tensors = safetensors.load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, reason_of(error)) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise damaged(path, f"'{name}' holds NaN")
+    return tensors, metadata
+
+
 def weights_of(directory: Path) -> tuple[dict[str, Tensor], Schema]:
     """Weights of a trained model, on the CPU, and what it knows of its data.
 
@@ -327,17 +345,11 @@ def weights_of(directory: Path) -> tuple[dict[str, Tensor], Schema]:
     path = directory / "model.safetensors"
     if not os.path.lexists(path):
         raise RunError(f"{directory} holds no trained model (there is no model.safetensors)")
-    content = bytes_of(path)
+    weights, metadata = tensors_of(path)
     try:
-        weights = safetensors.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        schema = schema_of(header.get("__metadata__") or {})
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return weights, schema_of(metadata)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, reason_of(error)) from error
-    for name, weight in weights.items():
-        if weight.is_floating_point() and weight.isnan().any():
-            raise damaged(path, f"'{name}' holds NaN")
-    return weights, schema
 
 
 def schema_of(metadata: Mapping[str, str]) -> Schema:

@@ -11,6 +11,7 @@ import torch
 from experiments import few_labels
 from experiments.few_labels import COMPONENTS, FEATURES, FINE_TUNED, LOGISTIC, PIXELS, SCRATCH
 from pyro_vae import cli, runs
+from pyro_vae.runs.kept import Kept
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,23 @@ def test_accuracies(studied):
     assert set(itertools.chain(*few_labels.PAIRS)) <= set(mean)
 
 
+def test_it_goes_on_where_it_was_interrupted(finished, studied, monkeypatch, tmp_path):
+    out, whole = tmp_path / "out", few_labels.one_draw
+    argv = ["--labels=[1, 20]", "--num_draws=3", "--num_steps=100", f"--run_dir={out}"]
+
+    def stops(*args):
+        if (out / "models" / "draw1.safetensors").exists():
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(few_labels, "one_draw", stops)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        few_labels.main([str(finished), *argv])
+    monkeypatch.undo()
+    few_labels.main(["--resume", f"--run_dir={out}"])
+    assert json.loads((out / "result.json").read_text())["accuracies"] == studied[0]["accuracies"]
+
+
 def test_representations(finished):
     vae, data = runs.load_model(finished), runs.load_data(finished)
     x = data.observe(torch.arange(200))
@@ -69,7 +87,7 @@ def test_training_a_network_leaves_the_encoder_alone(finished):
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
-def test_each_method_learns_from_what_it_should(finished, monkeypatch):
+def test_each_method_learns_from_what_it_should(finished, monkeypatch, tmp_path):
     """As many labels of each class; k by their number; new weights and the encoder's own, each under its name."""
     seen = {}
 
@@ -84,7 +102,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
     networks = {SCRATCH: fresh.posterior.network, FINE_TUNED: vae.posterior.network}
     spaces = {PIXELS: (x.numpy(), data.test.numpy())}
     config = few_labels.Settings(finished, labels=(2, 7), num_draws=2)
-    found = few_labels.study(config, spaces, networks, (x, data.test), data)
+    found = few_labels.study(config, spaces, networks, (x, data.test), data, Kept(tmp_path))
     assert set(found) == {f"{PIXELS}, {each}" for each in few_labels.CLASSIFIERS} | set(networks)
     for size, calls in seen.items():
         assert [network for network, _ in calls] == [*networks.values()] * 2
@@ -95,7 +113,7 @@ def test_each_method_learns_from_what_it_should(finished, monkeypatch):
 def test_names_of_networks(finished, monkeypatch, tmp_path):
     vae = runs.load_model(finished)
     given = {}
-    monkeypatch.setattr(few_labels, "study", lambda config, spaces, networks, x, data: given.update(networks) or 1 / 0)
+    monkeypatch.setattr(few_labels, "study", lambda config, spaces, networks, x, *_: given.update(networks) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         few_labels.main([str(finished), f"--run_dir={tmp_path / 'out'}"])
     weights = {name: network.layers[0].weight for name, network in given.items()}
@@ -130,7 +148,7 @@ def test_images_without_labels_are_refused(tmp_path):
 def test_networks_see_images_as_they_were_trained_to(finished, tmp_path, monkeypatch):
     """Standardized, where the run's encoder standardizes: raw values would be another language to it."""
     given = []
-    monkeypatch.setattr(few_labels, "study", lambda settings, spaces, networks, seen, data: given.append(seen) or {})
+    monkeypatch.setattr(few_labels, "study", lambda settings, spaces, networks, seen, *_: given.append(seen) or {})
     monkeypatch.setattr(few_labels, "report", lambda *args: "")
     monkeypatch.setattr(few_labels, "plot", lambda *args: None)
     monkeypatch.setattr(few_labels, "PAIRS", ())

@@ -10,6 +10,7 @@ import torch
 from experiments import pixelcnn
 from experiments.pixelcnn import MADE, Autoregressive, AutoregressiveModel, PixelCNN
 from pyro_vae import cli, importance_sampling, runs
+from pyro_vae.runs.kept import Kept
 
 pytestmark = pytest.mark.slow
 
@@ -78,9 +79,24 @@ def finished(tmp_path_factory):
     return cli.train([*argv.split(), f"--run_dir={run_dir}"]).path
 
 
-def test_the_comparison(finished, capsys):
+def test_the_comparison(finished, capsys, monkeypatch):
     argv = "--channels 4 --layers 2 --epochs 4 --hidden [128] --made_epochs 10 --lr 1e-2"
-    out = pixelcnn.main([str(finished), *argv.split()])
+    fit, trained = pixelcnn.fit, []
+
+    def stops(model, *args, **settings):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(model)
+        return fit(model, *args, **settings)
+
+    monkeypatch.setattr(pixelcnn, "fit", stops)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        pixelcnn.main([str(finished), *argv.split()])
+    monkeypatch.setattr(pixelcnn, "fit", fit)
+    out = pixelcnn.main([f"--run_dir={finished / 'pixelcnn'}", "--resume"])
+    assert {path.name for path in (out / "models").iterdir()} == {"MADE.safetensors", "PixelCNN.safetensors"}
+    kept, _ = Kept(out).tensors("MADE", {"data": runs.load(finished).result["data"]})
+    assert all(torch.equal(value, kept[name]) for name, value in trained[0].state_dict().items())
     result = json.loads((out / "result.json").read_text())
     vae, made, ours = result["models"]
     assert [each["name"] for each in (vae, made, ours)] == ["VAE", "MADE", "PixelCNN"]
