@@ -49,14 +49,18 @@ class Files:
         directory: of the estimate, on a file system that all share.
         about: what the estimate is of, by name: settings, weights, data. Parts of another one are refused.
         device: of the parts.
-        result: the file that is there when the estimate is finished.
+        name: of the estimate, where there are several of the same.
+        alone: whether nobody else is at work there: parts of another estimate are deleted then, and not refused.
 
     Raises:
         RunError: if there are parts of another estimate, or the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, about: Mapping[str, Any], device: torch.device, result: str = "result.json"):
-        self.folder, self.device, self._result = directory / FOLDER, device, directory / result
+    def __init__(
+        self, directory: Path, about: Mapping[str, Any], device: torch.device, name: str = "", alone: bool = False
+    ):
+        self.folder, self.device, self._result = directory / FOLDER, device, directory / "result.json"
+        self._prefix, self._alone = f"{name}-" if name else "", alone
         self._about = json.loads(json.dumps({"format": FORMAT} | dict(about)))
         self._key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()
         try:
@@ -75,7 +79,11 @@ class Files:
             known = json.loads(told.read_text(encoding="utf-8"))
         except ValueError:
             known = None
-        if known != self._about:
+        if known != self._about and self._alone:
+            self.forget()
+            self._alone = False
+            self._open()
+        elif known != self._about:
             raise RunError(f"{self.folder} {_other(known, self._about)}; choose another directory, or delete it")
 
     def __call__(self, stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
@@ -106,7 +114,7 @@ class Files:
     def _compute(self, stage: str, do: Callable[[int], Part], number: int) -> bool:
         """Compute a part, unless somebody else does."""
         try:
-            with claim(self.folder, f"{stage}-{number}"):
+            with claim(self.folder, self._path(stage, number).stem):
                 if self.read(stage, number) is None:
                     self._look()  # what is finished is not begun again
                     self.write(stage, number, self._guarded(do, number))
@@ -155,8 +163,7 @@ class Files:
 
     def forget(self) -> None:
         """Delete the parts."""
-        if not self.folder.is_symlink():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        forget_parts(self.folder.parent)
 
     def holds_any(self) -> bool:
         """Whether any part is finished."""
@@ -164,10 +171,10 @@ class Files:
 
     @property
     def _failure(self) -> Path:
-        return self.folder / "failed.json"
+        return self.folder / f"{self._prefix}failed.json"
 
     def _path(self, stage: str, number: int) -> Path:
-        return self.folder / f"{stage}-{number}.part"
+        return self.folder / f"{self._prefix}{stage}-{number}.part"
 
     def write(self, stage: str, number: int, part: Part) -> None:
         """Keep a part, which its :class:`Work` computed."""
@@ -196,7 +203,13 @@ class Files:
 
     def _seal(self, stage: str, number: int, content: bytes) -> bytes:
         """A checksum of a part and of what it belongs to."""
-        return hashlib.sha256(f"{self._key}/{stage}/{number}/".encode() + content).digest()
+        return hashlib.sha256(f"{self._key}/{self._prefix}{stage}/{number}/".encode() + content).digest()
+
+
+def forget_parts(directory: Path) -> None:
+    """Delete the parts of estimates that are finished, which a killed process may have left."""
+    if not (directory / FOLDER).is_symlink():
+        shutil.rmtree(directory / FOLDER, ignore_errors=True)
 
 
 def _other(known: Any, about: dict[str, Any]) -> str:

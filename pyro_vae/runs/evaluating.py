@@ -26,7 +26,17 @@ from pyro_vae.infer.evidence.reverse import sandwich as sandwich_of
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import to
-from pyro_vae.runs.blockwise import Files, Overtaken, check_home, code, fingerprint, helpers, is_finished, one_thread
+from pyro_vae.runs.blockwise import (
+    Files,
+    Overtaken,
+    check_home,
+    code,
+    fingerprint,
+    forget_parts,
+    helpers,
+    is_finished,
+    one_thread,
+)
 from pyro_vae.runs.build import Model
 from pyro_vae.runs.directory import (
     choose_device,
@@ -102,6 +112,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
     name = settings.name or ("bdmc" if settings.estimator == "bdmc" else f"{settings.estimator}-{settings.split}")
     run_dir = settings.run_dir or settings.run / "evaluations" / name
     if settings.resume and is_finished(run_dir, text):
+        forget_parts(run_dir)
         print("This evaluation is finished; its result:")
         return _read_back(run_dir)
     check_home(run_dir, text)

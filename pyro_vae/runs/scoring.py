@@ -3,6 +3,8 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from pyro_vae.data.images import ImageData
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling
+from pyro_vae.infer.evidence.blocks import Work
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.opinion import contradicts
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate, pick
@@ -47,8 +50,18 @@ def reliable_share(evidence: Evidence) -> dict[str, Any]:
     return {"share_reliable": share, "reliable": share >= 1 - FEW_DOUBTED}
 
 
-def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
-    """Score the test images.
+Works = Callable[[str], Work | None]
+"""Who computes the parts of each of a run's estimates, by name."""
+
+
+def nobody_else(name: str) -> None:
+    """The :data:`Works` of a process alone, which keeps nothing."""
+
+
+def score_test(
+    run: Settings, vae: Model, data: Data, works: Works = nobody_else
+) -> tuple[dict[str, Any], Evidence, xr.Dataset | None]:
+    """Score the test images; their estimates are called ``test`` and ``annealed``.
 
     Returns:
         The entries of result.json about them; log p(x) per image, by importance sampling; the same by annealed
@@ -59,12 +72,13 @@ def score_test(run: Settings, vae: Model, data: Data) -> tuple[dict[str, Any], E
     settings = run.evidence
     test = select(data.test, slice(settings.num_images))
     elbo = estimate_elbo(vae.model, vae.guide, test, num_samples=10)
-    evidence = importance_sampling(vae.model, vae.guide, test, settings.num_samples, progress=True)
+    sampled = partial(importance_sampling, vae.model, vae.guide, test, settings.num_samples)
+    evidence = sampled(progress=True, work=works("test"))
     log_likelihood, over_images, monte_carlo = evidence.mean()
     units = active_units(vae.guide, test)
     khat = evidence.khat[~evidence.khat.isnan()]
     bad = evidence.share_bad_k()
-    annealed, corrected = anneal(settings, vae, test, evidence)
+    annealed, corrected = anneal(settings, vae, test, evidence, works("annealed"))
     first = data.observe(torch.arange(min(500, data.num_train), device=data.device))
     return (
         {
@@ -111,7 +125,7 @@ MOST_VALIDATION = 1000
 """Validation images of which log p(x) is estimated: choices among models need no more, and all are scored often."""
 
 
-def score_validation(run: Settings, vae: Model, data: Data) -> dict[str, Any]:
+def score_validation(run: Settings, vae: Model, data: Data, works: Works = nobody_else) -> dict[str, Any]:
     """The entries of result.json that models are chosen by: what a test set is asked once, these are asked often.
 
     The ELBO is that of all validation images; log p(x), by importance sampling, that of some, the same in every run.
@@ -120,7 +134,8 @@ def score_validation(run: Settings, vae: Model, data: Data) -> dict[str, Any]:
     settings, everything = run.evidence, data.validation
     size = data_size(everything)
     x = select(everything, some(size, min(MOST_VALIDATION, size)).to(data.device))
-    evidence = importance_sampling(vae.model, vae.guide, x, settings.num_samples, progress=True, num_checked=0)
+    sampled = partial(importance_sampling, vae.model, vae.guide, x, settings.num_samples)
+    evidence = sampled(progress=True, num_checked=0, work=works("validation"))
     log_likelihood, over_images, monte_carlo = evidence.mean()
     return {
         "validation_elbo": estimate_elbo(vae.model, vae.guide, everything, num_samples=10).mean().item(),
@@ -158,7 +173,7 @@ def doubted(evidence: Evidence, importance: Evidence) -> Evidence:
 
 
 def anneal(
-    settings: EvidenceSettings, vae: Model, test: Tree, importance: Evidence
+    settings: EvidenceSettings, vae: Model, test: Tree, importance: Evidence, work: Work | None = None
 ) -> tuple[xr.Dataset | None, dict[str, Any]]:
     """Annealed importance sampling of some of the test images, and what it says about all of them."""
     whole = data_size(test)
@@ -172,7 +187,7 @@ def anneal(
     start = time.perf_counter()
     try:
         evidence = annealed_importance_sampling(
-            vae.model, vae.guide, select(test, among), settings.annealing, progress=True
+            vae.model, vae.guide, select(test, among), settings.annealing, progress=True, work=work
         )
     except ContractError as error:
         print(f"no annealed estimate: {error}")

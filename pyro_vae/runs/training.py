@@ -6,6 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from pyro_vae.infer.parallel import Processes
 from pyro_vae.infer.trees import call, data_size, select
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer
 from pyro_vae.runs import figures
+from pyro_vae.runs.blockwise import Files, code, fingerprint, forget_parts
 from pyro_vae.runs.build import (
     Model,
     as_options,
@@ -107,6 +109,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     if not processes.is_first:
         sys.exit(0)
     if finished:
+        forget_parts(run_dir)
         print("This run is finished; its result:")
     report_run(run_dir)
     return load(run_dir)
@@ -223,8 +226,9 @@ def finish(
     """Write weights, scores and figures of a trained model; ``result.json`` is the last file."""
     metadata = {"schema": data.schema.dumps()}
     write_weights(run_dir / "model.safetensors", vae.state_dict(), metadata)
-    result, evidence, annealed = score_test(settings, vae, data)
-    result |= score_validation(settings, vae, data)
+    works = partial(_parts, settings, data, run_dir)
+    result, evidence, annealed = score_test(settings, vae, data, works)
+    result |= score_validation(settings, vae, data, works)
     result |= {
         "bits_per_dim": bits_per_dim(best(result), data, vae.likelihood.head),
         "train_seconds": sum(e.seconds for e in history),
@@ -245,6 +249,17 @@ def finish(
         write_columns(vae.model, vae.guide, data, run_dir)
     figures.pictures(vae.model, vae.guide, data, run_dir)
     write_json(run_dir / "result.json", result)
+    forget_parts(run_dir)
+
+
+def _parts(settings: Settings, data: Data, run_dir: Path, name: str) -> Files:
+    """Where the parts of one of a run's estimates outlive a process that is killed while they are computed."""
+    about = {"evidence": asdict(settings.evidence), "seed": settings.seed, "data": data.fingerprint}
+    about |= {"weights": fingerprint(run_dir / "model.safetensors"), "code": code()}
+    about |= {"device": data.device.type, "threads": torch.get_num_threads()}
+    work = Files(run_dir, about, data.device, name, alone=True)
+    work.begin()
+    return work
 
 
 class Log(Callback):

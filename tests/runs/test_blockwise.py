@@ -16,7 +16,7 @@ import torch
 from experiments.scaling import evidence, growth
 from pyro_vae import Annealing, annealed_importance_sampling, cli, importance_sampling, runs
 from pyro_vae.errors import ContractError, RunError
-from pyro_vae.runs import evaluating
+from pyro_vae.runs import evaluating, training
 from pyro_vae.runs.blockwise import FOLDER, Files, Overtaken, check_home, helpers
 from pyro_vae.runs.workers import claim
 
@@ -218,6 +218,33 @@ def test_no_digit_depends_on_who_computed_what_or_on_memory(programs, tmp_path, 
             assert torch.equal(value.nan_to_num(7), found.nan_to_num(7)) if torch.is_tensor(value) else value == found
 
 
+TINY = "--dataset Digits --epochs 1 --latent_dim 2 --encoder.hidden [8] --decoder.hidden [8] --device cpu"
+TINY += " --evidence.num_samples 8 --evidence.num_images 20 --evidence.annealed_images 3"
+TINY += " --evidence.annealing.num_temperatures 3 --evidence.annealing.num_checked 0"
+
+
+def test_scoring_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    argv = [*TINY.split(), "--run_dir"]
+    whole = cli.train([*argv, str(tmp_path / "whole")])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "score_validation", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="go on with"):
+            cli.train([*argv, str(tmp_path / "cut")])
+    written, write = [], Files.write
+    monkeypatch.setattr(Files, "write", lambda self, stage, *more: written.append(self) or write(self, stage, *more))
+    cut = cli.train([*argv, str(tmp_path / "cut"), "--resume"])
+    assert written
+    assert {each._prefix for each in written} == {"validation-"}
+    timed = {"train_seconds", "evaluate_seconds", "annealed_seconds"}
+    results = [{name: each.result[name] for name in each.result.keys() - timed} for each in (cut, whole)]
+    assert results[0] == results[1]
+    assert not (tmp_path / "cut" / FOLDER).exists()
+
+
 def wait(until, process, seconds=120):
     """Wait until something is so, while a process lives."""
     end = time.time() + seconds
@@ -234,9 +261,7 @@ def test_an_evaluation_outlives_a_worker_and_all_of_them_with_the_digits_of_one(
 
     The digits are those of one that was never interrupted.
     """
-    argv = "--dataset Digits --epochs 1 --latent_dim 2 --encoder.hidden [8] --decoder.hidden [8] --device cpu"
-    argv += " --evidence.annealed_images 0 --evidence.num_samples 2"
-    run = cli.train([*argv.split(), f"--run_dir={tmp_path / 'run'}"]).path
+    run = cli.train([*TINY.split(), f"--run_dir={tmp_path / 'run'}"]).path
     argv = [str(run), "--split=train", "--num_images=1024", "--annealing.num_checked=0", "--annealing.start=guide"]
     argv += ["--annealing.num_temperatures=10", "--annealing.num_leapfrogs=1"]  # so little is not compiled
     _, text = runs.parse(runs.EvaluationSettings, argv, first="run")

@@ -112,9 +112,9 @@ def finished(tmp_path_factory, drawing):
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     trained = []
 
-    def evaluate(config, vae, data):
+    def evaluate(config, vae, *more):
         trained.append(vae)
-        return original(config, vae, data)
+        return original(config, vae, *more)
 
     original = runs.score_test
     with drawing(), pytest.MonkeyPatch.context() as patch:
