@@ -1,5 +1,6 @@
 """What a GPU computes is what the CPU computes. Needs a GPU: all else is tested without one."""
 
+import gc
 import json
 from functools import partial
 
@@ -130,6 +131,105 @@ def test_batches_of_several_sizes_are_recorded_apart():
     assert ((losses - expected.mean(1)).abs() < 5 * expected.std(1)).all()
 
 
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+def test_a_record_holds_the_memory_that_it_uses():
+    """Engines come and go, and what they leave goes back to the GPU, while others go on."""
+    losses = {}
+    for engine in (PyroSVI, partial(CompiledSVI, compiler="none")):
+        found = losses.setdefault(engine, [])
+        engines = []
+        for seed in range(6):
+            torch.manual_seed(seed)
+            vae, x = small_vae().cuda(), binary(8 + seed).cuda()
+            optim = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True, capturable=True)
+            engines = [*engines[-2:], (engine(vae.model, vae.guide, optim, ELBO()), x)]
+            del vae, optim
+            for svi, data in engines:
+                torch.manual_seed(seed)
+                found += [float(svi.step(data)) for _ in range(12)]
+            gc.collect()
+            torch.cuda.empty_cache()
+            engines[0][0].optim.load_state_dict(engines[0][0].optim.state_dict())
+    recorded, expected = (torch.tensor(each) for each in losses.values())
+    torch.testing.assert_close(recorded, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_replayed_step_waits_for_nothing():
+    vae, x = small_vae().cuda(), binary(30).cuda()
+    optim = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True, capturable=True)
+    svi = CompiledSVI(vae.model, vae.guide, optim, ELBO(), compiler="none")
+    for _ in range(40):
+        svi.step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [svi.step(x) for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
+VIEWS = {
+    "columns": lambda x: x[:, ::2],
+    "one row": lambda x: x[:1, :12].expand(20, 12),
+    "turned": lambda x: x[:12, :20].mT,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("compiler", ["none", "inductor"])
+def test_recorded_inputs_keep_their_strides(view, compiler):
+    torch.manual_seed(0)
+    vae = small_vae().cuda()
+    optim = torch.optim.Adam(vae.parameters(), lr=1e-15, fused=True, capturable=True)
+    svi = CompiledSVI(vae.model, vae.guide, optim, ELBO(), compiler=compiler)
+    for seed in range(20):
+        x = VIEWS[view](binary(24, 24).cuda())
+        torch.manual_seed(seed)
+        loss = svi.step(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(loss, ELBO()(vae.model, vae.guide, x).detach(), rtol=1e-6, atol=0)
+
+
+def between(optim, change):
+    """What a user does between two steps."""
+    group = optim.param_groups[0]
+    if change == "betas":
+        group["betas"] = (0.5, 0.9)
+    elif change == "state":
+        optim.state.clear()
+    elif change == "gradients":
+        for p in group["params"]:
+            p.grad = torch.full_like(p, 0.1)
+    elif change == "data":
+        for p in group["params"]:
+            p.data = p.data * 1.01
+    else:
+
+        def turn(*_):
+            for p in group["params"]:
+                p.grad.neg_()
+
+        optim.register_step_pre_hook(turn)
+
+
+@pytest.mark.parametrize("change", ["betas", "state", "gradients", "data", "hook"])
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
+def test_a_replayed_step_sees_what_changed(change):
+    found = []
+    for settings in ({}, {"cuda_graph": False}):
+        torch.manual_seed(0)
+        vae, x = small_vae().cuda(), binary(6).cuda()
+        optim = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True, capturable=True)
+        svi = CompiledSVI(vae.model, vae.guide, optim, ELBO(), compiler="none", **settings)
+        for step in range(30):
+            if step in (13, 22):
+                between(optim, change)
+            found.append(svi.step(x))
+    losses = torch.stack(found).reshape(2, -1)
+    torch.testing.assert_close(*losses, rtol=1e-8, atol=0)
+
+
 def test_a_recorded_step_sees_the_warm_up():
     program, objective, x = Unrelated().cuda(), BetaELBO(2.0, warmup=5, period=7, kl="analytic"), torch.zeros(3, 1)
     optim = torch.optim.Adam(program.parameters(), lr=1e-15, fused=True, capturable=True)
@@ -183,8 +283,11 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path, schedule,
     parts, same = train([1, 3], tmp_path / "parts.pt")
     for a, b in zip(parts, whole, strict=True):
         assert a[1:5] == pytest.approx(b[1:5], rel=1e-4)
+    # Muon multiplies matrices in bfloat16, and rounding by a thousand: 1e-6 of weights becomes 1e-3, and all that a
+    # resumed run has lost of its state 2e-2
+    atol = 3e-3 if optimizer is muon else 1e-4
     for a, b in zip(same, weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=atol)
 
 
 def test_log_likelihoods_are_those_of_the_cpu():

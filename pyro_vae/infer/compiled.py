@@ -12,11 +12,10 @@ from pyro.ops.provenance import detach_provenance
 from pyro.optim import PyroOptim
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vae.errors import ContractError, check_choice
-from pyro_vae.infer.graphs import Graph, Outline, Record, Result, difference
-from pyro_vae.infer.holding import PLAIN
+from pyro_vae.infer.graphs import Graph, Input, Outline, Record, Result, difference
 from pyro_vae.infer.kinds import Call, Calls, Kind
 from pyro_vae.infer.objectives import Objective, uncounted
 from pyro_vae.infer.randomness import Randomness
@@ -141,17 +140,12 @@ class CompiledSVI:
         """Take one gradient step; return the loss in its own scale: as Pyro a float, or a tensor without a graph."""
         with ONE_AT_A_TIME:
             self._number += 1
-            return self._given(self._serve(args, kwargs, train=True))
+            return self._steps.given(self._serve(args, kwargs, train=True))
 
     def evaluate_loss(self, *args: object, **kwargs: object) -> Any:
         """The loss in its own scale, without a step: as Pyro a float, or a tensor without a graph."""
         with ONE_AT_A_TIME, torch.no_grad():
-            return self._given(self._serve(args, kwargs, train=False))
-
-    def _given(self, loss: Any) -> Any:
-        if isinstance(self.optim, PyroOptim):
-            return tree_map_only(Tensor, Tensor.item, loss)
-        return tree_map_only((Tensor, int, float), lambda x: torch.as_tensor(x).detach(), loss)
+            return self._steps.given(self._serve(args, kwargs, train=False))
 
     def _serve(self, args: tuple, kwargs: dict, train: bool) -> Any:
         if self._rest > 0:
@@ -170,7 +164,7 @@ class CompiledSVI:
         call.state.kinds.move_to_end(call.key)
         if kind.reason:
             return self._run_pyro(args, kwargs, train)
-        graph = next((graph for graph in kind.graphs if graph.holds(call.tensors)), None)
+        graph = next((each for each in kind.graphs if each.holds(call.tensors)), None)
         if graph is None and kind.waited < self._nodes // NODES_PER_CALL:
             kind.waited += 1
             self._strange = 0
@@ -202,8 +196,9 @@ class CompiledSVI:
         graph.uses += 1
         if (graph.uses & (graph.uses - 1) == 0 and graph.uses <= 512) or graph.uses % 1000 == 0:
             return self._check(kind, graph, call)
-        if kind.record is not None and kind.record.graph is graph and not hooked:
-            loss = kind.record.step(call.tensors, self._recorded(graph))
+        held = self._recorded(kind.record) if kind.record is not None and not hooked else None
+        if kind.record is not None and kind.record.graph is graph and held is not None:
+            loss = kind.record.step(call.tensors, *held)
             self._stepped(call)
             return loss
         undoes = graph.speculates or (graph.judges and not call.devices)
@@ -433,18 +428,18 @@ class CompiledSVI:
             self.cuda_graph
             and call.train
             and not (graph.speculates or graph.replaced or graph.written or graph.exchanges)
+            and all(map(Input.is_small, call.tensors))
         )
         if not (possible and graph.trained and all(x.is_cuda for x in tensors)):
             return None
-        return Record(graph, lambda result: self._apply(graph, result), bool(self._groups()))
+        return Record(graph, lambda result: self._apply(graph, result), self._steps.is_recordable)
 
-    def _recorded(self, graph: Graph) -> tuple:
-        """What a record holds besides the programs: where tensors lie, and the optimizer's numbers."""
-        numbers = [value for group in self._groups() for value in group.values() if isinstance(value, PLAIN)]
-        state = id(self.optim.state) if self._groups() else 0
-        return state, *(p.data_ptr() for p in (*graph.trained, *graph.constants)), *numbers
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Those of an optimizer of torch that can be recorded too."""
-        groups = [] if isinstance(self.optim, PyroOptim) else self.optim.param_groups
-        return groups if all(group.get("capturable") for group in groups) else []
+    def _recorded(self, record: Record) -> tuple[list[Tensor], tuple] | None:
+        """What a record depends on besides the arguments: tensors, and numbers; None if a step differs from it."""
+        held = [*record.graph.trained, *record.graph.constants]
+        if not record.whole:
+            return held, ()
+        if not self._steps.is_recordable or any(p.grad is not None for p in self._steps.held):
+            return None
+        tensors, numbers = self._steps.state_of(record.graph.trained)
+        return held + tensors, numbers

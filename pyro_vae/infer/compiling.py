@@ -39,6 +39,9 @@ def _with_torchs_draws(graph: GraphModule) -> GraphModule:
     return graph
 
 
+_OPTIONS = {"fallback_random": True, "triton.cudagraphs": False}  # steps are recorded whole, or not at all
+
+
 def _cached(tensors: list[Tensor]) -> Any:
     """Context in which inductor looks into its cache on disk, which it does where shapes are on record; on a CPU."""
     if any(x.is_cuda for x in tensors):
@@ -61,7 +64,7 @@ def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tu
 
         with torch.no_grad(), warnings.catch_warnings(), _cached(tensors):
             warnings.simplefilter("ignore")  # torch's, of its own future
-            return cast(Any, inductor).compile(_with_torchs_draws(graph), tensors, options={"fallback_random": True})
+            return cast(Any, inductor).compile(_with_torchs_draws(graph), tensors, options=_OPTIONS)
     except Exception as error:  # whatever inductor fails at, the traced graph is right
         reason = "it finds no C++ compiler, install g++ or clang" if _has_no_compiler(error) else first_line(error)
         warnings.warn(f"inductor cannot compile this, which runs uncompiled, and slower: {reason}", stacklevel=2)

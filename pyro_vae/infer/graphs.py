@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only, tree_unflatten
 
 from pyro_vae.infer.compiling import compile_graph
 from pyro_vae.infer.holding import Place
 from pyro_vae.infer.parting import split_looks
 from pyro_vae.infer.steps import Derivatives
 from pyro_vae.infer.tracing import Look, Traced, first_line, in_words, looked
+from pyro_vae.infer.trees import precise
 from pyro_vae.infer.watching import Snapshot
 
 SECONDS_TO_COMPILE = 2.0, 0.01
@@ -279,7 +280,7 @@ def difference(graph: Graph, mine: Result | str, theirs: Derivatives, rounded: b
 def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: float) -> bool:
     if a.dtype == b.dtype == torch.float64 and not rounded:
         tolerance = tolerance * 1e-4
-    a, b = (x.detach().to_dense().cpu().double() for x in (a, b))
+    a, b = (precise(x.detach().to_dense().to(b.device)) for x in (a, b))
     finite = a.isfinite() & b.isfinite()
     if not finite.all():
         same = (a == b) | (a.isnan() & b.isnan())
@@ -289,8 +290,37 @@ def _close(a: Tensor, b: Tensor, tolerance: float, rounded: bool, at_least: floa
     return float((a - b).norm()) <= tolerance * max(float(b.norm()), at_least) + 1e-30
 
 
+class Input:
+    """Where a record reads an argument: as its graph was made for, with the strides of ``x``."""
+
+    def __init__(self, x: Tensor):
+        self._span = None if x.is_contiguous() else (_span(x),)
+        self._held = self._memory(x).clone()
+        self.tensor = self._held if self._span is None else self._held.as_strided(x.shape, x.stride())
+
+    def take(self, x: Tensor) -> None:
+        """The values of another one."""
+        self._held.copy_(self._memory(x))
+
+    def _memory(self, x: Tensor) -> Tensor:
+        return x if self._span is None else x.as_strided(self._span, (1,))
+
+    @staticmethod
+    def is_small(x: Tensor) -> bool:
+        """Whether little lies between its numbers that is not of it."""
+        return _span(x) <= 4 * x.numel()
+
+
+def _span(x: Tensor) -> int:
+    """From the first number of a tensor to the last, in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+
+
 class Record:
     """Runs of one graph on a GPU: the first two as they are, the third is recorded, it and all others replayed.
+
+    Whatever memory a record reads or writes is held as long as it may be replayed. Where other tensors have taken the
+    place of those that it was made with, or numbers have changed, it is made anew, ever more rarely if that goes on.
 
     Args:
         graph: reads nothing that is drawn, and keeps its tensors on the GPU.
@@ -298,43 +328,68 @@ class Record:
     """
 
     def __init__(self, graph: Graph, step: Callable[[Result], None], whole: bool):
-        self.graph, self._step, self._whole = graph, step, whole
-        self._steps_before = 2  # kernels are compiled then, and the optimizer makes its state
+        self.graph, self.whole, self._step = graph, whole, step
+        self._wait, self._pause = 2, 1  # kernels are compiled meanwhile
+        self._replays = 0
         self._record: torch.cuda.CUDAGraph | None = None
+        self._held: Sequence[Tensor] | None = None
         self._key: tuple = ()
 
-    def step(self, tensors: Sequence[Tensor], key: tuple) -> Any:
-        """One step; ``key`` is what a record holds besides tensors: where they lie, and the optimizer's numbers."""
-        if key != self._key:
-            self._key, self._record = key, None
-            self._steps_before = max(self._steps_before, 0)
-        if self._record is None and self._steps_before == 0:
+    def step(self, tensors: Sequence[Tensor], held: Sequence[Tensor], numbers: tuple) -> Any:
+        """One step.
+
+        Args:
+            tensors: the arguments.
+            held: all other tensors that it reads or writes.
+            numbers: what else it depends on.
+        """
+        self._follow(held, numbers)
+        if self._record is None and self._wait == 0:
             self._make(tensors)
-        self._steps_before -= 1
+        self._wait -= 1
         if self._record is None:
             result = self.graph.run(tensors)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # it will be
                 self._step(result)
             return result.loss
-        for held, given in zip(self._inputs, tensors, strict=True):
-            held.copy_(given)
+        for place, given in zip(self._inputs, tensors, strict=True):
+            place.take(given)
         self._record.replay()
-        if not self._whole:
+        self._replays += 1
+        if not self.whole:
             self._step(self._result)
         loss = self._result.loss  # the next replay overwrites it
-        return loss.clone() if isinstance(loss, Tensor) else type(loss)(*(x.clone() for x in loss))
+        return loss.clone() if isinstance(loss, Tensor) else tree_map_only(Tensor, Tensor.clone, loss)
+
+    def _follow(self, held: Sequence[Tensor], numbers: tuple) -> None:
+        """Forget a record that is made of other tensors or numbers than these."""
+        key = (*map(Tensor.data_ptr, held), *numbers)
+        if self._held is None:
+            self._held, self._key = held, key
+        elif key != self._key or len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+            # an optimizer makes new state in a run that is not recorded: a replay would make it again
+            self._pause = 1 if self._replays > 16 else min(2 * self._pause, 1024)
+            self._wait, self._replays = max(self._wait, self._pause), 0
+            self._record, self._held, self._key = None, held, key
 
     def _make(self, tensors: Sequence[Tensor]) -> None:
-        self._inputs = [x.clone() for x in tensors]
+        self._inputs = [Input(x) for x in tensors]
+        inputs = [each.tensor for each in self._inputs]
+        before = [(p, p.grad) for p in self.graph.trained]
         record = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.graph.trained[0].device), torch.cuda.graph(record):
-                self._result = self.graph.run(self._inputs)
-                if self._whole:
+            with (
+                torch.cuda.device(self.graph.trained[0].device),
+                torch.cuda.graph(record, capture_error_mode="thread_local"),  # other threads may allocate meanwhile
+            ):
+                self._result = self.graph.run(inputs)
+                if self.whole:
                     self._step(self._result)
-        except RuntimeError as error:
+        except Exception as error:
             reason = first_line(error)
             warnings.warn(f"a step cannot be recorded as a CUDA graph, and runs unrecorded: {reason}", stacklevel=5)
+            for p, gradient in before:
+                p.grad = gradient
         else:
             self._record = record

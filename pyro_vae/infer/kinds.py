@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -101,6 +101,7 @@ class Calls:
         self._roots = roots
         self._states: list[State] = []
         self._lifted: dict[TreeSpec, frozenset[int]] = {}
+        self._specs: dict[tuple, TreeSpec] = {}
         self._last: Call | None = None
 
     def call(self, args: tuple, kwargs: dict, train: bool, params: Sequence[Tensor], fixed: tuple) -> Call | str:
@@ -110,7 +111,7 @@ class Calls:
             params: the tensors that the optimizer knows.
             fixed: what else the kind is.
         """
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec, structure = self._flat(args, kwargs)
         ambient = _ambient()
         if isinstance(ambient, str):
             return ambient
@@ -118,7 +119,7 @@ class Calls:
             return "a parameter has hooks that run once it has a gradient"
         if train and not torch.is_grad_enabled():
             return "gradients are switched off around the step"
-        lifted = self._numbers(leaves, spec)
+        lifted = self._numbers(leaves, spec) if structure is spec else frozenset()
         tensors: list[Tensor] = []
         parts: list[object] = []
         objects: list[object] = []
@@ -146,7 +147,7 @@ class Calls:
             else:
                 parts.append((type(leaf), id(leaf)))
                 objects.append(leaf)
-        key = train, spec, tuple(parts), ambient, fixed
+        key = train, structure, tuple(parts), ambient, fixed
         try:
             hash(key)
         except TypeError as error:
@@ -157,6 +158,17 @@ class Calls:
         devices = tuple({x.device for x in (*tensors, *params) if x.is_cuda})
         self._last = Call(args, kwargs, leaves, spec, tensors, lifted, key, state, train, devices)
         return self._last
+
+    def _flat(self, args: tuple, kwargs: dict) -> tuple[list[Any], TreeSpec, Hashable]:
+        """All arguments; their structure; and what stands for it in keys: of tensors alone, as a rule, their names."""
+        given = [*args, *kwargs.values()]
+        if not all(type(x) is Tensor for x in given):
+            leaves, spec = tree_flatten((args, kwargs))
+            return leaves, spec, spec
+        names = (len(args), *kwargs)
+        if names not in self._specs:
+            self._specs[names] = tree_flatten((args, kwargs))[1]
+        return given, self._specs[names], names
 
     def _numbers(self, leaves: list[Any], spec: TreeSpec) -> frozenset[int]:
         """The numbers among the arguments that are tensors from now on, since they have changed."""
@@ -200,7 +212,8 @@ def _ambient() -> tuple | str:
     """What surrounds a step that programs run in; or why no graph holds there."""
     if _PYRO_STACK and not _hides_all(_PYRO_STACK[-1]):
         return f"a handler is around the step, {type(_PYRO_STACK[-1]).__name__}"
-    modes = [type(each).__name__ for each in torch.overrides._get_current_function_mode_stack()]
+    stack = torch.overrides._get_current_function_mode_stack()
+    modes = [type(each).__name__ for each in stack]
     if any(name != "DeviceContext" for name in modes) or torch._C._len_torch_dispatch_stack():
         return "a mode of torch is around the step"
     if cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -210,7 +223,8 @@ def _ambient() -> tuple | str:
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     types = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else ()
     judged = Distribution._validate_args
-    usual = torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled()
+    device = str(torch.get_default_device()) if stack else ""
+    usual = torch.get_default_dtype(), device, torch.are_deterministic_algorithms_enabled()
     return torch.is_grad_enabled(), judged, autocast, types, *usual
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
+from operator import is_
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,10 +23,12 @@ from pyro.infer import (
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_map_only
 
 from pyro_vae.errors import NonFiniteError
 from pyro_vae.infer.compiling import RoundedProducts
+from pyro_vae.infer.holding import PLAIN
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.tracing import Collected
 from pyro_vae.infer.trees import as_data
@@ -102,6 +106,7 @@ class Steps:
         self._met: dict[str, Tensor] = {}
         self.passes = 0  # backward passes of the last loss whose gradients were collected
         self._zeros: dict[int, tuple[Tensor, int]] = {}
+        self._state: tuple[list[Any], tuple[list[Tensor], tuple]] = [], ([], ())
 
     def with_other(self, **parts: Any) -> "Steps":
         """The same with another model, guide or optimizer."""
@@ -145,6 +150,35 @@ class Steps:
         """Whether a tensor has hooks on its gradient."""
         return any(p._backward_hooks for p in self.held)
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a CUDA graph can hold the optimizer's step: it is torch's own, and does nothing in Python, nor is
+        anything asked of other processes."""
+        optim: Any = self.optim
+        if (
+            self.reduce is not None
+            or not type(optim).__module__.startswith("torch.optim.")
+            or optim._optimizer_step_pre_hooks
+        ):
+            return False
+        if optim._optimizer_step_post_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return False
+        step = vars(optim).get("step")
+        plain = step is None or hasattr(step, "_wrapped_by_lr_sched")
+        return plain and all(group.get("capturable") for group in optim.param_groups)
+
+    def state_of(self, params: Iterable[Tensor]) -> tuple[list[Tensor], tuple]:
+        """What a step of torch's optimizer on these depends on: tensors, and numbers."""
+        optim = cast(torch.optim.Optimizer, self.optim)
+        states = [state for state in map(optim.state.get, params) if state is not None]
+        values: list[Any] = list(chain.from_iterable(map(dict.values, [*optim.param_groups, *states])))
+        known, found = self._state
+        if len(values) != len(known) or not all(map(is_, values, known)):
+            flat = values + [x for each in values if isinstance(each, (tuple, list)) for x in each]
+            found = [x for x in flat if isinstance(x, Tensor)], tuple(x for x in flat if isinstance(x, PLAIN))
+            self._state = values, found
+        return found
+
     @torch.no_grad()
     def through_hooks(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """The gradients that hooks of their tensors make of these."""
@@ -162,6 +196,15 @@ class Steps:
             if isinstance(self.loss, PyroELBO):
                 return detached(cast(Any, self.loss).loss(self.model, self.guide, *args, **kwargs))
             return detached(self._called(args, kwargs))
+
+    def given(self, loss: Any) -> Any:
+        """A loss as steps return it: with an optimizer of Pyro as a number, else as a tensor."""
+        number = self._pyros is not None
+        if type(loss) is Tensor:
+            return loss.item() if number else loss.detach()
+        if number:
+            return tree_map_only(Tensor, Tensor.item, loss)
+        return tree_map_only((Tensor, int, float), lambda x: torch.as_tensor(x).detach(), loss)
 
     def update(
         self, params: dict[str, Tensor], gradients: Sequence[tuple[Tensor, Tensor]], finite: bool = False

@@ -35,6 +35,7 @@ from pyro_vae.infer.holding import (
     Keys,
     Named,
     Place,
+    Row,
     Sample,
     Slots,
     Through,
@@ -114,10 +115,11 @@ class Snapshot:
             self._hold(Entries(cast(Any, os.environ)._data, "environment"))
         if "get_param_store" in self._code.read:
             self._hold(Keys(lambda: pyro.get_param_store()._params, "parameter store"))
+        self._row = Row(self._holders)
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        return not any(self._empty) and all(holder.holds() for holder in self._holders)
+        return not any(self._empty) and self._row.holds()
 
     def changed(self, since: bool = False) -> str:
         """The name of something that is not as it was; empty if all is.
@@ -147,6 +149,7 @@ class Snapshot:
             released.append((holder, places, found))
         for holder, places, found in released:
             holder.free, holder.values = holder.free | places, found
+        self._row = Row(self._holders)
         return True
 
     def places(self) -> tuple[list["Place"], set[int]]:

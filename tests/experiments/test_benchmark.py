@@ -1,8 +1,12 @@
 """The benchmark runs, and its ratios are those of its seconds. What it measures is not tested."""
 
+import gc
 import json
 import sys
+import weakref
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import MagicMock
 
 import pyro
 import pytest
@@ -95,6 +99,29 @@ def test_compiled_programs_take_pyros_steps(name):
             trained.append({key: value.detach().clone() for key, value in store.items()})
     torch.testing.assert_close(*trained, rtol=1e-3, atol=2e-4)  # Adam enlarges rounding
     assert trained[0]
+
+
+def test_a_recorded_step_by_hand_keeps_what_it_replays(monkeypatch):
+    """A CUDA graph holds no memory: parameters and the optimizer's state must live as long as it."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    kept = []
+
+    def make():
+        vae = benchmark.build("MLP", torch.device("cpu"))
+        kept.extend(map(weakref.ref, vae.parameters()))
+        return vae
+
+    made = benchmark.adam
+    monkeypatch.setattr(benchmark, "adam", lambda vae: kept.append(weakref.ref(optim := made(vae))) or optim)
+    replay = benchmark.by_hand_recorded(make, benchmark.observations(2, torch.device("cpu")))
+    gc.collect()
+    assert all(each() is not None for each in kept)
+    del replay
+    gc.collect()
+    assert not any(each() is not None for each in kept)
 
 
 def test_other_libraries_that_cannot_be_imported_are_left_out(monkeypatch, capsys):
