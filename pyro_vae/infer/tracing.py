@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -391,15 +390,7 @@ class _Python(TorchFunctionMode):
             labels, classes = (*args, *kwargs.values()) if len(args) + len(kwargs) == 2 else (args[0], -1)
             if classes > 0:
                 return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
-        if getattr(func, "__name__", "") in _RECURRENT and args[0].is_cuda:
-            # of weights that lie in one piece cudnn takes the memory itself, which no graph can hold
-            args = tuple([x.clone() for x in each] if isinstance(each, list) else each for each in args)
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of weights in pieces
-                return func(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-_RECURRENT = frozenset(("rnn_tanh", "rnn_relu", "gru", "lstm"))
 
 
 def _places(index: object) -> list[Tensor]:

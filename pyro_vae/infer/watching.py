@@ -245,11 +245,12 @@ class Snapshot:
         if cells:
             yield from self._hold(Cells(cells, label, names))
         yield from self._whole(each.__dict__, label)
-        if is_library(each.__module__):
+        if str(each.__module__).startswith("pyro_vae.") or is_library(each.__module__):  # never changed in place
             yield from ((value, label) for value in (each.__defaults__ or ()))
             yield from ((value, label) for value in (each.__kwdefaults__ or {}).values())
         else:
             yield from self._hold(Slots(each, label, ["__code__", "__defaults__", "__kwdefaults__"]))
+        if not is_library(each.__module__):
             code = names_in(each.__code__)
             self._code.add(code)
             yield from self._some(each.__globals__, code.of_globals, "global")
