@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import pandas as pd
 
-from pyro_vae.data.datasets import Column, Kind
+from pyro_vae.data.datasets import Column, Kind, check_file
 from pyro_vae.data.images import MOST
 from pyro_vae.data.own import load_arrays
 from pyro_vae.errors import DataError, reason_of
@@ -89,7 +89,11 @@ def read_frame(path: Path) -> Frame:
             raise DataError(f"{path}: the array '{wrong}' has shape {arrays[wrong].shape}; a column is (N,)")
         if len({len(array) for array in arrays.values()}) > 1:
             raise DataError(f"{path}: its columns are of {sorted({len(a) for a in arrays.values()})} rows")
+        odd = next((name for name, array in arrays.items() if array.dtype.kind == "V"), None)
+        if odd is not None:
+            raise DataError(f"{path}: the array '{odd}' is of {arrays[odd].dtype}, which is no column")
         return frame_of(pd.DataFrame(arrays), str(path))
+    check_file(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return _text(csv.reader(file, delimiter="\t" if kind == ".tsv" else ","), path)
@@ -112,6 +116,7 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _parquet(path: Path) -> pd.DataFrame:
+    check_file(path)
     if not path.is_file():
         raise DataError(f"{path} is no readable table: there is no such file")
     try:

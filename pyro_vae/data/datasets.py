@@ -1,9 +1,11 @@
 """What every data set is: a source that is read, observations on a device, and what a model must know of them."""
 
 import json
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -215,6 +217,20 @@ class Source(ABC):
         Raises:
             DataError: in one line, naming file, row and column, if they cannot be had or used.
         """
+
+
+def check_file(path: Path) -> None:
+    """Refuse a pipe or a device, which reading would wait for without end; what there is not, its reader refuses.
+
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{path} is a pipe or a device, no file of data")
 
 
 def held_out(number: int, num_validation: int | None, what: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_vae.data.columns import read_frame
-from pyro_vae.data.datasets import Schema
+from pyro_vae.data.datasets import Schema, check_file
 from pyro_vae.data.own import ImageFolder, load_arrays, wide
 from pyro_vae.data.sequences import sequences_of
 from pyro_vae.errors import DataError, reason_of
@@ -45,6 +45,7 @@ def read_new(path: Path, schema: Schema, array: str | None = None) -> NewData:
     kind = path.suffix.lower()
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
+    check_file(path)
     if array is not None and kind != ".npz":
         raise DataError(f"--array {array}: {path} is no .npz file, which could have arrays of several names")
     if path.is_dir() or kind in PICTURES:

@@ -1,6 +1,7 @@
 """Images of your own: NumPy files and folders of pictures."""
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -10,8 +11,12 @@ import numpy as np
 import torchvision
 from PIL import Image, ImageOps
 
+from pyro_vae.data.datasets import check_file
 from pyro_vae.data.images import MOST, Binarization, Dataset, Images, shuffled
 from pyro_vae.errors import DataError, reason_of
+
+RANGES = 8
+"""Whose largest pixels differ by more than this factor, training and test images are scaled otherwise."""
 
 
 class OwnImages(Dataset):
@@ -52,6 +57,9 @@ class OwnImages(Dataset):
         test_labels: np.ndarray | None = None,
     ) -> Images:
         """Images in their shape, with the range of their pixels."""
+        for part, array in (("training", train), ("test", test)):
+            if array.dtype.kind not in "biuf":
+                raise DataError(f"{self.path}, {part} images: expected numbers, got {array.dtype}")
         train, test = (self._whole(array) for array in (train, test))
         whole = all(np.issubdtype(array.dtype, np.integer) for array in (train, test))
         largest = max((int(array.max()) for array in (train, test) if array.size), default=0) if whole else 1
@@ -60,9 +68,25 @@ class OwnImages(Dataset):
                 f"{self.path}: whole numbers are read as 0..255, and none is above 1; save real numbers, or say "
                 "--dataset.max_value 1"
             )
+        if not isinstance(self, ImageFolder):  # pictures say themselves in which range they are
+            self._check_ranges(train, test)
         max_value = max(255, largest) if self.max_value is None else self.max_value
         train, test = self._shaped(train, "training"), self._shaped(test, "test")
         return Images(train, test, max_value if whole else 1, train_labels, test_labels)
+
+    def _check_ranges(self, train: np.ndarray, test: np.ndarray) -> None:
+        """Refuse training and test images that seem to be scaled otherwise, unless it is said how they are."""
+        if self.max_value is not None or not train.size or not test.size:
+            return
+        largest = {"training": float(train.max()), "test": float(test.max())}
+        (less, low), (more, high) = sorted(largest.items(), key=lambda item: item[1])
+        whole = all(np.issubdtype(array.dtype, np.integer) for array in (train, test))
+        if high > (MOST if whole else 1) or not high > RANGES * max(low, 0):  # what is out of range is refused below
+            return
+        told = "; if they are of one range, say so: --dataset.max_value 255, or what it is" if whole else ""
+        raise DataError(
+            f"{self.path}: {more} images are up to {high:g}, {less} images up to {low:g}: bring both to one range{told}"
+        )
 
     @staticmethod
     def _whole(array: np.ndarray) -> np.ndarray:
@@ -96,6 +120,7 @@ class OwnImages(Dataset):
 
 def load_arrays(path: Path, kind: str) -> np.ndarray | dict[str, np.ndarray]:
     """The array of a ``.npy`` file, or those of an ``.npz`` archive by name."""
+    check_file(path)
     try:
         with path.open("rb") as file:
             content = np.load(file)
@@ -267,6 +292,7 @@ class ImageFolder(OwnImages):
 
     def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         """Images, their labels, and the names of the classes; of a folder without subfolders there are none."""
+        _check_links(folder)
         flat = self._flat(folder)
         if flat and not any(folder.glob("*/")):
             return _stacked([self._open(str(file)) for file in flat]), None, []
@@ -279,6 +305,7 @@ class ImageFolder(OwnImages):
         return _stacked([image for image, _ in files]), np.array(files.targets), files.classes
 
     def _open(self, file: str) -> np.ndarray:
+        check_file(Path(file))
         try:
             with Image.open(file) as image:
                 sixteen = image.mode.startswith("I;16") and self.grey
@@ -294,6 +321,16 @@ class ImageFolder(OwnImages):
         if sixteen:
             return pixels.clip(0, 65535).astype(np.uint16)
         return pixels if self.grey else pixels.transpose(2, 0, 1)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse a link that leads back to a folder that it is in: its images would be read again and again."""
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        for link in (os.path.join(place, each) for each in folders):
+            target = os.path.realpath(link)
+            if os.path.islink(link) and os.path.commonpath([here, target]) == target:
+                raise DataError(f"{link} is a link back to {target}, which it is in: the images would be read for ever")
 
 
 def wide(pixels: np.ndarray) -> np.ndarray:

@@ -99,7 +99,9 @@ def score_test(
             **corrected,
             "active_units": sum(int(site.sum()) for site in units.values()),
             "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
-            "active_units_first_500": sum(int(site.sum()) for site in active_units(vae.guide, first).values()),
+            "active_units_first_500": None
+            if data.num_train < 2
+            else sum(int(site.sum()) for site in active_units(vae.guide, first).values()),
             "evaluate_seconds": time.perf_counter() - start,
         },
         evidence,

@@ -21,6 +21,7 @@ from pyro_vae.data import fetched as datasets
 from pyro_vae.data.fetched import MNIST, Digits, FashionMNIST, Omniglot, StaticMNIST
 from pyro_vae.data.images import Dataset, Images, _whole_numbers
 from pyro_vae.data.own import ImageFolder, Npy, Npz
+from pyro_vae.data.tables import Table
 from pyro_vae.errors import DataError
 
 NAMES = sorted(MNIST.sha256)
@@ -1315,6 +1316,74 @@ def test_files_of_mnist_are_no_others(source, small_mnist, arrays, tmp_path):
         source(tmp_path, num_validation=5).load()
     words = "another file" if source.sha256 else "is a file of MNIST, not of KMNIST"
     assert_refused(str(caught.value), tmp_path / source.__name__ / "raw", words)
+
+
+# Files that are none, and parts that do not belong together
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.csv", "a.parquet", "folder/a/3.png"])
+def test_a_pipe_is_refused_and_not_waited_for(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    reads = {"npz": Npz, "npy": Npy, "csv": Table, "parquet": Table}
+    source = (
+        reads[path.suffix[1:]](tmp_path, path) if path.suffix[1:] in reads else ImageFolder(tmp_path, path.parents[1])
+    )
+    with pytest.raises(DataError) as caught:
+        source.load()
+    assert_refused(str(caught.value), path, "is a pipe or a device")
+
+
+@pytest.mark.parametrize("link", ["a/up", "a/deep/up", "up"])
+@pytest.mark.parametrize("target", ["", "a"])
+def test_a_link_that_leads_back_is_refused(link, target, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "a" / "deep").mkdir(parents=True)
+    for number in range(12):
+        Image.fromarray(np.full((4, 4), number, np.uint8)).save(folder / "a" / f"{number}.png")
+    (folder / link).symlink_to(folder / target)
+    if (link, target) == ("up", "a"):  # the same pictures under another name, once
+        assert len(ImageFolder(tmp_path, folder, 4).load().test) == 2
+        return
+    with pytest.raises(DataError) as caught:
+        ImageFolder(tmp_path, folder, 4).load()
+    assert_refused(str(caught.value), folder / link, "is a link back to")
+
+
+WHOLE = np.random.default_rng(0).integers(0, 256, (30, 4, 4)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (WHOLE / 255, WHOLE, "must be in 0..1"),
+        (WHOLE, WHOLE / 255, "must be in 0..1"),
+        (WHOLE / 255, WHOLE + 0.5, "must be in 0..1"),
+        (WHOLE / 255, WHOLE / 255**2, "bring both to one range"),
+        (WHOLE, WHOLE.astype(np.uint16) * 257, "up to 65535"),
+        (WHOLE, WHOLE // 200, "--dataset.max_value 255"),
+        (WHOLE > 100, WHOLE, "must be in 0..1"),
+        (WHOLE.astype("m8[s]"), WHOLE.astype("m8[s]"), "expected numbers, got timedelta64[s]"),
+        (WHOLE.astype("M8[s]"), WHOLE, "expected numbers, got datetime64[s]"),
+        (WHOLE, WHOLE + 1j, "expected numbers, got complex128"),
+        (WHOLE.astype(str), WHOLE, "expected numbers, got"),
+        (WHOLE.view("V1"), WHOLE, "expected numbers, got"),
+        (WHOLE, WHOLE[:, :3], "training images have shape (1, 4, 4), test images (1, 3, 4)"),
+        (WHOLE[:1], WHOLE, "num_validation is 1, of only 1 training data"),
+        (WHOLE, WHOLE[:1], "needs at least 2 of them, there is 1"),
+    ],
+)
+def test_parts_of_different_kinds_are_refused(train, test, words, tmp_path):
+    np.savez(tmp_path / "a.npz", train=train, test=test)
+    with pytest.raises(DataError) as caught:
+        Npz(tmp_path, tmp_path / "a.npz").load()
+    assert_refused(str(caught.value), words)
+
+
+def test_a_dark_test_set_is_taken_where_its_range_is_given(tmp_path):
+    np.savez(tmp_path / "a.npz", train=WHOLE, test=WHOLE // 200)
+    assert Npz(tmp_path, tmp_path / "a.npz", binarization="integers", max_value=255).load().test.max() == 1
 
 
 # A class of your own
