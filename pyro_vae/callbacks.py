@@ -1,6 +1,7 @@
 """What happens in a training beside its steps: checkpoints, early stopping, the best weights, and what users add."""
 
 import io
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import CheckpointError, check_at_least_one, reason_of
-from pyro_vae.files import whole
+from pyro_vae.files import bytes_in, whole
 from pyro_vae.infer.parallel import Processes
 
 
@@ -147,9 +148,9 @@ class Checkpoint(Callback):
 
     def _read(self, device: torch.device | str) -> Any:
         """What the file holds; None if there is nothing to go on from."""
-        if not (self.resume and self.path.exists()):
+        if not (self.resume and os.path.lexists(self.path)):
             return None
-        file = io.BytesIO(self.path.read_bytes())
+        file = io.BytesIO(bytes_in(self.path))
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch writes checksums, and does not read them

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and never through a link that was found where they are written."""
 
+import errno
 import os
 import secrets
 import stat
@@ -48,8 +49,20 @@ def _link(partial: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without links
         if os.path.lexists(path):
-            raise FileExistsError(17, "File exists", str(path)) from None
+            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
         os.replace(partial, path)
+
+
+def bytes_in(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe or a device, which might never end.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and not str(path).startswith(("/dev/", "/proc/")):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+    return path.read_bytes()
 
 
 def open_own(path: Path) -> TextIO:

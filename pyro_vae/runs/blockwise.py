@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 
 import pyro_vae
 from pyro_vae.errors import ContractError, RunError
-from pyro_vae.files import whole
+from pyro_vae.files import bytes_in, whole
 from pyro_vae.infer.evidence.blocks import Part
 from pyro_vae.runs.directory import check_empty, write_text
 from pyro_vae.runs.workers import Taken, claim
@@ -76,7 +76,7 @@ class Files:
         with contextlib.suppress(FileExistsError):
             write_text(told, json.dumps(self._about, indent=2) + "\n", new=True)
         try:
-            known = json.loads(told.read_text(encoding="utf-8"))
+            known = json.loads(bytes_in(told))
         except ValueError:
             known = None
         if known != self._about and self._alone:
@@ -243,7 +243,7 @@ def is_finished(directory: Path, text: str) -> bool:
 def _is_of(directory: Path, text: str) -> bool:
     """Whether these settings are those that are in a directory; what is wrong with them is told elsewhere."""
     try:
-        known, asked = (yaml.safe_load(each) for each in ((directory / "config.yaml").read_text("utf-8"), text))
+        known, asked = (yaml.safe_load(each) for each in (bytes_in(directory / "config.yaml").decode("utf-8"), text))
         return _resolved(known) == _resolved(asked)
     except (OSError, ValueError, yaml.YAMLError):
         return False

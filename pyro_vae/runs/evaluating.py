@@ -52,7 +52,7 @@ from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_blocks import on_cluster
 from pyro_vae.runs.ray_cluster import Cluster
-from pyro_vae.runs.reading import groups_of, json_of
+from pyro_vae.runs.reading import evaluation_of
 from pyro_vae.runs.scoring import (
     MANY,
     MORE_ELSEWHERE,
@@ -226,7 +226,7 @@ def _read_back(run_dir: Path) -> Scored:
     Raises:
         RunError: if it cannot be read.
     """
-    result, groups = json_of(run_dir / "result.json"), groups_of(run_dir / "evidence.nc")
+    result, groups = evaluation_of(run_dir)
     fields = {
         group: {str(name): torch.from_numpy(each.values) for name, each in content.items()}
         for group, content in groups.items()
@@ -291,7 +291,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
             *rows,
             ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
             ("upper", number(result["upper"]), f"annealed back from {whose}: high in expectation"),
-            ("width", number(result["width"]), f"+- {result['width_se']:.3f} over {images}"),
+            ("width", number(result["width"]), f"+- {number(result['width_se'])} over {images}"),
         ]
         if not result["reliable"]:
             rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"], images)))

@@ -139,7 +139,10 @@ def load_settings(directory: Path | str, trust: bool = True) -> Settings:
     saved = Path(directory) / "config.yaml"
     if not os.path.lexists(saved):
         raise RunError(f"{directory} holds no run (there is no config.yaml)")
-    return parse(Settings, [f"--config={saved}"], trust=trust)[0]
+    try:
+        return parse(Settings, [f"--config={saved}"], trust=trust)[0]
+    except RunError as error:
+        raise error if str(saved) in str(error) else RunError(f"{saved}: {error}") from error
 
 
 def load_model(directory: Path | str, trust: bool = True) -> Model:

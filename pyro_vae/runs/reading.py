@@ -7,11 +7,11 @@ shapes and finite numbers before anything is done with it.
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import xarray as xr
 import yaml
 from safetensors import SafetensorError
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Kind, Schema
 from pyro_vae.errors import RunError, reason_of
+from pyro_vae.files import bytes_in
+from pyro_vae.infer.evidence.result import Evidence
 
 Is = Callable[[Any], bool]
 """Whether a value read from a file is what it must be."""
@@ -40,14 +42,9 @@ def bytes_of(path: Path, most: int = -1) -> bytes:
         RunError: if there is none, or it is a folder, a pipe or a device, or cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode) and not str(path).startswith(("/dev/", "/proc/")):
-            raise RunError(f"{path}: {'Is a directory' if path.is_dir() else 'it is a pipe or a device, no file'}")
-        with path.open("rb") as file:
-            return file.read(most)
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: No such file or directory") from error
+        return bytes_in(path)
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {reason_of(error)}") from error
+        raise RunError(f"{path}: {reason_of(error)}") from error
 
 
 def text_of(path: Path) -> str:
@@ -294,6 +291,49 @@ def check_evidence(path: Path, name: str, group: xr.Dataset) -> None:
             raise damaged(path, f"'{variable}' of '{name}' is not one number for each datum")
     if (group["mc_se"] < 0).any():
         raise damaged(path, f"'mc_se' of '{name}' is negative")
+
+
+EVALUATION: dict[str, Is] = {
+    "num_images": is_size,
+    **dict.fromkeys(("split", "unit", "estimator"), is_text),
+    "seconds": is_error,
+    "reliable": or_null(is_flag),
+}
+ESTIMATE: dict[str, Is] = {
+    "log_likelihood": or_null(is_number),
+    **dict.fromkeys(("log_likelihood_se", "mc_se", "shortfall"), or_null(is_error)),
+}
+BOUNDS: dict[str, Is] = {
+    **dict.fromkeys(("lower", "upper", "width"), or_null(is_number)),
+    "width_se": or_null(is_error),
+    "share_reliable": is_share,
+}
+
+
+def evaluation_of(directory: Path) -> tuple[dict[str, Any], dict[str, xr.Dataset]]:
+    """What is in ``result.json`` of an evaluation, and its estimates of each datum, by group.
+
+    Raises:
+        RunError: if a file is not there, or damaged.
+    """
+    path = directory / "result.json"
+    result = json_of(path)
+    check_entries(path, result, EVALUATION | (BOUNDS if "width" in result else ESTIMATE), {})
+    if "share_reliable" not in result:
+        named: dict[str, Is] = dict.fromkeys(("share_khat_above_threshold", "khat_threshold"), or_null(is_number))
+        check_entries(path, result, named, {})
+    path = directory / "evidence.nc"
+    groups = groups_of(path)
+    if set(groups) != ({"lower", "upper"} if "width" in result else {result["estimator"]}):
+        raise damaged(path, f"it has the groups {', '.join(groups) or 'of nothing'}")
+    for name, group in groups.items():
+        check_evidence(path, name, group)
+        number = group.attrs.get("num_samples")
+        if not (isinstance(number, int | np.integer) and number >= 0):
+            raise damaged(path, f"'num_samples' of '{name}' cannot be {_short(number)}")
+        if unknown := {str(each) for each in group} - set(Evidence._fields):
+            raise damaged(path, f"'{name}' has an unknown '{min(unknown)}'")
+    return result, groups
 
 
 MEMORY: dict[str, Is] = {"fingerprint": or_null(is_text), "paths": dict_of(is_text)}

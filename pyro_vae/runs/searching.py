@@ -39,6 +39,7 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.loading import load
 from pyro_vae.runs.parsing import PLACE, parse, settings_text
+from pyro_vae.runs.reading import text_of
 from pyro_vae.runs.scoring import best, number, unit_of
 from pyro_vae.runs.settings import Settings, check_seed
 from pyro_vae.runs.spaces import MOST, grid, options, read_space
@@ -203,7 +204,7 @@ def _run(settings: SearchSettings, text: str) -> Search:
     check_run_dir(run_dir, text, resume, reread)
     _check(settings)
     open_run(run_dir, text, resume, reread)
-    if resume and (run_dir / "config.yaml").read_text() != text:
+    if resume and text_of(run_dir / "config.yaml") != text:
         with writing(run_dir):
             write_text(run_dir / "config.yaml", text)
     failures = do_all(partial(_shared, settings), run_dir, settings)
@@ -214,7 +215,7 @@ def _run(settings: SearchSettings, text: str) -> Search:
 
 def _reread(text: str, saved: Path) -> str:
     """The settings of the search that is there, but for those that may change."""
-    before, now = yaml.safe_load(saved.read_text()), yaml.safe_load(text)
+    before, now = yaml.safe_load(text_of(saved)), yaml.safe_load(text)
     if isinstance(before, dict):
         before |= {name: now[name] for name in LATER if name in before}
     return yaml.safe_dump(before, sort_keys=False)

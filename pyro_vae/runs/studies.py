@@ -28,6 +28,7 @@ from pyro_vae.runs.given import check_made, check_name
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.ray_tasks import in_cluster
+from pyro_vae.runs.reading import text_of, yaml_of
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.summaries import (
     Summary,
@@ -178,8 +179,8 @@ def holds(run_dir: Path, text: str) -> bool:
     """Whether the directory holds this very study, on its way, or finished by others in the meantime."""
     saved = run_dir / "config.yaml"
     try:
-        return yaml.safe_load(saved.read_text()) == yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return yaml_of(saved) == yaml.safe_load(text)
+    except RunError:
         return False  # what is wrong with it is told where it is opened
 
 
@@ -285,9 +286,9 @@ def _log(run_dir: Path, directory: str) -> Path:
 def status(run_dir: Path, directory: str) -> str:
     """How far a run is that another process works on."""
     try:
-        *_, last = csv.DictReader((run_dir / directory / "metrics.csv").read_text().splitlines())
+        *_, last = csv.DictReader(text_of(run_dir / directory / "metrics.csv").splitlines())
         return f"epoch {last['epoch']}, validation ELBO {float(last['validation_elbo']):.2f}"
-    except (OSError, ValueError, KeyError):
+    except (RunError, ValueError, KeyError, TypeError):
         return "starts"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pyro_vae.errors import RunError
+from pyro_vae.files import bytes_in
 from pyro_vae.runs.directory import write_json, writing
 from pyro_vae.runs.loading import load
 from pyro_vae.runs.spaces import Dimension, grid, read_space
@@ -63,7 +64,7 @@ def _record(run_dir: Path, name: str, dimensions: Sequence[Dimension]) -> dict[s
     """
     path = run_dir / PLANS / f"{name}.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(bytes_in(path))
         for each in dimensions:
             value, choices = content[each.name], range(len(each.values))
             fits = value in choices if each.kind == "choice" else each.values[0] <= value <= each.values[1]

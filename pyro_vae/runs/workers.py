@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import NonFiniteError, RunError
 from pyro_vae.files import forget_partial, open_own, whole
+from pyro_vae.runs.reading import text_of
 
 CLAIMS = ".claims"
 """The folder, in a directory whose work is shared, of the files that are locked while somebody works on a part."""
@@ -111,7 +112,7 @@ class Shared:
 
     def failures(self) -> dict[str, str]:
         """Reasons by name."""
-        return {name: self._failure(name).read_text() for name in self.names if self._failure(name).exists()}
+        return {name: text_of(self._failure(name)) for name in self.names if self._failure(name).exists()}
 
     def forget_failures(self) -> None:
         """Let what has failed be tried again."""
