@@ -83,10 +83,6 @@ class Changes:
         optim.param_groups[0]["betas"] = (0.5, optim.param_groups[0]["betas"][1])
 
     @staticmethod
-    def loaded(optim):
-        optim.load_state_dict(optim.state_dict())
-
-    @staticmethod
     def loaded_twice(optim):
         optim.load_state_dict(optim.state_dict())
         optim.load_state_dict(optim.state_dict())
@@ -150,13 +146,14 @@ def trained(engine, change, changed=(14, 22)):
 
 
 @pytest.mark.parametrize(
-    "change", [f for f in vars(Changes).values() if isinstance(f, staticmethod)], ids=lambda f: f.__name__
+    "change",
+    [f for name, f in vars(Changes).items() if isinstance(f, staticmethod) and name != "nothing"],
+    ids=lambda f: f.__name__,
 )
-def test_a_replayed_step_sees_what_changed(records, change, monkeypatch):
+def test_a_replayed_step_sees_what_changed(records, change):
     found = trained(CompiledSVI, change)
     assert records.replays > 4
-    monkeypatch.setattr(CompiledSVI, "_recorder", lambda *_: None)
-    torch.testing.assert_close(found, trained(CompiledSVI, change), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, trained(PyroSVI, change), rtol=1e-6, atol=1e-9)
 
 
 def every_step(optim):
