@@ -79,6 +79,6 @@ def _cluster(nodes: int) -> Iterator[str]:
     try:
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=1)
-        yield cluster.address
+        yield str(cluster.address)
     finally:
         cluster.shutdown()

@@ -208,7 +208,10 @@ def in_processes(
         context.set_forkserver_preload(PRELOADED)
     threads = max(1, torch.get_num_threads() // workers)
     told = [context.Array("c", WIDTH, lock=False) for _ in range(workers)]
-    processes = [context.Process(target=_worker, args=(shared, log, threads, each), daemon=True) for each in told]
+    alive, held = context.Pipe(duplex=False)  # what is held here is closed when this process ends, however it does
+    processes = [
+        context.Process(target=_worker, args=(shared, log, threads, each, alive), daemon=True) for each in told
+    ]
     try:
         for process in processes:
             process.start()
@@ -222,6 +225,7 @@ def in_processes(
         for process in processes:
             process.join(10)
             process.terminate()
+        held.close()
     if here.open():
         codes = ", ".join(str(process.exitcode) for process in processes)
         raise RunError(
@@ -248,9 +252,9 @@ def _watch(here: Shared, processes: Sequence[Any], told: Sequence[Any], status: 
             time.sleep(0.3)
 
 
-def _worker(shared: Callable[[], Shared], log: Callable[[str], Path], threads: int, told: Any) -> None:
+def _worker(shared: Callable[[], Shared], log: Callable[[str], Path], threads: int, told: Any, alive: Any) -> None:
     """The life of a worker: it ends with its parent."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     torch.set_num_threads(threads)
 
     def tell(name: str) -> None:
@@ -292,7 +296,7 @@ def output_to(path: Path) -> Iterator[None]:
             os.close(kept)
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent(alive: Any) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv()
     os.kill(os.getpid(), signal.SIGINT)
