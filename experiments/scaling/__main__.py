@@ -40,7 +40,7 @@ class Settings:
         run_dir: directory to write, new or empty; null: one under runs/.
         resume: go on with what is there; parts that are finished are not measured again.
         images: sizes of the data, each at least 2.
-        samples: importance samples, or temperatures, each at least 2.
+        samples: temperatures, samples of a training step, tenths of the importance samples, each at least 2.
         latent_dims: of z, each at least 1.
         pixels: of an image, each a square.
         widths: units of each of two hidden layers, each at least 1.
@@ -58,11 +58,11 @@ class Settings:
     parts: Sequence[Name] = ("growth", "evidence", "studies", "parallel")
     run_dir: Path | None = None
     resume: bool = False
-    images: Sequence[int] = (128, 256, 512, 1024)
-    samples: Sequence[int] = (8, 16, 32, 64)
+    images: Sequence[int] = (128, 512, 2048)
+    samples: Sequence[int] = (4, 8, 16, 32)
     latent_dims: Sequence[int] = (5, 10, 20, 40)
     pixels: Sequence[int] = (196, 784, 3136)
-    widths: Sequence[int] = (100, 200, 400, 800)
+    widths: Sequence[int] = (100, 200, 400)
     tries: int = 3
     workers: Sequence[int] = (1, 2)
     num_images: int = 2000

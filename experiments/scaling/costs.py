@@ -8,6 +8,7 @@ of the line's exponent.
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ TASKS = {
 """What is wanted, by name: sizes that differ from the measured ones."""
 MACHINES = (1, 10, 100)
 DAY = 86_400
+STEP = "training step"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,8 +55,8 @@ def extrapolated(
 ) -> tuple[float, float]:
     """Seconds of ``what`` at some sizes, the others as measured, and by what factor they may be wrong.
 
-    The start is the measurement at the largest number of images. The factor is that of two standard errors of the
-    exponents.
+    The start is the measurement at the largest number of images, which of a training step is the batch. The factor is
+    that of two standard errors of the exponents.
 
     Raises:
         ValueError: if a line is missing.
@@ -66,6 +68,9 @@ def extrapolated(
     start = measured[what, "images"][-1]
     seconds, doubt = start.seconds, 0.0
     for by, value in sizes.items():
+        if what == STEP and by == "images":  # an epoch has as many steps of the largest batch as it takes
+            seconds *= value / start.value
+            continue
         if (what, by) not in known:
             raise ValueError(f"there is no exponent of {what} against {by}")
         line = known[what, by]
@@ -115,11 +120,10 @@ def _largest(rows: Sequence[Row], fitted: Sequence[Exponent]) -> str:
     for task, sizes in TASKS.items():
         for what in (what for what, by in lines(rows) if by == "images"):
             seconds, factor = extrapolated(what, sizes, rows, fitted)
-            add(what, task, seconds, f"{factor:.1f}")
+            add("an epoch of training" if what == STEP else what, task, seconds, f"{factor:.1f}")
     for row in rows:
-        number = row.note.split()[0] if row.note else ""
-        if row.what == "study" and row.value == 1 and number.isdigit():
-            add("study", "1,000 such runs", row.seconds / int(number) * 1000, "-")
+        if (study := re.fullmatch(r"study of (\d+) runs", row.what)) and row.value == 1:
+            add("study", "1,000 such runs", row.seconds / int(study[1]) * 1000, "-")
     about = "With one thread on each of so many machines, whose work is divided evenly; c cores do c times as much."
     return f"## What large ones cost\n\n{about}\n\n{runs.table(table)}"
 

@@ -84,17 +84,29 @@ def lines(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def timed(function: Callable[[], object], tries: int) -> tuple[float, float | None]:
-    """Median seconds of several calls, after one that is not counted, and the most memory that one held, in MiB."""
-    function()
-    seconds = []
+    """Median seconds of several calls, and the most memory that one held, in MiB.
+
+    The first call counts only if it takes so long that there are no others.
+    """
     with _peak() as held:
-        for _ in range(tries):
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+        first = _seconds(function)
+    if first > LONG:
+        return first, held[0] if held else None
+    with _peak() as held:
+        seconds = [_seconds(function) for _ in range(tries)]
     return float(np.median(seconds)), held[0] if held else None
+
+
+LONG = 10
+"""Seconds of a call from which on one is enough."""
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 @contextmanager
