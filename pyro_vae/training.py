@@ -299,6 +299,7 @@ class Training:
         processes, device = self._processes, next(self.module.parameters()).device
         processes.share_randomness(device)
         row = self._epoch(svi, loss, retreat, bar)
+        processes.check_same_data(self._recent[-1][1])
         processes.share(list(self.module.buffers()))
         processes.share(list(self.module.parameters()), near=True)
         return processes.from_first(lambda: row)

@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -94,6 +94,18 @@ class Processes:
                     raise ContractError(
                         f"process {rank} has another {name} than process 0: {value}, not {everybody[0][name]}"
                     )
+
+    def check_same_data(self, data: Data) -> None:
+        """Refuse a mini-batch that is not the same in all processes.
+
+        Raises:
+            ContractError: naming a process that has another.
+        """
+        if self.grouped and len(set(found := self.gather(tuple(map(_digest, tensors(data)))))) > 1:
+            rank = next(rank for rank, each in enumerate(found) if each != found[0])
+            raise ContractError(
+                f"process {rank} has another mini-batch than process 0: all must draw them from the same data and seed"
+            )
 
     def rows(self, data: Data) -> Data | None:
         """The rows of this process, one after the other by rank, none of them larger by more than one; None: no row."""
@@ -242,7 +254,8 @@ class DataParallel:
         self._share = torch.ones((), dtype=torch.float64)
         self._buffers: dict[tuple[int, ...], list[_Buffer]] = {}
         self._known: dict[int, Tensor] = {}
-        self._begun = False
+        self._params: Sequence[Tensor] = ()
+        self._begun = self._summed = False
         if self._processes.grouped:
             if not isinstance(getattr(svi, "steps", None), Steps):
                 raise ContractError(
@@ -263,11 +276,18 @@ class DataParallel:
         share = (data_size(rows) if rows is not None else 0) / data_size(data)
         share = share if self._reduction == "mean" else 1.0
         self._share.fill_(share)  # a tensor, which a CUDA graph reads anew
-        with self._processes.noise(device):
-            if rows is None:
-                self._svi.steps.update_without_data()
-                return 0.0
-            return share * call(self._svi.step, rows)
+        self._summed = False
+        try:
+            with self._processes.noise(device):
+                if rows is None:
+                    self._svi.steps.update_without_data()
+                    return 0.0
+                return share * call(self._svi.step, rows)
+        except Exception:
+            if not self._summed:  # the others wait for it
+                for buffer in self._buffers_of(self._params):
+                    buffer.fail()
+            raise
 
     def _begin(self, data: Data) -> None:
         processes, device = self._processes, first_tensor(data).device
@@ -275,15 +295,17 @@ class DataParallel:
             raise ContractError(
                 f"a batch size of {size} is too small for {processes.size} processes, each of which takes its rows"
             )
-        processes.check_same(**{"mini-batch": [_digest(x) for x in tensors(data)]})
+        processes.check_same_data(data)
         self._share = self._share.to(device)
         steps = self._svi.steps
         held = steps.held
         if isinstance(steps.optim, PyroOptim):  # parameters may come into being
             processes.share_randomness(device)
-            sites: list[Any] = [site for trace in _traces(steps, data) for site in trace.nodes.values()]
-            held = [site["value"].unconstrained() for site in sites if site["type"] == "param"]
+            sites = dict(item for trace in _traces(steps, data) for item in trace.nodes.items())
+            found = [cast(Any, sites[name])["value"] for name in sorted(sites) if sites[name]["type"] == "param"]
+            held = list({id(p): p for p in (value.unconstrained() for value in found)}.values())
         self._share_new(held)
+        self._params = held
         self._reduction = self._reduction or processes.all(lambda: _reduction_of(steps, data))
         self._begun = True
 
@@ -295,28 +317,42 @@ class DataParallel:
     def _sum(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all processes together, laid out as their parameters; None where nobody has one."""
         self._share_new(params)
+        self._params, self._summed = params, True
+        found: list[Tensor | None] = [None] * len(params)
+        failed = [buffer.sum(gradients, self._share, found) for buffer in self._buffers_of(params)]
+        if any(failed):
+            raise ProcessLost("another process of this training failed, and says why")
+        return found
+
+    def _buffers_of(self, params: Sequence[Tensor]) -> "list[_Buffer]":
         key = tuple(map(id, params))
         if key not in self._buffers:
-            self._buffers[key] = _buffers(params)
-        found: list[Tensor | None] = [None] * len(params)
-        for buffer in self._buffers[key]:
-            buffer.sum(gradients, self._share, found)
-        return found
+            types = list(dict.fromkeys((p.dtype, p.device) for p in params))
+            places = [[i for i, p in enumerate(params) if (p.dtype, p.device) == each] for each in types]
+            self._buffers[key] = [_Buffer(each, params) for each in places]
+        return self._buffers[key]
 
 
 class _Buffer:
-    """The gradients of parameters of one type, one after the other, and how many processes have each of them."""
+    """The gradients of parameters of one type, one after the other, then how many processes have each of them, and how
+    many have failed."""
 
     def __init__(self, places: list[int], params: Sequence[Tensor]):
         mine = [params[i] for i in places]
         ends = [0, *itertools.accumulate(p.numel() for p in mine)]
         self.places, self.last = places, ends[-1]
-        self.flat = torch.zeros(self.last + len(mine), dtype=mine[0].dtype, device=mine[0].device)
+        self.flat = torch.zeros(self.last + len(mine) + 1, dtype=mine[0].dtype, device=mine[0].device)
         self.views = [self.flat[a:b].view(p.shape) for (a, b), p in zip(itertools.pairwise(ends), mine, strict=True)]
         self.laid_out = [view.stride() == p.stride() for view, p in zip(self.views, mine, strict=True)]
         self.params, self.had = mine, [False] * len(mine)
 
-    def sum(self, gradients: Sequence[Tensor | None], share: Tensor, found: list[Tensor | None]) -> None:
+    def fail(self) -> None:
+        """Take part in a sum that comes to nothing; a GPU's sees to that by NaN."""
+        with suppress(Exception), torch.no_grad():
+            dist.all_reduce(self.flat.fill_(torch.nan))
+
+    def sum(self, gradients: Sequence[Tensor | None], share: Tensor, found: list[Tensor | None]) -> bool:
+        """Put the gradients of all processes together in their places; whether one of them failed instead."""
         given = [gradients[i] for i in self.places]
         some = [(view, g.to_dense()) for view, g in zip(self.views, given, strict=True) if g is not None]
         with torch.no_grad():
@@ -328,21 +364,17 @@ class _Buffer:
                 self.had = [g is not None for g in given]
             on_cpu = self.flat.device.type == "cpu"
             if on_cpu:
-                self.flat[self.last :] = torch.tensor([g is not None for g in given], dtype=self.flat.dtype)
+                self.flat[self.last :] = torch.tensor([*(g is not None for g in given), False], dtype=self.flat.dtype)
             with _lost():
                 dist.all_reduce(self.flat)
             # a GPU's counts would have to be waited for: there, who has no row has what it had the last time
-            has = self.flat[self.last :].tolist() if on_cpu else self.had
+            *has, failed = self.flat[self.last :].tolist() if on_cpu else [*self.had, 0.0]
             for i, view, p, some_have, alike in zip(
                 self.places, self.views, self.params, has, self.laid_out, strict=True
             ):
                 if some_have:
                     found[i] = view if alike else torch.empty_like(p).copy_(view)
-
-
-def _buffers(params: Sequence[Tensor]) -> list[_Buffer]:
-    types = list(dict.fromkeys((p.dtype, p.device) for p in params))
-    return [_Buffer([i for i, p in enumerate(params) if (p.dtype, p.device) == each], params) for each in types]
+            return bool(failed)
 
 
 def _digest(x: Tensor) -> float:

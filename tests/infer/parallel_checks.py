@@ -189,7 +189,19 @@ def quick(folder):
         if rank:
             raise ValueError("no file")
 
+    module, faults = small(), []
+
+    def broken(x):
+        if rank and faults:
+            raise KeyError("mine")
+        module.guide(x)
+
+    svi = DataParallel(PyroSVI(module.model, broken, torch.optim.SGD(module.parameters(), 1e-4)))
+    svi.step(data())
+    kept = module.encoder.weight.clone()
+    faults.append("one")
     found["refused"] = {
+        "failed": refused(lambda: svi.step(data())),
         "rows": refused(lambda: DataParallel(plain).step(data(1))),
         "batch": refused(lambda: DataParallel(plain).step(data(4) + rank)),
         "rate": refused(lambda: fitted(f"{folder}/none.pt", 1, lr=0.01 * (1 + rank))),
@@ -198,4 +210,5 @@ def quick(folder):
         "here": refused(lambda: Processes().all(sometimes)),
         "first": refused(lambda: Processes().from_first(lambda: [][0])),
     }
+    found["kept"] = torch.equal(kept, module.encoder.weight)
     return found

@@ -88,6 +88,9 @@ def test_what_differs_is_refused_in_every_process(two):
     for found in two[0]:
         for name, reason in expected.items():
             assert found["refused"][name].startswith(reason)
+    failures = ["ProcessLost: another process of this training failed, and says why", "KeyError: 'mine'"]
+    assert [found["refused"]["failed"] for found in two[0]] == failures
+    assert all(found["kept"] for found in two[0])
     assert [found["refused"]["here"] for found in two[0]] == ["ValueError: process 1: no file", "ValueError: no file"]
 
 
