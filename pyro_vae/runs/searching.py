@@ -25,9 +25,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import yaml
 
+from pyro_vae.data.datasets import Data
 from pyro_vae.data.fetched import cache_folder
+from pyro_vae.data.tables import densities
 from pyro_vae.errors import RunError, need_extra
-from pyro_vae.runs.build import build, load_dataset, make
+from pyro_vae.runs.build import Model, build, load_dataset, make
 from pyro_vae.runs.directory import (
     check_run_dir,
     noun_of,
@@ -192,7 +194,8 @@ def _space_in_one(argv: Sequence[str]) -> list[str]:
             space[name.removeprefix("--space.")] = text
         else:
             result.append(word)
-    return result + [f"--space={json.dumps(space)}"] * bool(space)
+    known = any(word.partition("=")[0] in ("--space", "--config", "--resume") for word in result)
+    return result + [f"--space={json.dumps(space)}"] * bool(space or not known)
 
 
 def _run(settings: SearchSettings, text: str) -> Search:
@@ -230,7 +233,7 @@ def _check(settings: SearchSettings) -> None:
         first = {each.name: each.extremes()[0] for each in dimensions}
         trials = [first | {each.name: text} for each in dimensions for text in each.extremes()]
     known: dict[str, Any] = {}
-    meaning = None
+    meaning: dict[str, Any] = {}
     for values in trials:
         run, text = _planned(settings, values)
         with _named(values):
@@ -240,14 +243,20 @@ def _check(settings: SearchSettings) -> None:
             key = repr([content[name] for name in ("dataset", "data_dir", "condition")])
             data = known[key] if key in known else load_dataset(dataset, "cpu", run.conditions)
             known = {key: data}
-            unit = unit_of(make("model", build, run, data.schema), data.schema)
-        meaning = meaning or (unit, data.fingerprint)
-        if (unit, data.fingerprint) != meaning:
-            other = unit if unit != meaning[0] else "of other data"
+            meant = _meaning(make("model", build, run, data.schema), data)
+        meaning = meaning or meant
+        if other := next((name for name in meaning if meant[name] != meaning[name]), None):
             raise RunError(
-                f"--space: {_told(values)} is scored in another unit than {_told(trials[0])}, or on other data "
-                f"({other}, not {meaning[0]}): their numbers cannot be ranked"
+                f"--space: {_told(values)} and {_told(trials[0])} are scored in other units, or on other data ({other} "
+                f"{meant[other]} and {meaning[other]}): their numbers cannot be ranked"
             )
+
+
+def _meaning(vae: Model, data: Data) -> dict[str, Any]:
+    """What log p(x) of a run means: trials of different meanings are not ranked."""
+    columns = data.schema.columns
+    known = {"unit": unit_of(vae, data.schema), "data": data.fingerprint, **data.about}
+    return known | ({"densities": densities(vae.likelihood.head, columns)} if columns else {})
 
 
 @contextmanager
@@ -322,8 +331,8 @@ def _report(done: Search) -> None:
     rows = [["trial", *settings.space, f"validation {what}", "+-", "train s"]]
     for each in trials:
         shown = [each.values[name] for name in settings.space]
-        value = "failed" if each.validation is None else f"{each.validation:.2f}"
-        rows.append([each.name, *map(_short, shown), value, number(each.validation_se, 2), number(each.seconds, 0)])
+        numbers = [number(each.validation, 2), number(each.validation_se, 2), number(each.seconds, 0)]
+        rows.append([each.name, *map(_short, shown), *numbers])
     estimator = "importance sampling" if result.get("annealed_log_likelihood") is None else "annealing"
     lines = [
         f"Validation {what}, {result['unit']}, larger is better; +- is its error over {noun_of(result)}s.",
@@ -337,7 +346,7 @@ def _report(done: Search) -> None:
     if settings.by == "validation_log_likelihood" and result.get("validation_reliable") is False:
         lines.append("Its validation log p(x) is not to be believed, too many Pareto k are bad: --by validation_elbo.")
     failed = [each for each in trials if each.reason]
-    lines += ["", f"{len(failed)} failed; --resume runs them again:"] * bool(failed)
+    lines += ["", f"{len(failed)} have no validation value; --resume runs those again that failed:"] * bool(failed)
     lines += [f"- {each.name}: {each.reason}" for each in itertools.islice(failed, 20)]
     text = "\n".join(lines)
     winner = done.best._asdict() | {name: result.get(name) for name in TEST}

@@ -149,3 +149,6 @@ def test_the_same_command_joins_a_study_on_its_way(tmp_path, monkeypatch):
         runs.study(contenders | {"b": "--latent_dim 4"}, seeds=1, run_dir=tmp_path)
     runs.study(contenders, seeds=1, run_dir=tmp_path)
     assert ran == [2, 3]
+    (tmp_path / "result.json").touch()
+    runs.study(contenders, seeds=1, run_dir=tmp_path)  # the last task of an array, after all is finished
+    assert ran == [2, 3]
