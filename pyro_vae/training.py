@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, OnEpoch
 from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, ProcessLost, check_at_least_one
-from pyro_vae.infer.batches import ADVICE, Watch, explained
+from pyro_vae.infer.batches import ADVICE, Watch, explained, is_refusal
 from pyro_vae.infer.checks import check_data, check_program
 from pyro_vae.infer.diagnostics import mean_log_weights
 from pyro_vae.infer.engines import Engine, PyroSVI
@@ -320,18 +320,27 @@ class Training:
             switch((self.optimizer,), "eval")
         validation_elbo = math.nan
         try:
-            if self.validation is not None:
-                validation_elbo = _validation_elbo(self._programs, self.validation)
-                if not math.isfinite(validation_elbo):
-                    raise explained(self._programs, self.validation, f"the validation ELBO is {validation_elbo}")
-            train_elbo = self._processes.mean(partial(mean_log_weights, *self._programs), recent := self._last())
-            if not math.isfinite(train_elbo):
-                raise explained(self._programs, recent, f"the training ELBO is {train_elbo}")
+            if (x := self.validation) is not None:
+                validation_elbo = self._finite("validation", x, lambda: _validation_elbo(self._programs, x))
+            measure, recent = partial(mean_log_weights, *self._programs), self._last()
+            train_elbo = self._finite("training", recent, lambda: self._processes.mean(measure, recent))
         except NonFiniteError as error:
             state = retreat.to_a_copy()
             switch((self.optimizer,), "eval")
             raise NonFiniteError(f"{error}; {_weights_of(state.step)}") from error
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
+
+    def _finite(self, name: str, data: Data, measure: Callable[[], float]) -> float:
+        """The ELBO of data, which must be a number."""
+        try:
+            elbo = measure()
+        except (ValueError, RuntimeError) as error:
+            if not is_refusal(error, self._programs, data):
+                raise
+            raise explained(self._programs, data, f"the {name} ELBO cannot be computed") from error
+        if not math.isfinite(elbo):
+            raise explained(self._programs, data, f"the {name} ELBO is {elbo}")
+        return elbo
 
     def _undone(self, error: NonFiniteError, retreat: Retreat) -> NonFiniteError:
         """The error of a step, of a training that has been put into its last good state."""

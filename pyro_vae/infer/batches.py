@@ -91,14 +91,14 @@ class Watch:
         except NonFiniteError as error:
             self.finish()
             raise explained(self._programs, data, str(error)) from error
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             self.finish()
             if "more than 1 value per channel" in str(error):
                 raise ContractError(
                     "a mini-batch has one datum alone, on which batch normalization cannot be trained: choose another "
                     "batch size"
                 ) from error
-            if _non_finite_site(self._programs, data) is None:
+            if not is_refusal(error, self._programs, data):
                 raise
             raise explained(self._programs, data, "Pyro refuses a value") from error
         if isinstance(value, float) and not math.isfinite(value):
@@ -164,10 +164,22 @@ def explained(programs: tuple[Program, Program], data: Data, what: str) -> NonFi
     return NonFiniteError(f"training stopped: {place}; {ADVICE}")
 
 
+def is_refusal(error: Exception, programs: tuple[Program, Program], data: Data) -> bool:
+    """Whether a program failed because a number is none: Pyro refuses such parameters, and torch such draws."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ("expects all elements of std", "probability tensor contains"))
+    return _non_finite_site(programs, data) is not None
+
+
 def _non_finite_site(programs: tuple[Program, Program], data: Data) -> tuple[str, int | None] | None:
     """:func:`find_non_finite` in the mode of training, which changes no running mean."""
     with _buffers_kept(programs):
-        return non_finite(*programs, data)
+        try:
+            return non_finite(*programs, data)
+        except RuntimeError as error:
+            if not is_refusal(error, programs, data):
+                raise
+            return "scale or probability of a distribution", None
 
 
 @contextmanager

@@ -136,7 +136,15 @@ def _check_latent_supports(both: Traces) -> None:
                 "up to a constant: give it one that can be normalized"
             )
         for drawn, other, whose in ((guided, modelled, "guide"), (modelled, guided, "model")):
-            if not other.support.check(drawn.sample()).all():
+            try:
+                sample = drawn.sample()
+            except RuntimeError as error:  # torch's normal, of a scale that is NaN
+                if "expects all elements of std" not in str(error):
+                    raise
+                raise ContractError(
+                    f"at site '{name}' the {whose} has a scale that is NaN: nothing can be drawn"
+                ) from error
+            if not other.support.check(sample).all():
                 raise ContractError(
                     f"at site '{name}' the {whose} draws from {type(drawn).__name__} on {drawn.support}, outside "
                     f"the support of {type(other).__name__}, {other.support}: prior and posterior must have the "

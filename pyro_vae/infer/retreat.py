@@ -165,7 +165,7 @@ class Retreat:
                     what = "a weight, a buffer or a moment of the optimizer is NaN or infinite after the step"
             except NonFiniteError as error:
                 what = str(error)
-            except ValueError:
+            except (ValueError, RuntimeError):
                 what = "Pyro refuses a value"
             if what:
                 return taken, what, last, before
@@ -182,7 +182,7 @@ class Retreat:
     def _finite_look(self) -> bool:
         try:
             return math.isfinite(self._look())
-        except ValueError:  # Pyro refuses a scale of infinity, for instance
+        except (ValueError, RuntimeError):  # Pyro refuses a scale of infinity, torch to draw with one of NaN
             return False
 
     def _state(self, step: int) -> State:

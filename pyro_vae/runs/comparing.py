@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
 from pyro_vae.runs.directory import check_run_dir, noun_of, open_run, table, write_json, write_text, writing
 from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.scoring import number
 
 MUST_AGREE = ("unit", "dataset", "binarization", "binarization_seed", "num_images", "test_set", "densities")
 """What numbers mean; those of importance sampling must have as many samples, too."""
@@ -40,11 +42,16 @@ class ComparisonSettings:
 
 
 class Difference(NamedTuple):
-    """Mean difference of log p(x) over data, nats; its standard error over data; its Monte Carlo error."""
+    """Mean difference of log p(x) over data, nats; its standard error over data; its Monte Carlo error.
+
+    ``num_not_finite`` is the number of data of which one of the two is NaN or infinite; where there are any, the others
+    are NaN.
+    """
 
     mean: float
     se: float
     mc_se: float
+    num_not_finite: int = 0
 
 
 class Comparison(NamedTuple):
@@ -57,15 +64,22 @@ class Comparison(NamedTuple):
     def table(self) -> str:
         """The comparison in Markdown, with a line above that says what its numbers are."""
         first, *others = self.runs
-        means = [f"{run.evidence[self.estimator]['log_px'].values.mean():.3f}" for run in self.runs]
+        means = [number(float(run.evidence[self.estimator]["log_px"].values.mean())) for run in self.runs]
         rows = [("run", "log p(x)", "difference", f"error over {noun_of(first.result)}s", "Monte Carlo error", "bad k")]
         rows.append((str(first.path), means[0], "", "", "", _share(first)))
         for run, mean, d in zip(others, means[1:], self.differences, strict=True):
-            rows.append((str(run.path), mean, f"{d.mean:+.3f}", f"{d.se:.3f}", f"{d.mc_se:.3f}", _share(run)))
+            told = number(d.mean) if not math.isfinite(d.mean) else f"{d.mean:+.3f}"
+            rows.append((str(run.path), mean, told, number(d.se), number(d.mc_se), _share(run)))
         result, size = first.result, first.evidence[self.estimator].sizes["datum"]
         how = "annealed" if self.estimator == "annealed" else f"{result['num_samples']:,} importance samples"
         of = result.get("dataset") or "data"
-        return f"{result['unit']}; {of}, {size:,} test {noun_of(result)}s, {how}\n{table(rows)}"
+        lost = [
+            f"\n{run.path}: not reliable, log p(x) of {d.num_not_finite:,} {noun_of(result)}s is NaN or infinite there "
+            "or in the reference"
+            for run, d in zip(others, self.differences, strict=True)
+            if d.num_not_finite
+        ]
+        return f"{result['unit']}; {of}, {size:,} test {noun_of(result)}s, {how}\n{table(rows)}" + "".join(lost)
 
 
 def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None, text: str | None = None) -> Comparison:
@@ -100,12 +114,14 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None,
 def _write(done: Comparison, run_dir: Path) -> None:
     first, *others = done.runs
     log_px = {str(run.path): run.evidence[done.estimator]["log_px"].values for run in done.runs}
-    rows = {str(run.path): d._asdict() for run, d in zip(others, done.differences, strict=True)}
+    pairs = list(zip(others, done.differences, strict=True))
+    rows = {str(run.path): d._asdict() for run, d in pairs}
     result = {"reference": str(first.path), "estimator": done.estimator, "unit": first.result["unit"]}
     with writing(run_dir):
         reference = log_px.pop(str(first.path))
-        differences = {name: values - reference for name, values in log_px.items()}
-        figures.paired_differences(differences, run_dir / "differences.png", f"nats per datum above {first.path}")
+        differences = {str(run.path): log_px[str(run.path)] - reference for run, d in pairs if not d.num_not_finite}
+        if differences:
+            figures.paired_differences(differences, run_dir / "differences.png", f"nats per datum above {first.path}")
         write_text(run_dir / "table.md", done.table() + "\n")
         write_json(run_dir / "result.json", result | {"differences": rows})
 
@@ -127,6 +143,9 @@ def difference_of(run: Run, reference: Run, estimator: str = "importance") -> Di
         if ours != theirs:
             raise RunError(f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}")
     ours, theirs = run.evidence[estimator], reference.evidence[estimator]
+    finite = np.isfinite(ours["log_px"].values) & np.isfinite(theirs["log_px"].values)
+    if not finite.all():
+        return Difference(math.nan, math.nan, math.nan, int((~finite).sum()))
     difference = (ours["log_px"] - theirs["log_px"]).values
     size = len(difference)
     mc_se = math.sqrt((ours["mc_se"].values ** 2 + theirs["mc_se"].values ** 2).sum()) / size

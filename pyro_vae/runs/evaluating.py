@@ -56,10 +56,11 @@ from pyro_vae.runs.reading import evaluation_of
 from pyro_vae.runs.scoring import (
     MANY,
     MORE_ELSEWHERE,
+    believable,
+    lost_rows,
+    num_not_finite,
     number,
-    reliable,
     reliable_share,
-    share_doubted,
     some_images,
     unit_of,
     unreliable,
@@ -256,7 +257,9 @@ def estimate(
         lower, upper = (each.log_px.mean().item() for each in (sandwich.lower, sandwich.upper))
         result = {"lower": lower, "upper": upper, "width": width, "width_se": error, "annealing": asdict(annealing)}
         both = cast(Tensor, sandwich.lower.reliable) & cast(Tensor, sandwich.upper.reliable)
-        result |= reliable_share(sandwich.lower._replace(reliable=both))
+        result |= reliable_share(sandwich.lower._replace(reliable=both & sandwich.upper.log_px.isfinite()))
+        lost = ~(sandwich.lower.log_px.isfinite() & sandwich.upper.log_px.isfinite())
+        result |= {"num_not_finite": int(lost.sum())}
         return result, {"lower": sandwich.lower, "upper": sandwich.upper}
     if settings.estimator == "annealed":
         evidence = annealed_importance_sampling(model, guide, x, annealing, progress=progress, work=work)
@@ -274,10 +277,11 @@ def estimate(
         bad = evidence.share_bad_k()
         how = {"num_samples": settings.num_samples, "proposal": settings.proposal, "widening": settings.widening}
         how |= {"khat_threshold": pareto_k_threshold(settings.num_samples), "share_khat_above_threshold": bad}
-        how |= {"reliable": reliable(share_doubted(evidence))}
+        how |= {"reliable": believable(evidence)}
     log_likelihood, over_images, monte_carlo = evidence.mean()
     result = {"log_likelihood": log_likelihood, "log_likelihood_se": over_images, "mc_se": monte_carlo}
     result |= {"shortfall": evidence.shortfall()}
+    how |= {"num_not_finite": num_not_finite(evidence)}
     return result | {"num_invalid": int(evidence.num_invalid.sum())} | how, {settings.estimator: evidence}
 
 
@@ -302,14 +306,16 @@ def evaluation_table(result: dict[str, Any]) -> str:
         if result.get("reliable") is False and "share_reliable" in result:
             believe = f"not to be believed: {unreliable(result['share_reliable'], images)}"
         elif result.get("reliable") is False:
-            share, threshold = result["share_khat_above_threshold"], result["khat_threshold"]
+            share, threshold = result["share_khat_above_threshold"] or 0.0, result["khat_threshold"]
             believe = f"not to be believed: {share:.0%} of the {images} have a Pareto k above {threshold:.2f}"
             believe = believe if share > MANY else MORE_ELSEWHERE
+        believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe
         rows += [
             (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),
             ("  Monte Carlo error", number(result["mc_se"]), believe),
             ("  low by about", number(result["shortfall"]), "in expectation, if that error may be believed"),
             (f"  error over {images}", number(result["log_likelihood_se"]), f"other {images} would differ by this"),
         ]
+    rows += [(name, count.split()[0], told) for name, count, told in lost_rows(result)]
     rows.append(("seconds", f"{result['seconds']:.0f}", ""))
     return table(rows)

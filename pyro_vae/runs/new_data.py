@@ -19,7 +19,7 @@ from pyro_vae.runs.directory import choose_device, table
 from pyro_vae.runs.given import check_made
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.output import check_out, write_result
-from pyro_vae.runs.scoring import unit_of
+from pyro_vae.runs.scoring import number, unit_of
 from pyro_vae.runs.settings import check_seed
 from pyro_vae.runs.using import Using
 
@@ -228,7 +228,8 @@ def score_new(settings: ScoreSettings) -> Done:
     result = _numbered(result, new.rows)
     if settings.out is not None:
         write_result(result, settings.out, "log_px")
-    return Done(settings.out, result, score_table(evidence, result, unit, settings.estimator))
+    text = score_table(evidence, result, unit, settings.estimator) + _lost(result[["log_px"]])
+    return Done(settings.out, result, text)
 
 
 MOST_NAMED = 10
@@ -242,19 +243,31 @@ def score_table(evidence: Evidence, result: xr.Dataset, unit: str, estimator: st
     for place in range(min(MOST_NAMED, len(names))):
         value, error = evidence.log_px[place].item(), evidence.mc_se[place].item()
         rows.append(
-            (names[place], f"{value:.3f}", f"{error:.3f}", "" if good is None else "yes" if good[place] else "no")
+            (names[place], number(value), number(error), "" if good is None else "yes" if good[place] else "no")
         )
     if len(names) > MOST_NAMED:
         rows.append(("...", "", "", ""))
     mean, over_rows, monte_carlo = evidence.mean()
-    rows.append((f"mean of {len(names):,}", f"{mean:.3f}", f"{monte_carlo:.3f}", ""))
-    text = table(rows) + f"\n\n{estimator}; other rows would change the mean by {over_rows:.3f}"
+    rows.append((f"mean of {len(names):,}", number(mean), number(monte_carlo), ""))
+    text = table(rows) + f"\n\n{estimator}; other rows would change the mean by {number(over_rows)}"
     odd = [] if good is None else [name for name, each in zip(names, good, strict=True) if not each]
     if odd:
         more = f" and {len(odd) - MOST_NAMED:,} more" if len(odd) > MOST_NAMED else ""
         text += "\nnot to be believed, far from the training data or hard to score: "
         text += f"row {', '.join(odd[:MOST_NAMED])}{more}"
     return text
+
+
+def _lost(result: xr.Dataset, padded: bool = False) -> str:
+    """What is said of numbers that are NaN or infinite, where there are any; NaN is what a sequence ends with."""
+    found = {name: each for name, each in result.items() if each.dtype.kind == "f"}
+    bad = {name: np.isinf(each.values) if padded else ~np.isfinite(each.values) for name, each in found.items()}
+    count, whole = sum(int(each.sum()) for each in bad.values()), sum(each.size for each in bad.values())
+    if not count:
+        return ""
+    rows = [np.argwhere(each)[0][found[name].dims.index("datum")] for name, each in bad.items() if each.any()]
+    first = result["datum"].values[int(min(rows))]
+    return f"\n{count:,} of {whole:,} numbers are NaN or infinite, the first in row {first}: not to be believed"
 
 
 def embed_new(settings: EmbedSettings) -> Done:
@@ -269,7 +282,8 @@ def embed_new(settings: EmbedSettings) -> Done:
     arrays: Arrays = {name: (before, each) for name, each in latents.items()}
     result = _numbered(_dataset(arrays, run, settings.seed), new.rows)
     write_result(result, out, next(iter(latents)))
-    return Done(out, result, f"{result.sizes['datum']:,} {using.schema.noun}s, " + _latents_told(latents))
+    text = f"{result.sizes['datum']:,} {using.schema.noun}s, " + _latents_told(latents)
+    return Done(out, result, text + _lost(result))
 
 
 def _latents_told(latents: dict[str, Tensor]) -> str:
@@ -287,7 +301,8 @@ def sample_new(settings: SampleSettings) -> Done:
     result = _observations(x, "x", run, settings.seed)
     write_result(result, out, "x", [x] if _is_image(using) else [], using.schema)
     told = f" given {names_of(run.schema.condition)}" if run.schema.condition else ""
-    return Done(out, result, f"{settings.num_samples:,} draws of p(x{told})")
+    lost = _lost(result, bool(using.schema.entries))
+    return Done(out, result, f"{settings.num_samples:,} draws of p(x{told}){lost}")
 
 
 def reconstruct_new(settings: ReconstructSettings) -> Done:
@@ -300,7 +315,8 @@ def reconstruct_new(settings: ReconstructSettings) -> Done:
     result = _numbered(_observations(found, "x", run, settings.seed), new.rows)
     pictures = [restored(using.observed_of(data), using.schema), found] if _is_image(using) else []
     write_result(result, out, "x", pictures, using.schema)
-    return Done(out, result, f"reconstructions of {result.sizes['datum']:,} {using.schema.noun}s")
+    lost = _lost(result, bool(using.schema.entries))
+    return Done(out, result, f"reconstructions of {result.sizes['datum']:,} {using.schema.noun}s{lost}")
 
 
 def impute_new(settings: ImputeSettings) -> Done:
@@ -312,6 +328,7 @@ def impute_new(settings: ImputeSettings) -> Done:
     torch.manual_seed(settings.seed)
     filled = using.impute(new.x, _given(settings, new), num_samples=settings.num_samples, num_draws=settings.num_draws)
     result = _observations(filled.values, "x", run, settings.seed)
+    lost = _lost(result, bool(using.schema.entries))
     if out.suffix in (".npz", ".nc"):
         found = filled.imputation
         extra = {"std": (("datum", "entry"), found.std), "seen": (("datum", "entry"), found.seen)}
@@ -325,7 +342,7 @@ def impute_new(settings: ImputeSettings) -> Done:
     good = filled.imputation.evidence.reliable
     if good is not None and (doubted := int((with_gaps & ~good).sum())):
         text += f"; not to be believed in {doubted:,} of these {using.schema.noun}s: more --num_samples may help"
-    return Done(out, result, text)
+    return Done(out, result, text + lost)
 
 
 def _opened(settings: _Settings) -> tuple[Using, NewData, Run]:

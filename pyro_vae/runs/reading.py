@@ -174,6 +174,7 @@ LATER: dict[str, Is] = {
     **dict.fromkeys(("reliable", "annealed_reliable", "validation_reliable"), or_null(is_flag)),
     **dict.fromkeys(("annealed_images", "seed", "epochs", "num_validation_images"), or_null(is_count)),
     **dict.fromkeys(("binarization_seed", "active_units_first_500"), or_null(is_count)),
+    **dict.fromkeys(("num_not_finite", "annealed_num_not_finite", "validation_num_not_finite"), or_null(is_count)),
     **dict.fromkeys(("dataset", "data", "test_set", "binarization", "commit", "device", "weights"), or_null(is_text)),
     "versions": dict_of(is_text),
     "densities": or_null(list_of(is_text)),

@@ -46,8 +46,9 @@ def some_images(data: Data, split: str, size: int | None) -> tuple[Any, Tensor]:
 
 def reliable_share(evidence: Evidence) -> dict[str, Any]:
     """The share of data that passed every check, and whether that is enough for their mean to be believed."""
-    share = cast(Tensor, evidence.reliable).double().mean().item()
-    return {"share_reliable": share, "reliable": share >= 1 - FEW_DOUBTED}
+    finite = evidence.log_px.isfinite()
+    share = (cast(Tensor, evidence.reliable) & finite).double().mean().item()
+    return {"share_reliable": share, "reliable": share >= 1 - FEW_DOUBTED and bool(finite.all())}
 
 
 Works = Callable[[str], Work | None]
@@ -94,8 +95,9 @@ def score_test(
             "share_khat_above_0_7": (khat > 0.7).double().mean().item(),
             "khat_threshold": pareto_k_threshold(settings.num_samples),
             "share_khat_above_threshold": bad,
-            "reliable": reliable(share_doubted(evidence)),
+            "reliable": believable(evidence) if math.isfinite(elbo.mean().item()) else False,
             "num_invalid": int(evidence.num_invalid.sum()),
+            "num_not_finite": num_not_finite(evidence),
             **corrected,
             "active_units": sum(int(site.sum()) for site in units.values()),
             "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
@@ -144,7 +146,8 @@ def score_validation(run: Settings, vae: Model, data: Data, works: Works = nobod
         "validation_log_likelihood": log_likelihood,
         "validation_log_likelihood_se": over_images,
         "validation_mc_se": monte_carlo,
-        "validation_reliable": reliable(share_doubted(evidence)),
+        "validation_reliable": believable(evidence),
+        "validation_num_not_finite": num_not_finite(evidence),
         "num_validation_images": data_size(x),
     }
 
@@ -157,6 +160,16 @@ MANY = 0.1
 def share_doubted(evidence: Evidence) -> float | None:
     """The share of importance-sampled data that failed a check, of k or of a second opinion; None if k is not known."""
     return None if evidence.share_bad_k() is None else 1 - reliable_share(evidence)["share_reliable"]
+
+
+def num_not_finite(evidence: Evidence) -> int:
+    """Of how many data log p(x) is NaN or infinite: their mean is no number then."""
+    return int((~evidence.log_px.isfinite()).sum())
+
+
+def believable(evidence: Evidence) -> bool | None:
+    """Whether the mean of importance-sampled evidence may be believed; None if that is not known."""
+    return False if num_not_finite(evidence) else reliable(share_doubted(evidence))
 
 
 def reliable(share_bad_k: float | None) -> bool | None:
@@ -198,8 +211,10 @@ def anneal(
     estimate, error = difference_estimate(importance, evidence, among)
     acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
     share = cast(Tensor, evidence.reliable).double().mean().item()
-    values = estimate, error, evidence.shortfall(), acceptance, share, share >= 1 - FEW_DOUBTED, seconds
-    return evidence.to_dataset(among), dict(zip(names, values, strict=True)) | {"annealed_images": size}
+    believed = share >= 1 - FEW_DOUBTED and math.isfinite(estimate)
+    values = estimate, error, evidence.shortfall(), acceptance, share, believed, seconds
+    counts = {"annealed_images": size, "annealed_num_not_finite": num_not_finite(evidence)}
+    return evidence.to_dataset(among), dict(zip(names, values, strict=True)) | counts
 
 
 def some(number: int, size: int) -> Tensor:
@@ -210,6 +225,8 @@ def some(number: int, size: int) -> Tensor:
 def best(result: dict[str, Any]) -> float:
     """The log-likelihood to be believed: the annealed one, where there is one."""
     annealed = result.get("annealed_log_likelihood")
+    if annealed is None and result.get("annealed_images"):
+        return math.nan  # it was tried, and is no number: the other is not to be believed in its place
     return result["test_log_likelihood"] if annealed is None else annealed
 
 
@@ -236,7 +253,8 @@ def report_run(run_dir: Path) -> None:
     share, believe = result["share_khat_above_threshold"], "another run would differ by this"
     if result.get("reliable") is False:
         samples += ", too low here"
-        believe = "not to be believed here, see k" if share > MANY else MORE_ELSEWHERE
+        believe = "not to be believed here, see k" if share is not None and share > MANY else MORE_ELSEWHERE
+        believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe
     rows = [
         ("test", result["unit"], ""),
         ("ELBO", number(result["test_elbo"], 2), "the evidence lower bound, E_q[log p(x, z) - log q(z given x)]"),
@@ -250,7 +268,7 @@ def report_run(run_dir: Path) -> None:
             "Pareto k of the weights: there, neither the estimate nor its error is to be trusted",
         ),
     ]
-    if result.get("annealed_log_likelihood") is not None:
+    if result.get("annealed_log_likelihood") is not None or result.get("annealed_images"):
         how = f"of {result['annealed_images']:,} {noun}s; their mean difference corrects the number above"
         rows += [
             ("log p(x), annealed", number(result["annealed_log_likelihood"], 2), how),
@@ -263,7 +281,8 @@ def report_run(run_dir: Path) -> None:
         ]
         if result.get("annealed_reliable") is False:
             share = result["annealed_share_reliable"]
-            rows.append((f"  reliable {noun}s", f"{share:.1%}", f"not to be believed: {unreliable(share, noun + 's')}"))
+            why = "it is no number" if result.get("annealed_num_not_finite") else unreliable(share, noun + "s")
+            rows.append((f"  reliable {noun}s", f"{share:.1%}", f"not to be believed: {why}"))
     rows += [
         (f"error over {noun}s", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
         *_of_validation(result),
@@ -272,14 +291,25 @@ def report_run(run_dir: Path) -> None:
     ]
     if result.get("bits_per_dim") is not None:
         rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
+    rows += lost_rows(result)
     if result["num_invalid"]:
         rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
     print(f"\n{table(rows)}\n\n{run_dir}")
 
 
+def lost_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """How many data have no finite log p(x), where there are any."""
+    names = {"": "importance sampling", "annealed_": "annealed", "validation_": "validation"}
+    counts = {names[each]: result.get(f"{each}num_not_finite") for each in names}
+    found = [f"{count:,} {name}" for name, count in counts.items() if count]
+    told = f"{noun_of(result)}s whose log p(x) is NaN or infinite: their mean is no number"
+    return [("not finite", ", ".join(found), told)] if found else []
+
+
 def _of_validation(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What models are chosen by; earlier versions did not write it."""
-    if (log_likelihood := result.get("validation_log_likelihood")) is None:
+    log_likelihood = result.get("validation_log_likelihood")
+    if not result.get("num_validation_images"):
         return []
     rows = f"{result['num_validation_images']:,} {noun_of(result)}s"
     how = f"importance sampling, {rows}: choose models by this, not by the test set"
@@ -295,5 +325,5 @@ def unreliable(share: float, images: str) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash for none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    """A number, or a dash for none, and for NaN and infinities."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

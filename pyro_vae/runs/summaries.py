@@ -116,11 +116,13 @@ def best_by_validation(summaries: Sequence[Summary]) -> Summary:
 
 def choice(summaries: Sequence[Summary]) -> list[str]:
     """The line that says which contender the validation data choose, if they are known."""
-    if len(summaries) < 2 or not all(math.isfinite(s.validation) for s in summaries):
+    lost = [s.name for s in summaries if not math.isfinite(s.validation)]
+    if len(summaries) < 2 or len(lost) == len(summaries):
         return []
     best = best_by_validation(summaries)
+    told = f" {', '.join(lost)}: not reliable, it is NaN or infinite." if lost else ""
     spread = "" if best.validation_seed_error is None else f" +- {best.validation_seed_error:.2f} over seeds"
-    return ["", f"The validation data choose {best.name}: log p(x) {best.validation:.2f}{spread}."]
+    return ["", f"The validation data choose {best.name}: log p(x) {best.validation:.2f}{spread}.{told}"]
 
 
 def estimators(summaries: Sequence[Summary]) -> str:
@@ -144,7 +146,8 @@ def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDiffer
     """How much better the first runs are than the second, which have the same seeds."""
     differences = [difference_of(run, other, estimator).mean for run, other in pairs]
     log_px = (tuple(run.evidence[estimator]["log_px"].values for run in pair) for pair in pairs)
-    per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
+    with np.errstate(invalid="ignore"):  # of infinities there is no difference, which is NaN
+        per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
     return PairedDifference(
         differences,
         statistics.fmean(differences),
@@ -158,19 +161,21 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
     reference = summaries[0].reference
     header = ["", "ELBO", "importance", "log p(x)", "+- seeds", f"minus {reference}", "+- seeds", "+- images"]
     header += ["bad k", "active units", "train s"]
-    validated = all(math.isfinite(s.validation) for s in summaries)
+    validated = any(math.isfinite(s.validation) for s in summaries)
     header += ["validation"] * validated
     bits = any(s.bits_per_dim is not None for s in summaries)
     rows = [header + ["bits/dim"] * bits]
     for s in summaries:
-        row = [s.name, *(f"{value:.2f}" for value in (s.elbo, s.importance_sampled, s.log_likelihood))]
+        row = [s.name, *(number(value, 2) for value in (s.elbo, s.importance_sampled, s.log_likelihood))]
         row.append(number(s.seed_error, 2))
         if s.name == reference:
             row += ["", "", ""]
         else:
-            row += [f"{s.difference:+.2f}", number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
-        row += [f"{s.share_khat:.0%}", f"{s.active_units:.1f}", f"{s.seconds:.0f}"]
-        row += [f"{s.validation:.2f}"] * validated
+            told = f"{s.difference:+.2f}" if math.isfinite(s.difference) else "not finite"
+            row += [told, number(s.difference_seed_error, 2), number(s.difference_image_error, 2)]
+        share = f"{s.share_khat:.0%}" if math.isfinite(s.share_khat) else "-"
+        row += [share, number(s.active_units, 1), number(s.seconds, 0)]
+        row += [number(s.validation, 2)] * validated
         rows.append(row + [number(s.bits_per_dim)] * bits)
     for name, cells in (more or {}).items():
         rows = [[*row, cell] for row, cell in zip(rows, [name, *cells], strict=True)]
@@ -180,6 +185,7 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
 def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
     """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
     others = [s for s in summaries if s.name != s.reference]
+    others = [s for s in others if math.isfinite(s.difference)] or others  # what is not finite is in the table
     with figures.figure(path, 6.4, 1.2 + 0.4 * len(others)) as axes:
         for row, s in enumerate(others):
             axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)

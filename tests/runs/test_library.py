@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import yaml
 from PIL import Image
 
@@ -19,6 +22,7 @@ from pyro_vae import MLP, VAE, cli, priors, runs
 from pyro_vae.data.fetched import Digits
 from pyro_vae.data.images import ImageData
 from pyro_vae.errors import MissingExtra, need_extra
+from pyro_vae.runs import summaries as studies
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +137,58 @@ def test_runs_are_compared_and_the_comparison_is_written(trained, tmp_path):
             runs.compare(wrong)
     with pytest.raises(runs.RunError, match="never overwritten"):
         runs.compare(trained, tmp_path / "compared")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_comparison_with_what_is_not_finite_says_so(value, trained, tmp_path, capsys):
+    lost = trained[1].importance.copy(deep=True)
+    lost["log_px"][[3, 7]] = value
+    run = trained[1]._replace(evidence={"importance": lost})
+    compared = runs.compare([trained[0], run], tmp_path / "compared")
+    (difference,) = compared.differences
+    assert (math.isnan(difference.mean), difference.num_not_finite) == (True, 2)
+    table = compared.table()
+    assert "not reliable, log p(x) of 2 images is NaN or infinite" in table
+    assert "nan" not in table
+    written = json.loads((tmp_path / "compared" / "result.json").read_text())["differences"][str(run.path)]
+    assert written == {"mean": None, "se": None, "mc_se": None, "num_not_finite": 2}
+
+
+def test_a_study_says_which_contender_is_not_finite(trained, tmp_path):
+    directories = {"a": [trained[0].path], "b": [tmp_path / "b"], "c": [trained[1].path]}
+    shutil.copytree(trained[1].path, tmp_path / "b")
+    with xr.open_datatree(trained[1].path / "evidence.nc") as tree:
+        tree = tree.load()
+    tree["importance"]["log_px"][3] = math.nan
+    tree.to_netcdf(tmp_path / "b" / "evidence.nc")
+    result = trained[1].result | {"test_log_likelihood": None, "validation_log_likelihood": None}
+    (tmp_path / "b" / "result.json").write_text(json.dumps(result))
+    summaries = studies.summarize(directories)
+    assert studies.best_by_validation(summaries).name != "b"
+    (_, told) = studies.choice(summaries)
+    assert told.endswith("b: not reliable, it is NaN or infinite.")
+    table = studies.summary_table(summaries)
+    assert "nan" not in table
+    assert "not finite" in next(line for line in table.splitlines() if line.startswith("| b"))
+    studies.forest(summaries, tmp_path / "forest.png", "")
+    studies.forest(summaries[:2], tmp_path / "lost.png", "")
+    assert (tmp_path / "lost.png").exists()
+
+
+@pytest.mark.parametrize("part", ["test", "annealed"])
+def test_results_that_are_not_finite_keep_their_rows(part, trained, tmp_path, capsys):
+    lost = {"test_log_likelihood": None, "num_not_finite": 7, "reliable": False} if part == "test" else {
+        "annealed_log_likelihood": None, "annealed_mc_se": None, "annealed_images": 9, "annealed_num_not_finite": 2,
+        "annealed_reliable": False, "annealed_share_reliable": 0.5,
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(trained[0].result | lost))
+    runs.report_run(tmp_path)
+    told = capsys.readouterr().out
+    assert re.search(rf"\| log p\(x\), {'importance sampling' if part == 'test' else 'annealed'} +\| +- ", told)
+    assert "not to be believed: it is no number" in told
+    number = "7 importance sampling" if part == "test" else "2 annealed"
+    assert re.search(rf"not finite +\| +{number}", told)
+    assert math.isnan(runs.best(trained[0].result | lost)) if part == "annealed" else True
 
 
 def test_the_forest_plot_is_arvizs_of_a_bayesian_bootstrap(tmp_path, monkeypatch):

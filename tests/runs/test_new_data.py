@@ -1,11 +1,15 @@
 """A finished run used on data that it has not seen."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy import stats
 from sklearn.datasets import load_digits
 
@@ -337,3 +341,29 @@ def test_help_teaches(name, capsys):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
     assert f"Usage: pyro-vae {name} RUN" in capsys.readouterr().out
+
+
+def overflowing(path, tmp_path, value):
+    """The run with an encoder whose last outputs overflow, where it has finite weights."""
+    shutil.copytree(path, tmp_path / "run")
+    with safe_open(path / "model.safetensors", "pt") as file:
+        weights, about = {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+    last = max(each for each in weights if each.startswith("posterior") and each.endswith("weight"))
+    weights[last][:2] = value  # of the means of z
+    save_file(weights, tmp_path / "run" / "model.safetensors", about)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", ["embed", "score"])
+def test_what_is_not_finite_is_counted_and_said(command, trained, tmp_path, capsys):
+    """An encoder whose outputs overflow: its weights are finite."""
+    path = overflowing(trained[0], tmp_path, 3e38 if command == "embed" else 1e38)
+    np.save(tmp_path / "few.npy", DIGITS[:9])
+    out = tmp_path / {"embed": "z.npy", "score": "scores.npz"}[command]
+    more = ["--estimator=importance", "--num_samples=20"] if command == "score" else []
+    done = cli.use(command, [str(path), str(tmp_path / "few.npy"), f"--out={out}", *more])
+    told = capsys.readouterr().out
+    values = done.result["log_px" if command == "score" else "z"].values
+    assert not np.isfinite(values).all()
+    assert f"{(~np.isfinite(values)).sum():,} of {values.size:,} numbers are NaN or infinite" in told
+    assert " nan" not in told
