@@ -166,7 +166,8 @@ class Latents:
 
         Raises:
             ContractError: if an observed site holds no whole tensor of the data, whose place its draws could take, or
-                if it depends on what another one observes through the data, and not through the value of its site.
+                if it depends on what another one observes through the data, and not through the value of its site;
+                or if nothing can be drawn, as with parameters of NaN.
         """
         for name, (where, _) in self._places.items():
             if name in self._improper:
@@ -178,8 +179,11 @@ class Latents:
         leaves = [leaf.clone() for leaf in leaves]  # each in a place of its own, so that equal ones are told apart
         with torch.no_grad(), pyro.validation_enabled(False):
             given = particle_trace(self.model, tree_unflatten(leaves, spec), 1)
-            with _Unobserved():
-                trace = particle_trace(self.model, self.data, 1)
+            try:
+                with _Unobserved():
+                    trace = particle_trace(self.model, self.data, 1)
+            except RuntimeError as error:  # as torch says of probabilities that are NaN
+                raise ContractError(f"no data can be drawn from the model: {str(error).splitlines()[0]}") from error
             trace.compute_log_prob()
         drawn = list(leaves)
         for name in self._observed:

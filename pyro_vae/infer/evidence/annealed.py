@@ -17,7 +17,15 @@ from pyro_vae.infer.evidence.chains import Path, Start, anew, anneal, evaluator,
 from pyro_vae.infer.evidence.importance import WORTH, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost, observations_at_once
 from pyro_vae.infer.evidence.opinion import check_start, checked
-from pyro_vae.infer.evidence.result import Evidence, as_part, concatenate, from_part, rounding, t_factor
+from pyro_vae.infer.evidence.result import (
+    Evidence,
+    as_part,
+    beyond_rounding,
+    concatenate,
+    from_part,
+    rounding,
+    t_factor,
+)
 from pyro_vae.infer.evidence.rounds import Found, adaptive, coordinates_of, kind_of, longest_step
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating, scoring
@@ -109,6 +117,7 @@ def anneal_latents(
             found = adaptive(latents, settings, rows, compiled, blocks, bar)
             evidence, unseen = evidence_of(found, settings), found.unseen
         mc_se = torch.maximum(evidence.mc_se, rounding(evidence.log_px, latents.like.dtype))
+        known = known & beyond_rounding(evidence.log_px, latents.like.dtype)
         evidence = evidence._replace(mc_se=mc_se, reliable=cast(Tensor, evidence.reliable) & known)
         return checked(latents, evidence, unseen, settings, rows, compiled, blocks, bar)
 
@@ -119,7 +128,7 @@ def evidence_of(found: Found, settings: Annealing) -> Evidence:
     mc_se = torch.hypot(found.mc_se, found.unseen)  # that share of p(x) may be missing
     mc_se = torch.hypot(mc_se, torch.full_like(mc_se, FEWEST / settings.num_chains))
     reached = (mc_se <= settings.error) & found.log_z.isfinite()
-    invalid = (~found.log_z.isfinite()).long()
+    invalid = (~(found.log_z.isfinite() & found.mc_se.isfinite())).long()
     return Evidence(
         found.log_z,
         mc_se,
@@ -229,7 +238,10 @@ def as_bounds(lower: Evidence, upper: Evidence) -> Part:
 
 def from_bounds(part: Part) -> tuple[Evidence, Evidence]:
     """What :func:`as_bounds` was given."""
-    sides = ({name[6:]: each for name, each in part.items() if name[:6] == f"{side}_"} for side in ("lower", "upper"))
+    known = {name: each for name, each in part.items() if name == "known"}
+    sides = (
+        known | {name[6:]: each for name, each in part.items() if name[:6] == f"{side}_"} for side in ("lower", "upper")
+    )
     lower, upper = map(from_part, sides)
     return lower, upper
 

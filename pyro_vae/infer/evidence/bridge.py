@@ -12,7 +12,7 @@ from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.blocks import Part, Work
 from pyro_vae.infer.evidence.chains import anew, evaluator
-from pyro_vae.infer.evidence.laplace import Coordinates, whitened_log_joint
+from pyro_vae.infer.evidence.laplace import Coordinates, cholesky, whitened_log_joint
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import (
     PRIOR_DRAWS,
@@ -22,7 +22,7 @@ from pyro_vae.infer.evidence.posterior import (
     contradicted,
     posterior_chains,
 )
-from pyro_vae.infer.evidence.result import Evidence, as_part, from_part
+from pyro_vae.infer.evidence.result import Evidence, as_part, beyond_rounding, from_part
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data
@@ -111,6 +111,7 @@ def estimate(latents: Latents, settings: PosteriorChains = DEFAULTS, tools: Tool
         ratios.append(torch.stack(rows))
     log_px, mc_se, ess, settled = _bridge(*ratios)
     doubted = contradicted(latents, log_px, mc_se, settings.num_chains)
+    told = beyond_rounding(log_px, latents.like.dtype)
     spent = posterior.evaluations + 3 * moved[..., 0, 0].numel() + PRIOR_DRAWS
     return Evidence(
         log_px=log_px,
@@ -120,7 +121,7 @@ def estimate(latents: Latents, settings: PosteriorChains = DEFAULTS, tools: Tool
         num_invalid=(~torch.cat(ratios).isfinite()).sum((0, 1)),
         acceptance=posterior.acceptance,
         num_samples=moved[..., 0, 0].numel(),
-        reliable=posterior.converged & settled & (mc_se < MAX_ERROR) & ~doubted,
+        reliable=posterior.converged & settled & (mc_se < MAX_ERROR) & ~doubted & told,
         evaluations=torch.full_like(log_px, spent),
     )
 
@@ -140,7 +141,7 @@ def _fitted(coordinates: Coordinates, first: Tensor, second: Tensor) -> tuple[Co
     centred = draws - mean
     covariance = torch.einsum("kbi,kbj->bij", centred, centred) / len(draws)
     identity = torch.eye(covariance.shape[-1]).to(covariance)
-    scale = torch.linalg.cholesky(covariance + 1e-9 * average_variance(covariance).clamp(min=1e-6) * identity)
+    scale = cholesky(covariance + 1e-9 * average_variance(covariance).clamp(min=1e-6) * identity)
     whole = Coordinates(
         coordinates.loc.double() + (coordinates.factor.double() @ mean.unsqueeze(-1)).squeeze(-1),
         coordinates.factor.double() @ scale,

@@ -151,7 +151,9 @@ def rate_distortion(
 
     name = "rate and distortion"
     found, _, _ = by_blocks(model, guide, data, do, settings.num_chains, memory, progress, name, work)
-    return RateDistortion(at, *(field.movedim(0, -1) for field in found.values()))
+    known = found.pop("known")
+    curve = RateDistortion(at, *(field.movedim(0, -1) for field in found.values()))
+    return curve._replace(reliable=curve.reliable & known)
 
 
 def estimate(

@@ -34,7 +34,7 @@ class Coordinates(NamedTuple):
 
     def from_latents(self, u: Tensor) -> Tensor:
         """e of u, ``(K, B, D)`` both."""
-        return torch.linalg.solve(self.factor, (u - self.loc).unsqueeze(-1)).squeeze(-1)
+        return torch.linalg.solve_ex(self.factor, (u - self.loc).unsqueeze(-1))[0].squeeze(-1)
 
     def select(self, among: Any) -> "Coordinates":
         """The same for some of the observations."""
@@ -83,7 +83,7 @@ def laplace_approximation(
     """
     _, width = prior_location_and_width(latents)
     loc = climb(latents, latents.sample_guide(32).mean(0), width, num_steps) if start is None else start
-    eigenvalues, vectors = torch.linalg.eigh(-_hessian(latents, loc) * width * width[:, None])
+    eigenvalues, vectors = _eigen(-_hessian(latents, loc), width)
     normal = _is_normal(latents, loc, width[:, None] * vectors, eigenvalues)
     eigenvalues = torch.where(normal.unsqueeze(-1), eigenvalues, eigenvalues.clamp(min=1))
     factor = width[:, None] * vectors * eigenvalues.rsqrt().unsqueeze(-2)
@@ -146,6 +146,23 @@ def _hessian(latents: Latents, u: Tensor) -> Tensor:
     rows = [torch.autograd.grad(gradient[:, d].sum(), u, retain_graph=True)[0] for d in range(latents.dim)]
     hessian = torch.stack(rows, 1).nan_to_num()
     return (hessian + hessian.mT) / 2
+
+
+def _eigen(hessian: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of second derivatives ``(B, D, D)`` in units of ``width``, ``(D,)``."""
+    scaled = hessian * width * width[:, None]
+    if scaled.isfinite().all():
+        return torch.linalg.eigh(scaled)
+    precise = hessian.cpu().double() * width.cpu().double() * width.cpu().double()[:, None]
+    most = torch.finfo(hessian.dtype).max ** 0.5  # of which the root of a matrix can be told
+    values, vectors = torch.linalg.eigh(precise.nan_to_num(0.0, most, -most).clamp(-1e150, 1e150))
+    return values.clamp(max=torch.finfo(hessian.dtype).max).to(hessian), vectors.to(hessian)
+
+
+def cholesky(matrices: Tensor) -> Tensor:
+    """Their factors, ``(B, D, D)``, of NaN where a matrix has none."""
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    return factor.masked_fill((info > 0)[..., None, None], math.nan)
 
 
 def _is_normal(latents: Latents, loc: Tensor, axes: Tensor, precisions: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_vae.infer.evidence.chains import Mixture
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
+    cholesky,
     climb,
     laplace_approximation,
     laplace_cost,
@@ -134,7 +135,7 @@ def _with_remainders(latents: Latents, starts: Starts, local: Tensor, width: Ten
     loc = torch.einsum("kb,kbd->bd", weight, draws[:, places])
     centred = draws[:, places] - loc
     covariance = torch.einsum("kb,kbi,kbj->bij", weight, centred, centred)
-    factor = torch.linalg.cholesky(covariance + torch.diag((0.1 * width).square()))
+    factor = cholesky(covariance + torch.diag((0.1 * width).square()))
     more = Coordinates(loc, factor, factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
     rows = torch.cat([starts.rows, places])
     order = rows.argsort(stable=True)
@@ -218,7 +219,7 @@ def _weighed(starts: Starts, local: Tensor) -> tuple[Starts, Tensor]:
     weight = (local - best[rows] - coordinates.log_det.double())[among].to(coordinates.loc.dtype)
     mixture = Mixture(
         coordinates.loc[among],
-        torch.linalg.inv(coordinates.factor)[among],
+        torch.linalg.inv_ex(coordinates.factor)[0][among],
         weight.masked_fill(absent, -math.inf),
         own,
     )

@@ -14,7 +14,7 @@ from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.exact import quadrature
 from pyro_vae.infer.evidence.modes import ENOUGH, FEW, MANY
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
-from pyro_vae.infer.evidence.result import Evidence, log_mean_of_groups, pick
+from pyro_vae.infer.evidence.result import Evidence, beyond_rounding, log_mean_of_groups, pick
 from pyro_vae.infer.evidence.rounds import HOPELESS, Found, adaptive, coordinates_of, kind_of
 from pyro_vae.infer.evidence.weights import reduce_log_weights
 from pyro_vae.infer.programs import Program, evaluating
@@ -25,6 +25,8 @@ EXACT = 1e-3
 """Error below which another estimate is as good as exact, as is that of quadrature that is reliable."""
 LEAST_BUDGET = 1e6
 """Evaluations that may be spent on second opinions in any case, if one of them contradicts."""
+SOME = 16
+"""Draws of the prior that look for a density of NaN, where there are many dimensions."""
 GROUP = 8
 """Observations that are tried together."""
 WAVE = 256
@@ -175,7 +177,10 @@ def checked(
     known = cast(Tensor, evidence.reliable) & ~(suspect & ~agreed)
     if wrong.any() and wrong.sum() > MANY_WRONG * tried.sum():
         known = known & tried
-    return evidence._replace(reliable=known, evaluations=cost)
+    # what took an estimate's place may be as absurd
+    known = known & beyond_rounding(evidence.log_px, latents.like.dtype)
+    invalid = torch.maximum(evidence.num_invalid, (~evidence.log_px.isfinite()).long())
+    return evidence._replace(reliable=known, evaluations=cost, num_invalid=invalid)
 
 
 def _agrees(log_z: Tensor, mc_se: Tensor, other: Tensor, error: Tensor) -> Tensor:
@@ -199,17 +204,16 @@ def confirmed(
         except ContractError:  # a discrete site: there is no path to follow from the prior
             return evidence
         cost = cast(Tensor, evidence.evaluations).clone()
-        if latents.dim <= FEW:
-            few, mine = latents.select(places), pick(evidence, places)
+        few, mine, draws = latents.select(places), pick(evidence, places), MANY if latents.dim <= FEW else SOME
 
-            def by_prior(at: slice) -> Part:
-                among = torch.arange(at.start, at.stop, device=known.device)
-                return {"more": _more_by_prior(few.select(at), pick(mine, among), rows)}
+        def by_prior(at: slice) -> Part:
+            among = torch.arange(at.start, at.stop, device=known.device)
+            return {"more": _more_by_prior(few.select(at), pick(mine, among), rows, draws)}
 
-            wrong = joined(blocks.of("prior", len(places), by_prior, 8 * BLOCK))["more"]
-            known = known.index_fill(0, places[wrong], False)
-            cost[places] += MANY
-            places = places[~wrong]
+        wrong = joined(blocks.of("prior", len(places), by_prior, 8 * BLOCK))["more"]
+        known = known.index_fill(0, places[wrong], False)
+        cost[places] += draws
+        places = places[~wrong]
         with blocks.apart("order"):
             among = places[torch.randperm(len(places))[:num_checked].to(places.device)].sort().values
         if len(among):
@@ -228,16 +232,17 @@ def confirmed(
     return evidence._replace(reliable=known, evaluations=cost)
 
 
-def _more_by_prior(latents: Latents, evidence: Evidence, rows: int) -> Tensor:
-    """Whether importance sampling from the prior finds more than the evidence allows, ``(B,)``."""
+def _more_by_prior(latents: Latents, evidence: Evidence, rows: int, num: int) -> Tensor:
+    """Whether importance sampling from the prior finds more than the evidence allows, or a density of NaN, ``(B,)``."""
     more = []
-    for part in torch.arange(latents.size, device=evidence.log_px.device).split(power_of_two(rows // MANY)):
+    for part in torch.arange(latents.size, device=evidence.log_px.device).split(power_of_two(rows // num)):
         few = latents.select(part)
         with torch.no_grad():
-            log_w = few.log_joint(few.sample_prior(MANY))[1]
-        found = reduce_log_weights([log_w.double().nan_to_num(nan=-math.inf)], MANY)
+            log_prior, log_w = few.log_joint(few.sample_prior(num))
+        found = reduce_log_weights([log_w.double().nan_to_num(nan=-math.inf)], num)
         mine = pick(evidence, part)
-        more.append(contradicts(mine.log_px, mine.mc_se, found.log_px, found.mc_se))
+        nan = (log_prior + log_w).isnan().any(0)
+        more.append(contradicts(mine.log_px, mine.mc_se, found.log_px, found.mc_se) | nan)
     return torch.cat(more)
 
 

@@ -58,6 +58,7 @@ class Particles(NamedTuple):
     acceptance: Tensor  # (B,)
     evaluations: Tensor  # (B,)
     ladder: Tensor  # (T, B), the temperatures after each step
+    num_nan: Tensor  # (B,), weights that were NaN, and counted as zero
 
 
 def sample_particles(path: Path, settings: SMC) -> Particles:
@@ -76,9 +77,10 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
     rates, moved = torch.zeros_like(beta), torch.zeros_like(beta)
     evaluations = torch.full_like(beta, 2.0 * num)
     active = torch.arange(size, device=like.device)
-    ladder = [beta.clone()]
+    ladder, num_nan = [beta.clone()], torch.zeros(size, dtype=torch.long, device=like.device)
     for _ in range(MOST_TEMPERATURES):
         gain = (state.target - state.start).double()
+        num_nan[active] += gain.isnan().sum(0)
         gain = torch.where(gain.isnan(), -math.inf, gain)
         change = _next(gain, 1 - beta[active], settings.ess)
         log_w = (change * gain).unflatten(0, (groups, -1))
@@ -102,7 +104,7 @@ def sample_particles(path: Path, settings: SMC) -> Particles:
             if len(active) == 0:
                 break
             state, path = State(*(each[:, going] for each in state)), path.select(going.nonzero().squeeze(1))
-    return Particles(log_z, beta >= 1, rates / moved, evaluations, torch.stack(ladder))
+    return Particles(log_z, beta >= 1, rates / moved, evaluations, torch.stack(ladder), num_nan)
 
 
 def typical_ladder(ladder: Tensor, num_points: int = 65) -> Tensor:

@@ -17,6 +17,7 @@ from pyro_vae.infer.evidence.chains import Path, State
 from pyro_vae.infer.evidence.importance import CHUNK, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
+    cholesky,
     laplace_approximation,
     laplace_cost,
     observations_at_once,
@@ -126,7 +127,8 @@ def by_blocks(
         model, guide, data, memory, progress, work: see :func:`pyro_vae.importance_sampling`.
 
     Returns:
-        The tensors, whose first dimension is the datum; how many z a chunk holds; and the blocks, for further stages.
+        The tensors, whose first dimension is the datum, and whether prior and guide draw nothing whose density is NaN,
+        ``known``; how many z a chunk holds; and the blocks, for further stages.
     """
     with scoring(model, guide):
         blocks = Blocks(data, work)
@@ -146,8 +148,8 @@ def by_blocks(
         for first in range(at.start, at.stop, size):
             some = latents.select(slice(first, min(first + size, at.stop)))
             check_part(model, guide, some.data, False, first)
-            check_start(some, first)
-            found.append(estimate(some, whole))
+            known = check_start(some, first)
+            found.append(estimate(some, whole) | {"known": known})
         return joined(found)
 
     parts, bar = [], tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
@@ -243,7 +245,7 @@ def _whitened_again(coordinates: Coordinates, seen: Tensor, e: Tensor) -> tuple[
     share = (1 - noise / (covariance - identity).square().sum((-2, -1))).clamp(0, 1)
     shrunk = torch.lerp(identity, covariance, share.view(-1, 1, 1))
     shrunk = shrunk + 1e-3 * average_variance(shrunk) * identity
-    scale = torch.linalg.cholesky(shrunk)
+    scale = cholesky(shrunk)
     moved = torch.linalg.solve_triangular(scale, (e - mean).unsqueeze(-1), upper=False).squeeze(-1)
     loc = coordinates.loc + (coordinates.factor @ mean.unsqueeze(-1)).squeeze(-1)
     log_det = coordinates.log_det + scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -52,6 +52,8 @@ class Evidence(NamedTuple):
 
         The first error is std(log_px) / sqrt(B): how far another test set of this size would differ. The second is
         sqrt(sum mc_se^2) / B: how far another run of the estimator on the same observations would.
+
+        Nothing is left out: where one entry is NaN, so are the mean and the errors.
         """
         return mean_and_errors(self.log_px, self.mc_se)
 
@@ -59,16 +61,20 @@ class Evidence(NamedTuple):
         """By how many nats, about, the mean of ``log_px`` is low in expectation: half the mean squared error.
 
         The logarithm of an unbiased estimate with relative error s is low by s^2 / 2. Unlike the error of the mean it
-        does not shrink with more observations.
+        does not shrink with more observations. NaN where one error is.
         """
         return self.mc_se.square().mean().item() / 2
 
     def share_bad_k(self, num_samples: int | None = None) -> float | None:
-        """The share of data whose k is above :func:`pareto_k_threshold`; None if none has a k."""
+        """The share of data whose k is above :func:`pareto_k_threshold`; None if none has a k.
+
+        Where others have one, a datum whose weights are NaN counts as above.
+        """
         if num_samples is not None:
             warnings.warn("share_bad_k() needs no number: the evidence knows it", DeprecationWarning, stacklevel=2)
-        khat = self.khat[~self.khat.isnan()]  # fewer than 21 samples have no k
-        return (khat > pareto_k_threshold(self.num_samples)).double().mean().item() if len(khat) else None
+        if self.khat.isnan().all():  # as of fewer than 21 samples
+            return None
+        return (~(self.khat <= pareto_k_threshold(self.num_samples))).double().mean().item()
 
     def to_dataset(
         self, datum: Tensor | None = None, *, image: Tensor | None = None, **attributes: Any
@@ -96,9 +102,11 @@ def as_part(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def from_part(part: Mapping[str, Tensor]) -> Evidence:
-    """What :func:`as_part` gave; it may be of several blocks."""
+    """What :func:`as_part` gave; it may be of several blocks. Where it has ``known``, it is reliable only if so."""
     fields: dict[str, Any] = {name: part.get(name) for name in Evidence._fields}
     fields["num_samples"] = int(part["num_samples"][0])
+    if "known" in part:
+        fields["reliable"] = fields["reliable"] & part["known"]
     return Evidence(**fields)
 
 
@@ -142,6 +150,14 @@ def rounding(log_px: Tensor, dtype: torch.dtype) -> Tensor:
     return 4 * torch.finfo(dtype).eps * log_px.abs().clamp(min=1)
 
 
+def beyond_rounding(log_px: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether log p(x) is finite, and rounding alone does not change it by half a nat, ``(B,)``.
+
+    An absurd value, of millions of nats, is otherwise as precise as all draws that round to it alike say.
+    """
+    return log_px.isfinite() & (rounding(log_px, dtype) < 0.5)
+
+
 def mean_and_errors(values: Tensor, mc_se: Tensor) -> tuple[float, float, float]:
     """Mean of values ``(B,)``, its standard error over observations, and its error from theirs; see Evidence.mean."""
     size = values.numel()
@@ -165,10 +181,12 @@ def difference_estimate(rough: Tensor | Evidence, fine: Evidence, among: Tensor)
     Returns:
         The estimate, and its standard error: sqrt((1 - n / N) Var(rest) / n + n / N mc^2), with ``mc`` the Monte Carlo
         error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3, and 13.9). How far another draw of ``among`` and
-        another run of the fine estimator would differ.
+        another run of the fine estimator would differ. NaN, both, where a log p(x) is not finite.
     """
     start = (rough.log_px if isinstance(rough, Evidence) else rough).double()
     difference = fine.log_px - start[among]
+    if not (start.isfinite().all() and difference.isfinite().all()):
+        return math.nan, math.nan
     size = difference.numel()
     share = size / start.numel()
     told, freedom = torch.zeros_like(start), size - 1

@@ -11,7 +11,7 @@ from pyro_vae.infer.evidence.chains import Path, anew, evaluator
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.posterior import by_blocks
-from pyro_vae.infer.evidence.result import Evidence, as_part, from_part, log_mean_of_groups, rounding
+from pyro_vae.infer.evidence.result import Evidence, as_part, beyond_rounding, from_part, log_mean_of_groups, rounding
 from pyro_vae.infer.evidence.rounds import coordinates_of, kind_of
 from pyro_vae.infer.programs import Program
 from pyro_vae.infer.supports import Latents
@@ -71,15 +71,15 @@ def estimate(latents: Latents, settings: SMC = DEFAULTS, evaluate: Callable[...,
     path = Path(latents, coordinates_of(latents, settings.start), kind, settings.num_leapfrogs, evaluate)
     found = sample_particles(path, settings)
     log_px, mc_se = log_mean_of_groups(found.log_z)
-    nan = torch.full_like(log_px, math.nan)
+    nan, told = torch.full_like(log_px, math.nan), beyond_rounding(log_px, latents.like.dtype)
     return Evidence(
         log_px,
         torch.maximum(mc_se, rounding(log_px, latents.like.dtype)),
         ess=nan,
         khat=nan,
-        num_invalid=(~found.log_z.isfinite()).sum(0),
+        num_invalid=(~found.log_z.isfinite()).sum(0) + found.num_nan,
         acceptance=found.acceptance,
         num_samples=settings.num_particles,
-        reliable=known & found.arrived & (found.log_z.std(0) < LARGEST_SPREAD),
+        reliable=known & found.arrived & (found.log_z.std(0) < LARGEST_SPREAD) & told,
         evaluations=found.evaluations,
     )

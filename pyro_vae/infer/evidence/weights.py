@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.diagnostics import pareto_k_threshold, pareto_smooth, pareto_tail_length
-from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.infer.evidence.result import Evidence, beyond_rounding
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:
@@ -29,7 +29,9 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
     invalid: Any = None
     seen = 0
     largest: list[Tensor] = []
+    dtype = torch.float64
     for chunk in chunks:
+        dtype = chunk.dtype
         log_w = chunk.double()
         seen += log_w.shape[0]
         sums = (log_w.logsumexp(0), (2 * log_w).logsumexp(0), (~log_w.isfinite()).sum(0))
@@ -64,7 +66,8 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
         num_invalid=invalid,
         acceptance=torch.full_like(total, math.nan),
         num_samples=num_samples,
-        reliable=known_by_k(total - math.log(num_samples), variance.sqrt(), khat, num_samples),
+        reliable=known_by_k(total - math.log(num_samples), variance.sqrt(), khat, num_samples)
+        & beyond_rounding(total, dtype),
         evaluations=torch.full_like(total, float(num_samples)),
     )
 
