@@ -1,6 +1,7 @@
 """Studies on a Ray cluster: nodes that die, that do not see the study's directory, or run other code."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -8,11 +9,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyro_vae
-from pyro_vae import runs
-from pyro_vae.errors import MissingExtra
+from pyro_vae import Annealing, runs
+from pyro_vae.errors import ContractError, MissingExtra
 from pyro_vae.runs import ray_cluster, ray_tasks
+from pyro_vae.runs.blockwise import Files
+from pyro_vae.runs.ray_blocks import on_cluster
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.workers import CLAIMS, Shared, claim
 
@@ -141,6 +145,53 @@ def test_nodes_that_do_not_fit_are_refused(cluster, tmp_path, monkeypatch):
         ray_tasks.in_cluster(trial, tmp_path, Cluster())
     with pytest.raises(runs.RunError, match=r"the node .* has pyro_vae none"):
         ray_cluster.check_same({"pyro_vae": None, "node": "far"}, {"pyro_vae": "1", "node": "here"})
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_a_cluster_has_the_digits_of_one_worker(cluster, tmp_path):
+    """A worker is killed while it has a block in hand, and the command is interrupted once."""
+    run = runs.train(*runs.parse(runs.Settings, f"{COMMON} 1 --run_dir {tmp_path / 'run'}".split()))
+    settings = {"num_images": 300, "annealing": Annealing(num_temperatures=4, num_chains=4)}
+    one = runs.score(run, name="one", workers=1, **settings)
+    killed = []
+
+    def kill():
+        while not killed:
+            time.sleep(0.02)
+            killed.extend(each for each in _workers() if not os.kill(each, signal.SIGKILL))
+
+    threading.Thread(target=kill, daemon=True).start()
+    other = runs.score(run, name="ray", ray=cluster.address, **settings)
+    assert killed
+    assert other.evidence["annealed"].log_px.equal(one.evidence["annealed"].log_px)
+    assert other.evidence["annealed"].ess.equal(one.evidence["annealed"].ess)
+    assert sorted(path.name for path in other.path.iterdir()) == ["config.yaml", "evidence.nc", "result.json"]
+    with on_cluster(Cluster(), Files(tmp_path, {}, torch.device("cpu")), refuses) as work:
+        assert next(work("a", no_part, 2))["number"] == 0
+        with pytest.raises(ContractError, match="1 is of no use"):
+            list(work("b", no_part, 2))
+
+
+def no_part(number):
+    raise ContractError(f"{number} is computed by the process that asked")
+
+
+def refuses(work):
+    """An estimator whose second stage cannot be."""
+
+    def refuse(number):
+        if number:
+            raise ContractError(f"{number} is of no use")
+        return {"number": torch.tensor(0)}
+
+    list(work("a", lambda number: {"number": torch.tensor(number)}, 2))
+    list(work("b", refuse, 2))
+
+
+def _workers():
+    """Processes of workers that compute blocks."""
+    names = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [int(pid) for pid, name in names.items() if name.startswith(b"ray::_help")]
 
 
 @pytest.mark.slow
