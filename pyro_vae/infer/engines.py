@@ -11,7 +11,10 @@ from pyro_vae.infer.steps import Loss, Steps
 
 
 class Engine(Protocol):
-    """What :func:`pyro_vae.fit` asks of an engine: it is made of ``(model, guide, optim, loss)`` and has ``step``."""
+    """What :func:`pyro_vae.fit` asks of an engine: it is made of ``(model, guide, optim, loss)`` and has ``step``.
+
+    To train in several processes it needs ``steps`` as well, see :class:`pyro_vae.infer.parallel.DataParallel`.
+    """
 
     def step(self, x: Tensor) -> float | Tensor:
         """Take one gradient step on observations ``(B, X)``; return the loss, in the loss's own scale."""

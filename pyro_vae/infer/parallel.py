@@ -29,6 +29,7 @@ from pyro_vae.infer.trees import Data, as_data, call, data_size, first_tensor, s
 
 T = TypeVar("T")
 KEY = 0x9E3779B97F4A7C15  # odd, so that no two processes have one key
+MOST_KNOWN = 100_000  # parameters that have been made equal, after which all are again
 DRIFT = 1e-3  # of its norm, by which a weight may differ between processes of other hardware, after an epoch
 
 
@@ -252,7 +253,7 @@ class DataParallel:
         self._svi, self._processes = svi, processes or Processes()
         self._reduction = reduction
         self._share = torch.ones((), dtype=torch.float64)
-        self._buffers: dict[tuple[int, ...], list[_Buffer]] = {}
+        self._buffers: dict[tuple, list[_Buffer]] = {}
         self._known: dict[int, Tensor] = {}
         self._params: Sequence[Tensor] = ()
         self._begun = self._summed = False
@@ -312,20 +313,22 @@ class DataParallel:
     def _share_new(self, params: Sequence[Tensor]) -> None:
         if new := [p for p in params if id(p) not in self._known]:
             self._processes.share([p.data for p in new])
-            self._known.update((id(p), p) for p in new)
+            if len(self._known) > MOST_KNOWN:  # programs that set entries of Pyro's store make tensors at every step
+                self._known.clear()
+            self._known.update((id(p), p) for p in (*new, *params))
 
     def _sum(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all processes together, laid out as their parameters; None where nobody has one."""
         self._share_new(params)
         self._params, self._summed = params, True
         found: list[Tensor | None] = [None] * len(params)
-        failed = [buffer.sum(gradients, self._share, found) for buffer in self._buffers_of(params)]
+        failed = [buffer.sum(params, gradients, self._share, found) for buffer in self._buffers_of(params)]
         if any(failed):
             raise ProcessLost("another process of this training failed, and says why")
         return found
 
     def _buffers_of(self, params: Sequence[Tensor]) -> "list[_Buffer]":
-        key = tuple(map(id, params))
+        key = tuple((p.shape, p.dtype, p.device) for p in params)
         if key not in self._buffers:
             types = list(dict.fromkeys((p.dtype, p.device) for p in params))
             places = [[i for i, p in enumerate(params) if (p.dtype, p.device) == each] for each in types]
@@ -343,38 +346,46 @@ class _Buffer:
         self.places, self.last = places, ends[-1]
         self.flat = torch.zeros(self.last + len(mine) + 1, dtype=mine[0].dtype, device=mine[0].device)
         self.views = [self.flat[a:b].view(p.shape) for (a, b), p in zip(itertools.pairwise(ends), mine, strict=True)]
-        self.laid_out = [view.stride() == p.stride() for view, p in zip(self.views, mine, strict=True)]
-        self.params, self.had = mine, [False] * len(mine)
+        self.had = [False] * len(mine)
 
     def fail(self) -> None:
         """Take part in a sum that comes to nothing; a GPU's sees to that by NaN."""
         with suppress(Exception), torch.no_grad():
-            dist.all_reduce(self.flat.fill_(torch.nan))
+            self.flat.fill_(torch.nan)
+            self._over_processes()
 
-    def sum(self, gradients: Sequence[Tensor | None], share: Tensor, found: list[Tensor | None]) -> bool:
+    @torch.no_grad()
+    def sum(
+        self,
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        share: Tensor,
+        found: list[Tensor | None],
+    ) -> bool:
         """Put the gradients of all processes together in their places; whether one of them failed instead."""
         given = [gradients[i] for i in self.places]
         some = [(view, g.to_dense()) for view, g in zip(self.views, given, strict=True) if g is not None]
-        with torch.no_grad():
-            if len(some) < len(given):
-                self.flat.zero_()
-            for view, gradient in some:
-                torch.mul(gradient, share, out=view)
-            if some:
-                self.had = [g is not None for g in given]
-            on_cpu = self.flat.device.type == "cpu"
-            if on_cpu:
-                self.flat[self.last :] = torch.tensor([*(g is not None for g in given), False], dtype=self.flat.dtype)
-            with _lost():
-                dist.all_reduce(self.flat)
-            # a GPU's counts would have to be waited for: there, who has no row has what it had the last time
-            *has, failed = self.flat[self.last :].tolist() if on_cpu else [*self.had, 0.0]
-            for i, view, p, some_have, alike in zip(
-                self.places, self.views, self.params, has, self.laid_out, strict=True
-            ):
-                if some_have:
-                    found[i] = view if alike else torch.empty_like(p).copy_(view)
-            return bool(failed)
+        if len(some) < len(given):
+            self.flat.zero_()
+        for view, gradient in some:
+            torch.mul(gradient, share, out=view)
+        if some:
+            self.had = [g is not None for g in given]
+        on_cpu = self.flat.device.type == "cpu"
+        if on_cpu:
+            self.flat[self.last :] = torch.tensor([*(g is not None for g in given), False], dtype=self.flat.dtype)
+        self._over_processes()
+        # a GPU's counts would have to be waited for: there, who has no row has what it had the last time
+        *has, failed = self.flat[self.last :].tolist() if on_cpu else [*self.had, 0.0]
+        for i, view, some_have in zip(self.places, self.views, has, strict=True):
+            if some_have:
+                p = params[i]
+                found[i] = view if view.stride() == p.stride() else torch.empty_like(p).copy_(view)
+        return bool(failed)
+
+    def _over_processes(self) -> None:
+        with _lost():
+            dist.all_reduce(torch.view_as_real(self.flat) if self.flat.is_complex() else self.flat)
 
 
 def _digest(x: Tensor) -> float:

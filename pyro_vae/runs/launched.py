@@ -55,7 +55,7 @@ def launched(device: str) -> Iterator[Processes]:
     finally:
         leave()
         if ours:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def leave() -> None:
