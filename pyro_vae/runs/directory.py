@@ -177,12 +177,14 @@ def write_evidence(path: Path, groups: dict[str, xr.Dataset]) -> None:
 
 
 def write_netcdf(path: Path, content: xr.DataTree | xr.Dataset) -> None:
-    """Write netCDF."""
+    """Write netCDF, made in memory: HDF5 itself does not survive a full disk."""
     with whole(path) as partial:
         try:
+            made: Any = content.to_netcdf(engine="h5netcdf")  # pyright: ignore[reportCallIssue]
+        except (TypeError, ValueError):  # xarray before 2025.8 writes files alone
             content.to_netcdf(partial, engine="h5netcdf")
-        except RuntimeError as error:  # as HDF5 says that a disk is full
-            raise OSError(f"cannot be written: {' '.join(str(error).split())}") from error
+        else:
+            partial.write_bytes(made)
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -154,8 +154,9 @@ def load_model(directory: Path | str, trust: bool = True) -> Model:
     """
     directory = Path(directory)
     weights, schema = weights_of(directory)
-    vae = build(load_settings(directory, trust), schema)
+    settings = load_settings(directory, trust)
     try:
+        vae = build(settings, schema)
         vae.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -182,6 +182,13 @@ LATER: dict[str, Is] = {
 }
 """What it may hold beside that."""
 
+TOGETHER = {
+    "annealed_log_likelihood": ("annealed_images", "annealed_mc_se"),
+    "annealed_reliable": ("annealed_share_reliable",),
+    "validation_log_likelihood": ("num_validation_images",),
+}
+"""Entries that never come alone."""
+
 SUMMARY: dict[str, Is] = {
     **dict.fromkeys(("name", "reference", "unit"), is_text),
     **dict.fromkeys(("elbo", "log_likelihood", "difference"), or_null(is_number)),
@@ -231,6 +238,9 @@ def result_of(directory: Path) -> dict[str, Any]:
         raise RunError(f"{directory} holds no finished run: there is no result.json")
     content = json_of(path)
     check_entries(path, content, RESULT, LATER)
+    for name, others in TOGETHER.items():
+        if content.get(name) is not None and (missing := [each for each in others if content.get(each) is None]):
+            raise damaged(path, f"'{missing[0]}' is missing, beside '{name}'")
     return content
 
 

@@ -47,9 +47,9 @@ def claim(directory: Path, name: str) -> Iterator[None]:
         if not _lock(file):
             file.seek(0)
             raise Taken(f"{directory}: {file.read().strip() or 'another process'} is at work on {name}")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the claim holds, and does not say whose it is
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
