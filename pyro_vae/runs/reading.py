@@ -191,7 +191,7 @@ TOGETHER = {
 
 SUMMARY: dict[str, Is] = {
     **dict.fromkeys(("name", "reference", "unit"), is_text),
-    **dict.fromkeys(("elbo", "log_likelihood", "difference"), or_null(is_number)),
+    **dict.fromkeys(("elbo", "log_likelihood", "difference", "bits_per_dim"), or_null(is_number)),
     **dict.fromkeys(("share_khat", "active_units", "seconds"), or_null(is_number)),
     **dict.fromkeys(("seed_error", "difference_seed_error", "difference_image_error"), or_null(is_error)),
     "differences": list_of(or_null(is_number)),
@@ -199,7 +199,7 @@ SUMMARY: dict[str, Is] = {
 """What ``result.json`` of a study holds of each contender, whatever version wrote it."""
 
 LATER_SUMMARY: dict[str, Is] = {
-    **dict.fromkeys(("importance_sampled", "bits_per_dim", "validation"), or_null(is_number)),
+    **dict.fromkeys(("importance_sampled", "validation"), or_null(is_number)),
     "validation_seed_error": or_null(is_error),
     "estimator": lambda value: value in ("annealed", "importance"),
 }

@@ -1,0 +1,252 @@
+"""Files of strangers: what is not what it must be is told in one line, and nothing of theirs is imported or called."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pyro_vae import cli, runs
+from pyro_vae.callbacks import Checkpoint
+from pyro_vae.errors import CheckpointError
+from pyro_vae.runs import reading
+
+OLD = Path(__file__).parent / "data" / "0.1.0" / "vae"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return shutil.copytree(OLD, tmp_path / "run")
+
+
+def refused(function, *args, **kwargs):
+    """The one line of a refusal."""
+    with pytest.raises(runs.RunError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# One schema a file
+
+ENTRIES = [
+    ("num_images", "100", "'num_images' cannot be '100'"),
+    ("num_images", True, "'num_images' cannot be True"),
+    ("num_images", 99, "'importance' has 100 data, result.json 99"),
+    ("annealed_images", 3, "'annealed' has 40 data, result.json 3"),
+    ("annealed_images", None, "'annealed_images' is missing, beside 'annealed_log_likelihood'"),
+    ("test_log_likelihood", -20.0, "evidence.nc is damaged: its mean log p(x) is -28.2665, that of result.json -20"),
+    ("test_elbo", [1.0], "'test_elbo' cannot be [1.0]"),
+    ("test_elbo", 10**400, "'test_elbo' cannot be 1000"),
+    ("mc_se", -0.1, "'mc_se' cannot be -0.1"),
+    ("unit", "", "'unit' cannot be ''"),
+    ("share_khat_above_threshold", 1.5, "'share_khat_above_threshold' cannot be 1.5"),
+    ("reliable", "yes", "'reliable' cannot be 'yes'"),
+    ("versions", [], "'versions' cannot be []"),
+    ("active_units", ..., "'active_units' is missing"),
+]
+
+
+@pytest.mark.parametrize(("entry", "value", "words"), ENTRIES)
+def test_an_entry_of_a_result_that_cannot_be(run_dir, entry, value, words):
+    path = run_dir / "result.json"
+    content = json.loads(path.read_text()) | {entry: value}
+    path.write_text(json.dumps({name: each for name, each in content.items() if each is not ...}))
+    line = refused(runs.load, run_dir)
+    assert words in line
+    assert str(run_dir) in line
+
+
+READERS = {
+    "result.json": reading.result_of,
+    "evidence.nc": lambda run_dir: reading.groups_of(run_dir / "evidence.nc"),
+    "config.yaml": runs.load_settings,
+    "model.safetensors": reading.weights_of,
+    "data.json": reading.memory_of,
+}
+
+
+CONTENTS = [
+    ("result.json", b"", "result.json is damaged"),
+    ("result.json", b"[]", "expected an object {...}, got []"),
+    ("result.json", b'{"test_elbo": NaN}', "NaN is no number of JSON"),
+    ("result.json", b'{"test_elbo": 1e999}', "1e999 is no finite number"),
+    ("result.json", b"[" * 100_000, "result.json is damaged"),
+    ("result.json", "é".encode("latin-1"), "result.json is damaged: it is no text in UTF-8"),
+    ("evidence.nc", b"hello", "evidence.nc is damaged: no readable netCDF"),
+    ("config.yaml", b"\x80", "config.yaml is no readable YAML"),
+    ("config.yaml", b"a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    ("config.yaml", b"latent_dim: many", "config.yaml: --latent_dim: expected a whole number, got 'many'"),
+    ("model.safetensors", b"", "model.safetensors is damaged"),
+    ("data.json", b'{"paths": []}', "data.json is damaged: 'paths' cannot be []"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), CONTENTS)
+def test_other_contents(run_dir, name, content, words):
+    (run_dir / name).write_bytes(content)
+    assert words in refused(READERS[name], run_dir)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file(tmp_path, name):
+    path = tmp_path / name
+    for make, words in ((Path.mkdir, "Is a directory"), (os.mkfifo, "it is a pipe or a device"), (loop, "symbolic")):
+        make(path)
+        line = refused(READERS[name], tmp_path)
+        assert name in line
+        assert words in line
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+def with_groups(change):
+    def spoil(run_dir):
+        with xr.open_datatree(run_dir / "evidence.nc", engine="h5netcdf") as tree:
+            groups = {name: tree[name].to_dataset().load() for name in tree.children}
+        (run_dir / "evidence.nc").unlink()
+        xr.DataTree.from_dict(change(groups, groups["importance"])).to_netcdf(run_dir / "evidence.nc")
+
+    return spoil
+
+
+GROUPS = [
+    (lambda groups, own: {"annealed": own}, "it has no group 'importance'"),
+    (lambda groups, own: {"importance": own.drop_vars("mc_se")}, "'importance' has no 'mc_se'"),
+    (lambda groups, own: {"importance": own.assign(mc_se=-own["mc_se"])}, "'mc_se' of 'importance' is negative"),
+    (lambda groups, own: {"importance": own.assign(ess=own["ess"].astype(str))}, "'ess' of 'importance' is not one"),
+    (lambda groups, own: {"importance": own.assign_coords(image=np.zeros(100, int))}, "has no places of data"),
+    (lambda groups, own: {"importance": own.assign(log_px=own["log_px"] + np.nan)}, "its mean log p(x) is nan"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), GROUPS)
+def test_evidence_that_is_none(run_dir, change, words):
+    with_groups(change)(run_dir)
+    line = refused(runs.load, run_dir)
+    assert "evidence.nc is damaged: " in line
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [("[1, 8]", "is of another model"), ("[1, 0, 8]", "cannot be"), ('["8"]', "cannot be"), ("8", "damaged")],
+)
+def test_shapes_of_an_observation(run_dir, shape, words):
+    path = run_dir / "model.safetensors"
+    save_file(load_file(path), path, {"image_shape": shape})
+    assert words in refused(runs.load_model, run_dir)
+
+
+def test_weights_that_are_nan(run_dir):
+    path = run_dir / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name, weight in weights.items() if weight.is_floating_point())
+    save_file(weights | {name: weights[name] * np.nan}, path, {"image_shape": "[1, 8, 8]"})
+    assert f"model.safetensors is damaged: '{name}' holds NaN" in refused(runs.load_model, run_dir)
+
+
+def test_a_checkpoint_with_parts_missing_is_damaged(tmp_path):
+    class Started:
+        module = torch.nn.Linear(1, 1)
+
+        def load_state_dict(self, content):
+            return content["weights"]
+
+    torch.save({"format": "pyro_vae.training/3"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt is damaged: 'weights'"):
+        Checkpoint(tmp_path / "checkpoint.pt", resume=True).load(Started())
+
+
+def test_old_results_hold_what_every_result_must():
+    assert set(reading.RESULT) <= set(json.loads((OLD / "result.json").read_text()))
+
+
+# Classes of strangers
+
+
+@pytest.fixture
+def stranger(run_dir, tmp_path, monkeypatch):
+    """A run whose settings are changed; and a module that says when it is imported, and when it is called."""
+    (tmp_path / "strange.py").write_text(
+        "import os, pyro_vae\nos.environ['STRANGE'] = 'imported'\n"
+        "class Net(pyro_vae.MLP):\n    def __init__(self, *args, **kwargs):\n        os.environ['STRANGE'] = 'called'\n"
+        "def function(*args, **kwargs):\n    os.environ['STRANGE'] = 'called'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "strange", raising=False)
+    monkeypatch.setenv("STRANGE", "")
+
+    def change(**settings):
+        path = run_dir / "config.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
+        return run_dir
+
+    return change
+
+
+def part(path, **arguments):
+    return {"class_path": path, "init_args": arguments}
+
+
+ATTACKS = [
+    {"encoder": part("os.system", command="touch here")},
+    {"encoder": "os.system"},
+    {"prior": part("subprocess.Popen", args="touch here")},
+    {"optimizer": part("builtins.eval")},
+    {"optimizer": "strange.function"},
+    {"objective": part("functools.partial", func="strange.function")},
+    {"encoder": part("strange.function")},
+    {"encoder": part("pyro_vae.networks.MLP", activation=part("strange.function"))},
+    {"encoder": part("pyro_vae.networks.MLP", hidden=[part("strange.function")])},
+    {"encoder": {"class_path": "pyro_vae.networks.MLP", "dict_kwargs": {"activation": part("strange.function")}}},
+    {"encoder": part("pyro_vae.runs.directory.os.system", command="touch here")},
+    {"encoder": part("pyro_vae.cli.main")},
+    {"encoder": part("torch.hub.load", repo_or_dir="strange")},
+    {"dataset": part("strange.<lambda>")},
+    {"encoder.class_path": "strange.function"},
+    {"latent_dim": part("strange.function")},
+    {"evidence": {"annealing": part("strange.function")}},
+]
+
+
+@pytest.mark.parametrize("settings", ATTACKS)
+def test_nothing_of_a_stranger_is_called_and_without_trust_nothing_is_imported(stranger, monkeypatch, settings):
+    run_dir = stranger(**settings)
+    monkeypatch.setattr(os, "system", lambda *args: os.environ.update(STRANGE="called"))
+    assert str(run_dir) in refused(runs.load_settings, run_dir, trust=False)
+    assert os.environ["STRANGE"] == ""
+    refused(runs.load_settings, run_dir)
+    assert os.environ["STRANGE"] != "called"
+
+
+def test_a_strangers_class_is_named_with_the_way_to_trust_it(stranger, capsys):
+    run_dir = stranger(encoder=part("strange.Net"))
+    line = refused(runs.load, run_dir, trust=False)
+    assert re.search(r"--encoder: strange\.Net is no class of pyro_vae.*trust=True, or without --trust false", line)
+    assert os.environ["STRANGE"] == ""
+    for command in ("evaluate", "sample"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, str(run_dir), "--trust", "false"])
+        assert caught.value.code == 2
+        assert "strange.Net is no class of pyro_vae" in capsys.readouterr().err
+    with pytest.raises(Exception, match="Net"):
+        runs.load_model(run_dir)
+    assert os.environ["STRANGE"] == "called"
+
+
+def test_own_classes_need_no_trust(stranger):
+    run = runs.load(stranger(optimizer=part("torch.optim.SGD", momentum=0.9)), trust=False)
+    weights = run.model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in load_file(run.path / "model.safetensors").items())
