@@ -85,6 +85,11 @@ def _reachable(address: str) -> str:
         asked = subprocess.run([sys.executable, "-c", ask, address], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         raise RunError(f"--ray: no Ray cluster answers at {address} within {PATIENCE} seconds; {remedy}") from error
+    if "InvalidAuthToken" in asked.stderr:
+        raise RunError(
+            f"--ray: the Ray cluster at {address} asks for another authentication token than this process has: give it "
+            "that of the cluster, see 'token authentication' in Ray's documentation"
+        )
     if asked.returncode:
         *_, last = asked.stderr.strip().splitlines() or [f"status {asked.returncode}"]
         raise RunError(f"--ray: no Ray cluster can be used at {address} ({last.strip()}); {remedy}")
