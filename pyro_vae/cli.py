@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae.errors import MissingExtra, NonFiniteError, RunError
+from pyro_vae.errors import MissingExtra, NonFiniteError, RunError, is_of_no_number
 
 if TYPE_CHECKING:
     from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
@@ -189,12 +189,16 @@ def guarded(command: Callable[[], object]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         import torch
 
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        lost = is_of_no_number(error)
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not (lost or memory):
             raise
-        print(f"error: out of memory ({textwrap.shorten(str(error), 200)}); try smaller sizes", file=sys.stderr)
+        reason = textwrap.shorten(str(error), 200)
+        told = f"a number of the model is NaN or infinite ({reason})" if lost else f"out of memory ({reason})"
+        print(f"error: {told}{'' if lost else '; try smaller sizes'}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -47,6 +47,14 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+NO_NUMBERS = ("to satisfy the constraint", "expects all elements of std", "p_in >= 0", "tensor contains either `inf`")
+
+
+def is_of_no_number(error: Exception) -> bool:
+    """Whether Pyro or torch refuses a parameter, a draw or a matrix because it is NaN or infinite."""
+    return type(error).__name__ == "_LinAlgError" or any(words in str(error) for words in NO_NUMBERS)
+
+
 class RunError(Exception):
     """A user's mistake, told in one line."""
 

@@ -347,7 +347,9 @@ class Training:
         told: list[str] = []
 
         def explain(step: Step, what: str) -> None:
-            told.append(str(explained(self._programs, step.batch, what)))
+            message = str(explained(self._programs, step.batch, what))
+            blameless = not step.number and "after the step" not in what  # there was no step that could be smaller
+            told.append(message.replace(f"; {ADVICE}", ", at the first weights") if blameless else message)
             told.append(f"step {step.number + 1}, {step.name}")
 
         state = retreat.back(explain)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
+import pyro.distributions.testing.fakes
 import pytest
 import schedulefree
 import torch
@@ -30,6 +32,7 @@ from pyro_vae import (
     PyroSVI,
     StandardNormal,
     importance_sampling,
+    likelihoods,
     log_weights,
     objectives,
 )
@@ -524,6 +527,51 @@ def test_a_large_learning_rate_leaves_a_model_that_can_be_scored(engine, lr):
     with pytest.raises(NonFiniteError, match=r"a smaller lr may help; step \d+, mini-batch .*; the weights are those"):
         fit(vae, x.split(10), x[:5], epochs=20, lr=lr, schedule="constant", engine=engine)
     assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
+@pytest.mark.parametrize(
+    ("head", "value"),
+    [(Bernoulli, 2.0), (Bernoulli, 0.5), (likelihoods.Poisson, 1.5), (likelihoods.Gaussian, math.inf),
+     (likelihoods.ContinuousBernoulli, 1.5), (likelihoods.Categorical, 300.0), (likelihoods.DiscretizedLogistic, -1.0)],
+)  # fmt: skip
+def test_data_outside_the_support_are_refused_in_every_mini_batch(head, value, engine):
+    """The last mini-batch but one, when the engine has long traced its step."""
+    decoder, encoder = MLP(3, sum(head(12).sizes), hidden=[4]), MLP(12, 6, hidden=[4])
+    vae = VAE(StandardNormal(3), Conditional(decoder, head(12)), Conditional(encoder, MeanField(3)))
+    parts = list(binary(48, dtype=torch.float32).split(8))
+    parts[4] = parts[4].clone()
+    parts[4][6, 2] = value
+    with pytest.raises(ContractError, match="mini-batch 5 of epoch 1: "):
+        fit(vae, parts, epochs=2, engine=engine)
+
+
+@pytest.mark.parametrize("kind", ["scale", "sample"])
+def test_a_scale_that_is_nan_is_told_and_not_raised_by_torch(kind):
+    """Pyro checks it where validation is on; where it is off, ``torch.normal`` raises a RuntimeError."""
+
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+        def guide(self, x):
+            scale = self.log_scale.exp() * torch.where(x[:, 0] > 9, math.nan, 1.0)
+            normal = dist.Normal if kind == "scale" else dist.testing.fakes.NonreparameterizedNormal
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", normal(x[:, 0], scale))
+
+    module, x = Breaks(), torch.zeros(12, 1)
+    x[9] = 10.0
+    with pyro.validation_enabled(kind == "scale"), pytest.raises((NonFiniteError, ContractError)) as caught:
+        fit(module, x.split(4), epochs=1)
+    assert "\n" not in str(caught.value)
+    assert module.log_scale.isfinite()
 
 
 def test_a_large_gradient_is_finite():

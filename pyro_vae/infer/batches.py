@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae.errors import ContractError, NonFiniteError
+from pyro_vae.errors import ContractError, NonFiniteError, is_of_no_number
 from pyro_vae.infer.checks import check_data
 from pyro_vae.infer.programs import (
     Program,
@@ -167,7 +167,7 @@ def explained(programs: tuple[Program, Program], data: Data, what: str) -> NonFi
 def is_refusal(error: Exception, programs: tuple[Program, Program], data: Data) -> bool:
     """Whether a program failed because a number is none: Pyro refuses such parameters, and torch such draws."""
     if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in ("expects all elements of std", "probability tensor contains"))
+        return is_of_no_number(error)
     return _non_finite_site(programs, data) is not None
 
 

@@ -10,7 +10,7 @@ from pyro.distributions import ImproperUniform, MaskedDistribution, Unit, constr
 from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily
 
-from pyro_vae.errors import ContractError, reason_of
+from pyro_vae.errors import ContractError, is_of_no_number, reason_of
 from pyro_vae.infer.programs import (
     Program,
     Traces,
@@ -57,9 +57,14 @@ def check_part(model: Program, guide: Program, data: Data, neighbours: bool, sta
     with torch.no_grad(), pyro.validation_enabled(False):
         try:
             both = traces(model, guide, data, num_samples=2)
-        except (RuntimeError, ValueError) as error:  # as of distributions that refuse to draw with a NaN
+        except (RuntimeError, ValueError, IndexError) as error:  # as of distributions that refuse to draw with a NaN
             if gaps and not isinstance(error, ContractError):
                 raise _gaps_error(*gaps[0], start) from error
+            if isinstance(error, RuntimeError) and is_of_no_number(error):
+                reason = " ".join(str(error).split("Trace Shapes")[0].split())
+                raise ContractError(f"the programs draw with a parameter that is NaN or infinite: {reason}") from error
+            if "out of bounds" in str(error):  # of Categorical, which looks a probability up
+                raise ContractError(f"data lie outside the support of their distribution: {error}") from error
             raise
         for path, leaf in gaps:
             _check_gaps(both, path, leaf, start)

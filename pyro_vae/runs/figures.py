@@ -1,5 +1,6 @@
 """Figures. A model is drawn through traces of (model, guide), so any amortized Pyro program is drawn alike."""
 
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
+from pyro_vae.errors import is_of_no_number
 from pyro_vae.files import whole
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.infer.programs import Program, posterior_samples
@@ -194,6 +196,15 @@ def decode(
 
 def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     """The latent space; of images, reconstructions, prior samples and interpolations too."""
+    try:
+        _pictures(model, guide, data, run_dir)
+    except (ValueError, RuntimeError) as error:
+        if not is_of_no_number(error):
+            raise
+        print(f"not all pictures: draws or latents are NaN or infinite ({textwrap.shorten(str(error), 150)})")
+
+
+def _pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
     latent_scatter(guide, data, run_dir / "latent_space.png")
     if isinstance(data, ImageData):
         (_images_given if data.schema.condition else _images)(model, guide, data, run_dir)

@@ -207,6 +207,10 @@ def anneal(
     except ContractError as error:
         print(f"no annealed estimate: {error}")
         return nothing
+    except torch.linalg.LinAlgError as error:  # of numbers that overflow
+        print(f"no annealed estimate: {' '.join(str(error).split())}")
+        lost = {"annealed_images": size, "annealed_num_not_finite": size, "annealed_share_reliable": 0.0}
+        return None, nothing[1] | lost | {"annealed_reliable": False}
     evidence = doubted(evidence, pick(importance, among))
     estimate, error = difference_estimate(importance, evidence, among)
     acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start

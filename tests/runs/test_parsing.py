@@ -320,7 +320,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("lr: 1e400", "--lr must be positive and finite"),
         ('data_dir: "a\\0b"', "--data_dir: a path has no character '\\x00'"),
         ("run_dir: \"a\\nb\"", "--run_dir: a path has no character '\\n'"),
-        ("prior: " + "[" * 1500, "mine.yaml: it is nested too deeply"),
+        ("prior: " + "[" * 400, "mine.yaml: it is nested too deeply"),
         ("prior: " + "[" * 40 + "]" * 40, "more than 32 levels are no settings"),
         ("prior: &x [*x]", "more than 32 levels are no settings"),
         (LAUGHS, "more than 10,000 entries are no settings"),
@@ -514,6 +514,16 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
     [
         (RunError("--lr must be positive"), 2, "error: --lr must be positive"),
         (NonFiniteError("site 'z' is NaN"), 2, "error: site 'z' is NaN"),
+        (
+            torch.linalg.LinAlgError("cholesky:\nof NaN"),
+            2,
+            "error: a number of the model is NaN or infinite (cholesky: of",
+        ),
+        (
+            RuntimeError("normal expects all elements of std >= 0.0"),
+            2,
+            "error: a number of the model is NaN or infinite",
+        ),
         (KeyboardInterrupt("go on with: this"), 130, "interrupted: go on with: this"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(), 1, ""),
