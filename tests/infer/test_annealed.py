@@ -32,7 +32,7 @@ from pyro_vae import (
 from pyro_vae.infer.evidence import annealed
 from pyro_vae.infer.evidence.annealed import Sandwich
 from pyro_vae.infer.evidence.chains import Path, evaluator
-from pyro_vae.infer.evidence.importance import reduce_log_weights
+from pyro_vae.infer.evidence.importance import CHUNK, reduce_log_weights
 from pyro_vae.infer.evidence.laplace import laplace_approximation, observations_at_once
 from pyro_vae.infer.evidence.result import difference_estimate, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of
@@ -676,11 +676,12 @@ def test_invalid_log_weights_are_counted(num):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, 100_000])
-def test_estimates_do_not_depend_on_memory(memory):
+def test_estimates_do_not_depend_on_chunks(memory, monkeypatch):
+    monkeypatch.setitem(CHUNK, "cpu", memory)
     vae, x = linear_gaussian(), 2 * torch.randn(3, 7, dtype=torch.float64)  # apart, so that each is told by its value
     settings = Annealing(16, 15, "guide")
-    evidence = annealed_importance_sampling(vae.model, near_guide(vae), x, settings, memory=memory)
-    sandwich = bidirectional_monte_carlo(vae.model, near_guide(vae), x, settings, memory=memory)
+    evidence = annealed_importance_sampling(vae.model, near_guide(vae), x, settings)
+    sandwich = bidirectional_monte_carlo(vae.model, near_guide(vae), x, settings)
     assert sandwich.data.shape == (3, 7)
     for found, at in ((evidence, x), (sandwich.lower, sandwich.data), (sandwich.upper, sandwich.data)):
         check_evidence(found, 3)
@@ -777,11 +778,12 @@ def total(vae):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
-def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start):
+def test_reverse_weights_have_the_inverse_evidence_as_their_mean(start, monkeypatch):
+    monkeypatch.setitem(CHUNK, "cpu", 10**6)  # in about ten chunks a block
     torch.manual_seed(1)
     model, guide, x, log_px = bumpy()
     x, settings = x[:1].expand(10_000, 1), Annealing(2, 3, start)
-    sandwich = bidirectional_monte_carlo(model, guide, x, settings, memory=10**6)  # in about ten chunks
+    sandwich = bidirectional_monte_carlo(model, guide, x, settings)
     exact = log_px[sandwich.data[:, 0].long()]
     for ratio in ((exact - sandwich.upper.log_px).exp(), (sandwich.lower.log_px - exact).exp()):
         error = ratio.std().item() / 100

@@ -111,6 +111,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compiling, "compile_graph", compile_graph)
     monkeypatch.setattr(compiling.Compiled.__init__, "__defaults__", (10, lambda *_: False))
     monkeypatch.setattr(importance, "WORTH", 3)
+    monkeypatch.setitem(importance.CHUNK, "cpu", 10**6)
     for module in (blocks, conditional, importance, opinion, posterior, rounds):
         monkeypatch.setattr(module, "BLOCK", 8)
 
@@ -118,7 +119,7 @@ def small(monkeypatch):
 QUICK = "importance", "annealed", "bidirectional", "imputation", "smc"
 
 
-@pytest.mark.filterwarnings("ignore:memory=")
+@pytest.mark.filterwarnings("ignore:memory=1 is less than a chunk takes")
 @pytest.mark.parametrize("name", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in estimators()])
 def test_no_digit_depends_on_who_computes_what(name, small):
     vae = linear_gaussian(latent_dim=3)

@@ -30,6 +30,8 @@ LEAST = 6
 """Temperatures: with fewer, chains there and back do not forget where they began."""
 LEAST_OF_FEW = 16
 """The same where there are few dimensions, and posteriors more often curved than in many."""
+AT_ONCE, LOOK = 16, SMC(64, 4)
+"""Observations of a part of the pilot, and particles that see how far apart temperatures should be."""
 MANY_CHUNKS = 4
 """Chunks of observations from which on it is worth compiling."""
 ARRIVED = 5
@@ -64,8 +66,7 @@ def adaptive(
     sampler = _Sampler(latents, settings, start or settings.start, rows, compiled)
     with blocks.apart("few"):
         few = latents.select(torch.randperm(latents.size)[:64].to(latents.like.device))
-    pilot = blocks.once("pilot", lambda: sampler.pilot(few))
-    num, steps = sampler.use(pilot)
+    num, steps = sampler.pilot(few, blocks)
     bar.set_postfix(temperatures=num)
     parts = []
     size = observations_at_once(BLOCK, latents.dim)
@@ -108,36 +109,38 @@ class _Sampler:
             parts.append(starts._replace(rows=starts.rows + first))
         return all_starts(parts)
 
-    def pilot(self, latents: Latents) -> Part:
+    def pilot(self, latents: Latents, blocks: Blocks) -> tuple[int, Tensor]:
         """How many temperatures T give most the error asked for, and step sizes that suit most, ``(T - 1,)``.
 
         Where there are many dimensions, and none of the observations has several modes, the others are spared climbs.
+        All wait for it, so that it has parts of its own, :data:`AT_ONCE` observations each.
         """
-        settings, starts, num = (
-            self.settings,
-            self.starts(latents),
-            min(LEAST if latents.dim > FEW else LEAST_OF_FEW, self.settings.most_temperatures),
-        )
+        settings = self.settings
+        each = list(torch.arange(latents.size, device=latents.like.device).split(AT_ONCE))
+        begun = blocks.each("pilot-start", lambda i: _as_part(self.starts(latents.select(each[i]))), len(each))
+        starts = [_from_part(part) for part in begun]
         if self.start != "laplace" and settings.schedule == "linear":
-            path = Path(latents, starts.coordinates, self.kind, settings.num_leapfrogs, self.evaluate)
-            self.curve = typical_ladder(sample_particles(path.select(slice(8)), SMC(64, 4)).ladder)
-        if latents.dim > FEW and len(starts.rows) == latents.size:
+            path = Path(
+                latents.select(each[0]), starts[0].coordinates, self.kind, settings.num_leapfrogs, self.evaluate
+            )
+            few = path.select(slice(8))
+            ladder = blocks.once("pilot-curve", lambda: {"curve": typical_ladder(sample_particles(few, LOOK).ladder)})
+            self.curve = ladder["curve"]
+        if latents.dim > FEW and sum(len(part.rows) for part in starts) == latents.size:
             self.num_climbs = 0
-        latents = latents.select(slice(32))
-        starts = some_of(starts, torch.arange(latents.size, device=starts.rows.device))
+        num = min(LEAST if latents.dim > FEW else LEAST_OF_FEW, settings.most_temperatures)
         while True:
-            betas, steps = self.ladder(latents, num), []
-            found = self.round(latents, starts, betas, None, steps)
-            wide = found.mc_se.nan_to_num(nan=math.inf).quantile(QUANTILE).item() / settings.error
-            if wide <= 1 or num >= settings.most_temperatures:
-                found = {"steps": torch.cat(steps, 1).median(1).values, "climbs": torch.tensor(self.num_climbs)}
-                return found if self.curve is None else found | {"curve": self.curve}
-            num = min(settings.most_temperatures, math.ceil(num * (min(wide, 2) ** 2 if math.isfinite(wide) else 3)))
 
-    def use(self, pilot: Part) -> tuple[int, Tensor]:
-        """How many temperatures, and their step sizes, as a pilot has found them, whoever made it."""
-        self.num_climbs, self.curve = int(pilot["climbs"]), pilot.get("curve")
-        return len(pilot["steps"]) + 1, pilot["steps"]
+            def estimate(i: int, num: int = num) -> Part:
+                some, steps = latents.select(each[i]), []
+                found = self.round(some, starts[i], self.ladder(some, num), None, steps)
+                return {"mc_se": found.mc_se, "steps": torch.cat(steps, 1).mT}
+
+            found = joined(blocks.each(f"pilot-{num}", estimate, len(each[:2])))
+            wide = found["mc_se"].nan_to_num(nan=math.inf).quantile(QUANTILE).item() / settings.error
+            if wide <= 1 or num >= settings.most_temperatures:
+                return num, found["steps"].median(0).values
+            num = min(settings.most_temperatures, math.ceil(num * (min(wide, 2) ** 2 if math.isfinite(wide) else 3)))
 
     def ladder(self, latents: Latents, num: int) -> Tensor:
         """Temperatures from 0 to 1, ``(num + 1,)``: from afar, between which weights change as much."""
@@ -295,6 +298,22 @@ def coordinates_of(latents: Latents, start: str) -> Coordinates:
         loc = latents.like.new_zeros(latents.size, latents.dim)
         return diagonal(loc, torch.ones_like(loc))
     return diagonal(*(each.expand(latents.size, -1) for each in prior_location_and_width(latents)))
+
+
+def _as_part(starts: Starts) -> Part:
+    """The starts as tensors by name."""
+    rows, coordinates, mixture, unseen, evaluations = starts
+    part = {"rows": rows, **coordinates._asdict(), "unseen": unseen, "evaluations": evaluations}
+    return part if mixture is None else part | {f"mixture_{name}": value for name, value in mixture._asdict().items()}
+
+
+def _from_part(part: Part) -> Starts:
+    """What :func:`_as_part` was given."""
+    mixture = None
+    if "mixture_own" in part:
+        mixture = Mixture(*(part[f"mixture_{name}"] for name in Mixture._fields))
+    coordinates = Coordinates(*(part[name] for name in Coordinates._fields))
+    return Starts(part["rows"], coordinates, mixture, part["unseen"], part["evaluations"])
 
 
 def all_starts(parts: list[Starts]) -> Starts:
