@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError, is_of_no_number
+from pyro_vae.helping import ahead_of
 
 if TYPE_CHECKING:
     from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
@@ -82,9 +83,11 @@ def train(argv: Sequence[str] | None = None, prog: str = "pyro-vae train") -> "R
 
 def evaluate(argv: Sequence[str] | None = None) -> "Scored":
     """Score a finished run as told by ``argv``."""
-    runs = _runs()
-    settings, text = runs.parse(runs.EvaluationSettings, argv, first="run", prog="pyro-vae evaluate")
-    scored = runs.evaluate(settings, text)
+    argv = sys.argv[1:] if argv is None else argv
+    with ahead_of(argv) as helpers:  # they import what they need while this process does the same
+        runs = _runs()
+        settings, text = runs.parse(runs.EvaluationSettings, argv, first="run", prog="pyro-vae evaluate")
+        scored = runs.evaluate(settings, text, helpers)
     print(f"\n{runs.evaluation_table(scored.result)}\n\n{scored.path}")
     return scored
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors",
-    "files",
+    "files helping",
     "infer",
     "parts",
     "data optimizers callbacks",

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,15 @@ def _cached(tensors: list[Tensor]) -> Any:
 
     shapes = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return tracing(TracingContext(shapes))
+
+
+def import_ahead() -> None:
+    """Import what compiling needs, which takes seconds, while there is nothing else to do."""
+    validation = Distribution._validate_args
+    try:
+        importlib.import_module("torch._inductor.compile_fx")
+    finally:
+        Distribution._validate_args = validation  # importing inductor switches it off for the whole process
 
 
 def compile_graph(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:

@@ -3,12 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -281,78 +276,3 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def helpers(number: int, function: str) -> Iterator[Callable[[Any], None]]:
-    """Context: further processes, which end with this one, and at the end of the context.
-
-    They start at once, since importing takes seconds, and wait until they are told to go on.
-
-    Args:
-        number: of processes.
-        function: the import path of a function of one argument, which each of them calls.
-
-    Yields:
-        What tells them the argument, which JSON must have a form of.
-    """
-    module, _, name = function.rpartition(".")
-    code = f"from pyro_vae.runs.blockwise import helped\nfrom {module} import {name}\nhelped({name})"
-    # modules that this process finds are found there, and one thread each is what they compute with
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(_helper(code, environment)) for _ in range(number)]
-
-        def go(argument: Any) -> None:
-            for process in processes:
-                with contextlib.suppress(BrokenPipeError):  # it is dead: the others do its work
-                    process.stdin.write(json.dumps(argument).encode() + b"\n")
-                    process.stdin.flush()
-
-        yield go
-
-
-@contextlib.contextmanager
-def _helper(code: str, environment: dict[str, str]) -> Iterator[Any]:
-    """Context: a process that runs Python's ``code``; at the end what it said is told, if it failed."""
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=said,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the process that they help
-        )
-        try:
-            yield process
-        finally:
-            failed = process.poll()
-            with contextlib.suppress(BrokenPipeError):
-                assert process.stdin
-                process.stdin.close()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if failed:
-                said.seek(0)
-                *_, last = ["", *said.read().decode(errors="replace").split("\n")[:-1]]
-                print(f"a helper ended with exit status {failed}: {last}", file=sys.stderr)
-
-
-def helped(function: Callable[[str], object]) -> None:
-    """The life of a helper: it ends when its standard input does, which the process that it helps holds open."""
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (more := os.read(0, 1)):
-            return
-        line += more
-
-    def end() -> None:
-        os.read(0, 1)
-        os._exit(0)  # whatever is half done: files are there whole or not at all
-
-    threading.Thread(target=end, daemon=True).start()
-    function(json.loads(line))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_vae.data.datasets import Data
 from pyro_vae.errors import ContractError, RunError
+from pyro_vae.helping import NOBODY, Helpers, of_evaluations
 from pyro_vae.infer.diagnostics import pareto_k_threshold
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling, bidirectional_monte_carlo
 from pyro_vae.infer.evidence.annealing import CREMER_2018, WU_2017
@@ -33,7 +34,6 @@ from pyro_vae.runs.blockwise import (
     code,
     fingerprint,
     forget_parts,
-    helpers,
     is_finished,
     one_thread,
 )
@@ -99,8 +99,10 @@ def settings_for(run: Run | Path | str, settings: dict[str, Any]) -> dict[str, A
     return ({"trust": run.trust} if isinstance(run, Run) else {}) | settings
 
 
-def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
+def evaluate(settings: EvaluationSettings, text: str | None = None, ahead: Helpers = NOBODY) -> Scored:
     """Score a finished run as told by settings; ``text`` is the same as YAML, if the caller has it.
+
+    ``ahead`` are helpers that were started before; others are, if that is not enough.
 
     An evaluation that was interrupted is gone on with, and one that is on its way elsewhere is shared.
 
@@ -120,7 +122,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
     number = 1 if settings.ray else settings.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
     if settings.num_images is not None:
         number = min(number, math.ceil(settings.num_images / BLOCK))
-    with helpers(number - 1, "pyro_vae.runs.evaluating.help_in") as go:
+    with of_evaluations(max(0, number - 1 - ahead.number)) as more:
         vae, data = load_finished(settings.run, device, trust=settings.trust)
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,8 @@ def evaluate(settings: EvaluationSettings, text: str | None = None) -> Scored:
         check_home(run_dir, text, joining=True)  # another one may have been begun there meanwhile
         work = _work(settings, text, run_dir, data, device)
         work.begin()
-        go({"run_dir": str(run_dir), "trust": settings.trust})
+        for helpers in (ahead, more) if number > 1 else ():
+            helpers.go({"run_dir": str(run_dir), "trust": settings.trust})
         try:
             with _workers(settings, vae, data, work) as shared:
                 return _evaluated(settings, vae, data, run_dir, work, shared)

@@ -16,8 +16,9 @@ import torch
 from experiments.scaling import evidence, growth
 from pyro_vae import Annealing, annealed_importance_sampling, cli, importance_sampling, runs
 from pyro_vae.errors import ContractError, RunError
+from pyro_vae.helping import helpers
 from pyro_vae.runs import evaluating, training
-from pyro_vae.runs.blockwise import FOLDER, Files, Overtaken, check_home, helpers
+from pyro_vae.runs.blockwise import FOLDER, Files, Overtaken, check_home
 from pyro_vae.runs.workers import claim
 
 CPU = torch.device("cpu")
@@ -303,7 +304,7 @@ def test_an_evaluation_outlives_a_worker_and_all_of_them_with_the_digits_of_one(
 
 @pytest.mark.slow
 def test_a_helper_does_what_it_is_told_and_ends_with_who_it_helps(tmp_path, capsys):
-    with helpers(1, "os.makedirs") as go:
+    with helpers(1, "os.makedirs", "os.getpid") as (_, go):
         go(str(tmp_path / "made"))
         end = time.time() + 60
         while not (tmp_path / "made").exists() and time.time() < end:
