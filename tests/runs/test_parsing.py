@@ -320,7 +320,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("lr: 1e400", "--lr must be positive and finite"),
         ('data_dir: "a\\0b"', "--data_dir: a path has no character '\\x00'"),
         ("run_dir: \"a\\nb\"", "--run_dir: a path has no character '\\n'"),
-        ("prior: " + "[" * 400, "mine.yaml: it is nested too deeply"),
+        ("prior: " + "[" * 1000, "mine.yaml: it is nested too deeply"),
         ("prior: " + "[" * 40 + "]" * 40, "more than 32 levels are no settings"),
         ("prior: &x [*x]", "more than 32 levels are no settings"),
         (LAUGHS, "more than 10,000 entries are no settings"),
