@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.randomness import own_numbers
-from pyro_vae.infer.trees import Data, first_tensor
+from pyro_vae.infer.trees import Data, data_size, first_tensor
 
 BLOCK = 128
 """Observations of a block: few enough to be shared among workers, enough to fill a chunk."""
@@ -56,6 +56,7 @@ class Blocks:
     """
 
     def __init__(self, data: Data, work: Work | None = None):
+        data_size(data)  # refuses what is none
         self._work: Work = work or here
         self._device = first_tensor(data).device
         self._seed = int(torch.randint(2**62, (), device="cpu"))
