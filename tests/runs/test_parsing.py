@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from dataclasses import asdict
 from itertools import pairwise
@@ -507,6 +508,21 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
 
 
 # The edge of the program
+
+
+def test_ctrl_c_ends_imports_at_once_and_programs_by_an_exception(monkeypatch):
+    """Here without a process: what Ctrl-C calls while commands are imported, and once one runs."""
+    before, ends = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(cli.os, "_exit", ends.append)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cli.leave_when_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert ends == [130]
+        cli.guarded(lambda: ends.append(signal.getsignal(signal.SIGINT)))
+        assert ends[1] is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
