@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.scaling.rows import Row
-from pyro_vae import ELBO, VAE, CompiledSVI, cli, runs
+from pyro_vae import ELBO, VAE, CompiledSVI, cli
+from pyro_vae.errors import RunError
 from pyro_vae.infer.parallel import DataParallel, Processes
 from pyro_vae.parts.conditional import Conditional
 from pyro_vae.parts.likelihoods import Bernoulli
@@ -90,7 +91,7 @@ def seconds_of(step: Step) -> Seconds:
         for process in started:
             process.join()
         if any(process.exitcode for process in started):
-            raise runs.RunError("a process of the timed training failed, and says why above")
+            raise RunError("a process of the timed training failed, and says why above")
         return Seconds(*json.loads((Path(folder) / "seconds.json").read_text()))
 
 
@@ -142,6 +143,8 @@ def _engine(step: Step) -> CompiledSVI:
 
 def main() -> None:
     """Measure, and print what was found."""
+    from pyro_vae import runs  # takes seconds, which the timed processes need not wait for
+
     step = Step()
     rows = [("what", "processes", "ms", "note")]
     rows += [

@@ -183,6 +183,8 @@ def quick(folder):
     logged = []
     found["fit"] = fitted(f"{folder}/checkpoint.pt", 3, callbacks=[Draws(), OnEpoch(logged.append)])
     found["logged"] = len(logged)
+    fitted(f"{folder}/again.pt", 2, callbacks=[Draws()])
+    found["resumed"] = fitted(f"{folder}/again.pt", 3, resume=True, callbacks=[Draws()])
     plain = CompiledSVI(lambda x: None, lambda x: None, torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1))
 
     def sometimes():

@@ -18,7 +18,8 @@ from tests.infer import parallel_checks as checks
 
 def in_processes(size, folder, function):
     """What a function gives in each process of a group."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([checks.__name__])  # imported once
     started = [context.Process(target=checks.entry, args=(rank, size, folder, function)) for rank in range(size)]
     for process in started:
         process.start()
@@ -64,6 +65,7 @@ def test_a_training_is_one_in_all_processes(two):
     torch.testing.assert_close(first["fit"][0], second["fit"][0], rtol=0, atol=0)
     assert first["fit"][1] == second["fit"][1]
     assert (first["logged"], second["logged"]) == (3, 0)
+    torch.testing.assert_close(first["resumed"][0], first["fit"][0], rtol=0, atol=0)
     with pytest.warns(UserWarning, match="goes on in 1 process, after 2: it is the same but for its random numbers"):
         _, history = checks.fitted(folder / "checkpoint.pt", 4, resume=True)
     assert history[:3] == first["fit"][1]
