@@ -325,9 +325,10 @@ class Training:
             measure, recent = partial(mean_log_weights, *self._programs), self._last()
             train_elbo = self._finite("training", recent, lambda: self._processes.mean(measure, recent))
         except NonFiniteError as error:
-            state = retreat.to_a_copy()
+            switch((self.optimizer,), "train")
+            undone = self._undone(error, retreat, look=True)
             switch((self.optimizer,), "eval")
-            raise NonFiniteError(f"{error}; {_weights_of(state.step)}") from error
+            raise undone from error
         return Epoch(epoch, objective, train_elbo, validation_elbo, rate, time.perf_counter() - start)
 
     def _finite(self, name: str, data: Data, measure: Callable[[], float]) -> float:
@@ -342,17 +343,18 @@ class Training:
             raise explained(self._programs, data, f"the {name} ELBO is {elbo}")
         return elbo
 
-    def _undone(self, error: NonFiniteError, retreat: Retreat) -> NonFiniteError:
+    def _undone(self, error: NonFiniteError, retreat: Retreat, look: bool = False) -> NonFiniteError:
         """The error of a step, of a training that has been put into its last good state."""
         told: list[str] = []
 
         def explain(step: Step, what: str) -> None:
             message = str(explained(self._programs, step.batch, what))
             blameless = not step.number and "after the step" not in what  # there was no step that could be smaller
-            told.append(message.replace(f"; {ADVICE}", ", at the first weights") if blameless else message)
+            message = message.replace(f"; {ADVICE}", ", at the first weights") if blameless else message
+            told.append(str(error) if look else message)  # which names the site that is not finite then
             told.append(f"step {step.number + 1}, {step.name}")
 
-        state = retreat.back(explain)
+        state = retreat.back(explain, look)
         message, *where = told or [str(error)]
         return NonFiniteError("; ".join([message, *where, _weights_of(state.step)]))
 

@@ -128,15 +128,16 @@ class Retreat:
         fine = not found or torch.stack([each.to(found[0].device) for each in found]).all()
         return bool(fine) or all(bool(x.isfinite().all()) for x in (*self._watched, *moments))
 
-    def back(self, explain: Callable[[Step, str], object]) -> State:
+    def back(self, explain: Callable[[Step, str], object], look: bool = False) -> State:
         """Put the training into its last good state.
 
         Args:
             explain: called with the step that fails, in the state before it, and with what it does then.
+            look: a step fails too if the ELBO of what has been seen is not finite after it.
         """
         last, before = None, None
         if self._recent is not None and not _several_processes():
-            failed, what, last, before = self._again(self._recent)
+            failed, what, last, before = self._again(self._recent, look)
             if failed is not None and last is not None:
                 last.restore()
                 failed[1].restore()
@@ -147,7 +148,9 @@ class Retreat:
         """Put the training into the last state that was kept, or that at the beginning of this epoch."""
         return self._first_good([self._recent, self._epoch])
 
-    def _again(self, start: State) -> tuple[tuple[Step, Randomness] | None, str, State | None, State | None]:
+    def _again(
+        self, start: State, look: bool
+    ) -> tuple[tuple[Step, Randomness] | None, str, State | None, State | None]:
         """Take the steps again: the one that fails, how, the state before it, and the one before that; or nothing."""
         start.restore()
         last, before = start, None
@@ -163,6 +166,8 @@ class Retreat:
                     what = f"the training loss is {float(value)}"
                 elif not self.is_finite():
                     what = "a weight, a buffer or a moment of the optimizer is NaN or infinite after the step"
+                elif look and not self._finite_look():
+                    what = "the ELBO of what has been seen is NaN or infinite after the step"
             except NonFiniteError as error:
                 what = str(error)
             except (ValueError, RuntimeError):
