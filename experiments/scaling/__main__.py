@@ -66,7 +66,9 @@ class Settings:
     tries: int = 3
     workers: Sequence[int] = (1, 2)
     num_images: int = 2000
-    common: str = "--dataset MNIST --epochs 5 --latent_dim 10 --evidence.num_samples 100 --evidence.annealed_images 0"
+    common: str = (
+        "--dataset MNIST --epochs 5 --evidence.num_samples 100 --evidence.num_images 1000 --evidence.annealed_images 0"
+    )
     num_runs: int = 8
     seed: int = 0
     device: str = "cpu"

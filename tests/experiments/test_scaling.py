@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,19 +100,33 @@ def test_bad_settings_are_refused():
 
 
 @pytest.mark.slow
-def test_one_worker_and_two_give_the_same_digits(tmp_path):
+def test_evaluations_are_timed_and_their_digits_compared(tmp_path, monkeypatch):
+    """In this process: what several do is tested where they are."""
+
+    def evaluated(run, path, workers, settings, cache):
+        runs.score(run, run_dir=path, num_images=settings.num_images, workers=1)
+        return 8.0 / workers
+
+    monkeypatch.setattr(evidence, "_evaluated", evaluated)
+    monkeypatch.setattr(evidence, "subprocess", SimpleNamespace(run=lambda *args, **more: None))
     common = "--dataset Digits --epochs 1 --latent_dim 2 --encoder.hidden [8] --decoder.hidden [8] --device cpu"
     common += " --evidence.num_images 20 --evidence.num_samples 5 --evidence.annealed_images 0"
-    argv = [f"--common={common}", "--parts=[evidence]", "--num_images=300", f"--run_dir={tmp_path / 'out'}"]
-    found = json.loads((scaling.main(argv) / "result.json").read_text())
+    argv = [f"--common={common}", "--parts=[evidence]", "--num_images=4", f"--run_dir={tmp_path / 'out'}"]
+    out = scaling.main(argv)
+    found = json.loads((out / "result.json").read_text())
+    cold = "annealed evidence, nothing compiled before"
     assert [(row["what"], row["value"]) for row in found["rows"]] == [
         ("imports", 1),
+        (cold, 1),
+        (f"{cold}, whole command", 1),
         ("annealed evidence", 1),
         ("annealed evidence, whole command", 1),
         ("annealed evidence", 2),
         ("annealed evidence, whole command", 2),
     ]
-    home = tmp_path / "out" / "evidence" / "run" / "evaluations"
-    other = runs.score(home.parent, num_images=300, seed=1)
+    whole = [line for line in (out / "table.md").read_text().splitlines() if "evidence, whole command" in line]
+    assert "| 2.00 " in "".join(whole).replace("          2.00", " 2.00")
+    home = out / "evidence" / "run" / "evaluations"
+    other = runs.score(home.parent, num_images=4, seed=1, workers=1)
     with pytest.raises(runs.RunError, match="log_px of annealed differs"):
         evidence.same_digits(home / "workers-1", other.path)
