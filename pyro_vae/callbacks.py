@@ -1,5 +1,6 @@
 """What happens in a training beside its steps: checkpoints, early stopping, the best weights, and what users add."""
 
+import hashlib
 import io
 import os
 import zipfile
@@ -150,7 +151,8 @@ class Checkpoint(Callback):
         """What the file holds; None if there is nothing to go on from."""
         if not (self.resume and os.path.lexists(self.path)):
             return None
-        file = io.BytesIO(bytes_in(self.path))
+        written = bytes_in(self.path)
+        file, seal = io.BytesIO(written), _seal(written[:-SEALED]) if len(written) > SEALED else b""
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch writes checksums, and does not read them
@@ -160,6 +162,8 @@ class Checkpoint(Callback):
             raise CheckpointError(f"{self.path} is damaged, or no checkpoint of this program") from error
         if damaged:
             raise CheckpointError(f"{self.path} is damaged: the checksum of {damaged} is another")
+        if isinstance(content, dict) and content.get("sealed") and written[-SEALED:] != seal:
+            raise CheckpointError(f"{self.path} is damaged: its checksum is another")
         return content
 
     def save(self, training: Training) -> None:
@@ -167,9 +171,21 @@ class Checkpoint(Callback):
 
     def _write(self, training: Training) -> None:
         content = io.BytesIO()  # torch.save itself raises no OSError where a path cannot be written
-        torch.save(training.state_dict() | {"about": self.about}, content)
-        with whole(self.path) as partial:
-            partial.write_bytes(content.getbuffer())
+        torch.save(training.state_dict() | {"about": self.about, "sealed": True}, content)
+        archive = content.getbuffer()[:-2]  # which end with the length of a comment, 0
+        with whole(self.path) as partial, partial.open("wb") as file:
+            file.write(archive)
+            file.write(_seal(archive))
+
+
+SEALED = 66
+"""Bytes of a seal."""
+
+
+def _seal(archive: bytes | memoryview) -> bytes:
+    """A checksum of all bytes before it, as the comment at the end of an archive: its length, and the comment."""
+    comment = hashlib.sha256(archive).hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
 
 
 class OnEpoch(Callback):

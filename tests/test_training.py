@@ -343,35 +343,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, first, second, words):
             fit(vae, Fixed(x), callbacks=[Checkpoint(path)], **settings)
 
 
-def test_a_flipped_bit_is_found_or_does_not_matter(tmp_path):
+def test_a_flipped_bit_is_found(tmp_path):
     path, x, vae = tmp_path / "checkpoint.pt", binary(20), small_vae()
     fit(vae, Fixed(x), epochs=1, callbacks=[Checkpoint(path)])
-    whole, generator, refused = path.read_bytes(), np.random.default_rng(0), 0
-    before = flat(torch.load(path, weights_only=True))
-    seen = []
-    training = SimpleNamespace(module=vae, load_state_dict=seen.append)
-    for place in generator.integers(len(whole), size=150):
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    training = SimpleNamespace(module=vae, load_state_dict=lambda content: None)
+    for place in [*range(len(whole) - 70, len(whole)), *generator.integers(len(whole), size=60)]:
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << generator.integers(8)
         path.write_bytes(spoilt)
-        try:
+        with pytest.raises(CheckpointError, match="is damaged"):
             Checkpoint(path, resume=True).load(training)
-        except CheckpointError as error:
-            refused += 1
-            assert "is damaged" in str(error)  # noqa: PT017
-        else:
-            after = flat(seen[-1])
-            assert before == after
-    assert refused > 50
-
-
-def flat(content, name=""):
-    """Everything in a checkpoint by its place."""
-    if isinstance(content, dict):
-        return {k: v for key, each in content.items() for k, v in flat(each, f"{name}.{key}").items()}
-    if isinstance(content, list | tuple):
-        return {k: v for i, each in enumerate(content) for k, v in flat(each, f"{name}.{i}").items()}
-    return {name: repr(np.asarray(content).tolist())}
+    path.write_bytes(whole)
+    Checkpoint(path, resume=True).load(training)
 
 
 def test_a_checkpoint_about_something_else_is_refused(tmp_path):

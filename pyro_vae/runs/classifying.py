@@ -27,6 +27,7 @@ from pyro_vae.infer.evidence.classes import ClassPosterior, class_posterior
 from pyro_vae.runs.directory import (
     check_empty,
     choose_device,
+    inside,
     make_directory,
     provenance,
     table,
@@ -105,7 +106,7 @@ def run_classification(settings: ClassificationSettings, text: str | None = None
     """
     text = settings_text(settings) if text is None else text
     device = choose_device(settings.device)
-    out = settings.run_dir or settings.run / "evaluations" / f"classes-{settings.split}"
+    out = settings.run_dir or inside(settings.run, "evaluations", f"classes-{settings.split}")
     check_empty(out)
     vae, data = load_finished(settings.run, device, trust=settings.trust)
     column = _classes(data, settings.run)

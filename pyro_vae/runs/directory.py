@@ -120,6 +120,20 @@ def make_directory(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
+def inside(directory: Path, *names: str) -> Path:
+    """The path of these names in a directory, none of which is a link there: what is written stays in the directory.
+
+    Raises:
+        RunError: if one is.
+    """
+    path = directory
+    for name in names:
+        path = path / name
+        if path.is_symlink():
+            raise RunError(f"{path} is a link, which is not followed: choose another directory by --run_dir")
+    return path
+
+
 def check_empty(out: Path, options: str = "--run_dir") -> None:
     """Refuse to write where anything is already.
 

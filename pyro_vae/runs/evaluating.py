@@ -40,6 +40,7 @@ from pyro_vae.runs.blockwise import (
 from pyro_vae.runs.build import Model
 from pyro_vae.runs.directory import (
     choose_device,
+    inside,
     noun_of,
     provenance,
     table,
@@ -113,7 +114,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None, ahead: Helpe
     text = settings_text(settings) if text is None else text
     device = choose_device(settings.device)
     name = settings.name or ("bdmc" if settings.estimator == "bdmc" else f"{settings.estimator}-{settings.split}")
-    run_dir = settings.run_dir or settings.run / "evaluations" / name
+    run_dir = settings.run_dir or inside(settings.run, "evaluations", name)
     if settings.resume and is_finished(run_dir, text):
         forget_parts(run_dir)
         print("This evaluation is finished; its result:")

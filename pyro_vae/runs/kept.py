@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.callbacks import Callback, Checkpoint, Epoch
 from pyro_vae.errors import CheckpointError, RunError, reason_of
-from pyro_vae.runs.directory import check_run_dir, make_directory, open_run, write_json, write_weights, writing
+from pyro_vae.runs.directory import check_run_dir, inside, make_directory, open_run, write_json, write_weights, writing
 from pyro_vae.runs.reading import damaged, json_of, tensors_of, text_of
 from pyro_vae.runs.workers import alone
 
@@ -63,7 +63,7 @@ class Kept:
     """
 
     def __init__(self, run_dir: Path):
-        self.folder = run_dir / "models"
+        self.folder = inside(run_dir, "models")
 
     def train(
         self,

@@ -138,7 +138,7 @@ def _begin(
 
     def write() -> None:
         open_run(run_dir, text, settings.resume, _reread)
-        if not settings.resume:
+        if not (run_dir / "data.json").exists():  # a run may have been killed before it was written
             with writing(f"--run_dir {run_dir}"):
                 remember(run_dir, dataset, data)
 

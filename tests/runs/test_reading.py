@@ -169,6 +169,13 @@ def test_a_checkpoint_with_parts_missing_is_damaged(tmp_path):
         Checkpoint(tmp_path / "checkpoint.pt", resume=True).load(Started())
 
 
+def test_evaluations_stay_in_the_directory_of_the_run(run_dir, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run_dir / "evaluations").symlink_to(tmp_path / "elsewhere")
+    assert "evaluations is a link, which is not followed" in refused(runs.score, run_dir, num_images=2)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_old_results_hold_what_every_result_must():
     assert set(reading.RESULT) <= set(json.loads((OLD / "result.json").read_text()))
 
