@@ -16,7 +16,9 @@ from pyro_vae.runs.directory import writing
 from pyro_vae.runs.workers import CLAIMS
 
 PATIENCE = 60
-"""Seconds that a cluster has to answer, and to find a node that is large enough."""
+"""Seconds that a cluster has to find a node that is large enough."""
+ANSWER = 30
+"""Seconds that a cluster has to answer."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if cluster.address is True:
-        quiet["include_dashboard"] = False
+        quiet |= {"include_dashboard": False, "address": "local"}  # whatever else runs here, or did
     else:
         quiet["address"] = _reachable(str(cluster.address))
     import ray
@@ -82,9 +84,9 @@ def _reachable(address: str) -> str:
             raise RunError(f"--ray: nothing answers at {address} ({reason_of(error)}); {remedy}") from error
     ask = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='error')"
     try:
-        asked = subprocess.run([sys.executable, "-c", ask, address], capture_output=True, text=True, timeout=PATIENCE)
+        asked = subprocess.run([sys.executable, "-c", ask, address], capture_output=True, text=True, timeout=ANSWER)
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"--ray: no Ray cluster answers at {address} within {PATIENCE} seconds; {remedy}") from error
+        raise RunError(f"--ray: no Ray cluster answers at {address} within {ANSWER} seconds; {remedy}") from error
     if "InvalidAuthToken" in asked.stderr:
         raise RunError(
             f"--ray: the Ray cluster at {address} asks for another authentication token than this process has: give it "
