@@ -124,7 +124,7 @@ class Processes:
             return function(data).mean().item()
         rows = self.rows(data)
         with self.noise(first_tensor(data).device):
-            total = 0.0 if rows is None else function(rows).double().sum().item()
+            total = self.all(lambda: 0.0 if rows is None else function(rows).double().sum().item())
         return sum(self.gather(total)) / data_size(data)
 
     @contextmanager
