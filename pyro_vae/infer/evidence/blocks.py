@@ -56,7 +56,8 @@ class Blocks:
     """
 
     def __init__(self, data: Data, work: Work | None = None):
-        data_size(data)  # refuses what is none
+        if not isinstance(data, Tensor):
+            data_size(data)  # refuses what is none
         self._work: Work = work or here
         self._device = first_tensor(data).device
         self._seed = int(torch.randint(2**62, (), device="cpu"))
