@@ -142,6 +142,8 @@ class Checkpoint(Callback):
                 if name in known and known[name] != value:
                     raise CheckpointError(f"belongs to a training with {name} {known[name]}, not {value}")
             training.load_state_dict(content)
+            if not content["history"]:
+                raise CheckpointError("is damaged: its history has no epoch")
         except CheckpointError as error:
             raise CheckpointError(f"{self.path} {error}") from error
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

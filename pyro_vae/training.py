@@ -229,6 +229,8 @@ class Training:
             raise CheckpointError(f"belongs to another model: {textwrap.shorten(str(error), 200)}") from error
         self.scheduler.load_state_dict(content["scheduler"])
         self.history = [Epoch(*row) for row in content["history"]]
+        if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
+            raise CheckpointError("is damaged: its history is not one row for each epoch")
         before, now = content.get("processes", 1), self._processes.size
         if before != now and self._processes.is_first:
             warnings.warn(
