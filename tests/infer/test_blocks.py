@@ -133,9 +133,9 @@ def test_no_digit_depends_on_who_computes_what(name, small, monkeypatch):
     torch.manual_seed(0)
     alone = estimate()
     state = torch.get_rng_state()
-    shared = Shared(at_most=6)
+    shared = Shared(at_most=6 if "annealed" in name else 2)
     check_equal(shared.finish(partial(estimate, memory=1)), alone)
-    assert len(shared.parts) > 3
+    assert len(shared.parts) >= 3
     torch.manual_seed(0)
     torch.randint(2**62, ())  # all that it may take
     assert torch.equal(torch.get_rng_state(), state)
