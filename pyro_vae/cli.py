@@ -174,9 +174,15 @@ def _import_ahead(argv: Sequence[str]) -> None:
     forkserver.ensure_running()
 
 
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def guarded(command: Callable[[], object]) -> None:
-    """Run a program: a user's mistake is one line on stderr and exit status 2, Ctrl-C is status 130."""
+    """Run a program: a user's mistake is one line on stderr and status 2; Ctrl-C, and a request to end, are 130."""
     _listen_again()
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)  # by which a scheduler announces its limit
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=DeprecationWarning, module="pyro_vae|experiments|__main__")

@@ -215,7 +215,8 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(re.sub(r"\[\S+:\d+\]", "", str(error)).split())  # without the lines of torch's own source
+        # without the lines of torch's own source, and its advice to programmers
+        reason = " ".join(re.sub(r"\[\S+:\d+\]", "", str(error)).split()).partition(". ")[0]
         raise ProcessLost(f"another process of this training ended, or does not answer ({reason[:200]})") from error
 
 

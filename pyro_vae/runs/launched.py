@@ -1,20 +1,18 @@
 """One training in several processes, which torchrun has started: their group, their devices, what they must share."""
 
 import contextlib
-import hashlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import pyro_vae
 from pyro_vae.errors import ContractError, RunError
 from pyro_vae.infer.parallel import Processes
+from pyro_vae.runs.blockwise import code
 from pyro_vae.runs.directory import choose_device
 
 GROUP = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
@@ -108,10 +106,7 @@ def check_same(processes: Processes, settings: dict[str, Any]) -> None:
     """
     if not processes.grouped:
         return
-    sources = sorted(Path(pyro_vae.__file__).parent.rglob("*.py"))
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    versions = {"version of pyro_vae": f"{pyro_vae.__version__} ({code})", "version of torch": torch.__version__}
     try:
-        processes.check_same(**versions, **settings)
+        processes.check_same(code=code(), **settings)
     except ContractError as error:
         raise RunError(f"torchrun: {error}") from error

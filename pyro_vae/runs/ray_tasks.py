@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from pyro_vae.errors import RunError, reason_of
 from pyro_vae.runs.directory import writing
 from pyro_vae.runs.ray_cluster import PATIENCE, Cluster, connected, nodes, pinned, slots, too_large
-from pyro_vae.runs.workers import CLAIMS, Shared, Taken, claim, output_to
+from pyro_vae.runs.workers import CLAIMS, Display, Shared, Taken, claim, output_to
 
 DEATHS = 3
 """Nodes or workers that one part may outlive; what kills more of them is the part itself."""
@@ -95,17 +94,11 @@ class _Dispatcher:
         self.roomy = time.monotonic()
 
     def run(self) -> None:
-        total = len(self.work.names)
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=total, desc="runs", unit="run"))
-            width = min(total, SHOWN, slots(self.ray, self.cluster))
-            lines = [stack.enter_context(tqdm(bar_format="{desc}", position=1 + i)) for i in range(width)]
+        with Display(self.work, min(len(self.work.names), SHOWN, slots(self.ray, self.cluster))) as display:
             while self.work.open() or self.tasks:
                 self._hand_out()
                 self._take_in()
-                bar.n = total - len(self.work.open())
-                bar.set_postfix({"failed": len(self.work.failures())}, refresh=True)
-                self._show(lines)
+                display.show(self._running())
 
     def close(self) -> None:
         """Let go of what is on its way."""
@@ -172,14 +165,13 @@ class _Dispatcher:
         if outcome.reason:
             self.work.fail(name, outcome.reason)
 
-    def _show(self, lines: Sequence[tqdm]) -> None:
+    def _running(self) -> list[str]:
+        """A line on each task that is on its way."""
         try:
             told = self.ray.get(self.board.read.remote(), timeout=5)
         except Exception:  # progress is not worth an error
             told = {}
-        running = [f"  {name}: {told[name]}" for name in self.tasks.values() if name in told]
-        for i, line in enumerate(lines):
-            line.set_description_str(running[i] if i < len(running) else "  idle", refresh=True)
+        return [f"{name}: {told[name]}" for name in self.tasks.values() if name in told]
 
 
 def _board(ray: Any) -> Any:

@@ -374,5 +374,6 @@ def resume_hint(run_dir: Path, processes: int = 1) -> str:
     """What to tell someone who pressed Ctrl-C."""
     if (run_dir / "checkpoint.pt").exists():
         command = f"torchrun --nproc-per-node {processes} -m pyro_vae" if processes > 1 else "pyro-vae"
-        return f"go on with: {command} train --run_dir {shlex.quote(str(run_dir))} --resume"
+        others = " (and what else torchrun was told)" if processes > 1 else ""
+        return f"go on with: {command} train --run_dir {shlex.quote(str(run_dir))} --resume{others}"
     return f"no epoch was finished; {run_dir} can be deleted"

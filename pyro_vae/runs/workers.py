@@ -235,21 +235,53 @@ def in_processes(
 
 def _watch(here: Shared, processes: Sequence[Any], told: Sequence[Any], status: Callable[[str], str]) -> None:
     """Show how far the work is, and each worker, until the last one ends."""
-    total, lines = len(here.names), []
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, desc="runs", unit="run"))
-        lines = [stack.enter_context(tqdm(bar_format="{desc}", position=1 + i)) for i in range(len(processes))]
+    with Display(here, len(processes)) as display:
         alive = True
         while alive:
             alive = any(process.is_alive() for process in processes)
-            bar.n = total - len(here.open())
-            bar.set_postfix({"failed": len(here.failures())}, refresh=True)
-            for line, process, name in zip(lines, processes, told, strict=True):
-                text = name.value.decode()
-                line.set_description_str(
-                    f"  {text}: {status(text)}" if process.is_alive() and text else "  idle", refresh=True
-                )
+            pairs = zip(told, processes, strict=True)
+            names = [each.value.decode() for each, process in pairs if process.is_alive()]
+            display.show([f"{name}: {status(name)}" for name in names if name])
             time.sleep(0.3)
+
+
+class Display:
+    """How far a shared work is, and what is on its way: bars of a terminal, or in a file a line for each that ends.
+
+    Args:
+        work: that is done.
+        lines: how many of its parts are shown at most, while they are on their way.
+    """
+
+    def __init__(self, work: Shared, lines: int):
+        self._work, self._lines, self._last = work, lines, ""
+        self._bars: list[tqdm] = []
+
+    def __enter__(self) -> "Display":
+        if sys.stderr.isatty():
+            bar = tqdm(total=len(self._work.names), bar_format="{desc} {n_fmt}/{total_fmt}|{bar}| {elapsed}{postfix}")
+            bar.set_description_str("runs")
+            self._bars = [bar, *(tqdm(bar_format="{desc}", position=1 + i) for i in range(self._lines))]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for bar in self._bars:
+            bar.close()
+
+    def show(self, running: Sequence[str]) -> None:
+        """Show it as it is now; ``running`` is a line on each part that is on its way."""
+        total, failed = len(self._work.names), len(self._work.failures())
+        done = total - len(self._work.open()) - failed
+        if self._bars:
+            whole, *lines = self._bars
+            whole.n = done
+            whole.set_postfix({"failed": failed}, refresh=True)
+            for i, line in enumerate(lines):
+                line.set_description_str(f"  {running[i]}" if i < len(running) else "  idle", refresh=True)
+        told = f"{done} of {total} are done" + (f", {failed} failed" if failed else "")
+        if not self._bars and told != self._last:
+            print(told, file=sys.stderr, flush=True)
+        self._last = told
 
 
 def _worker(shared: Callable[[], Shared], log: Callable[[str], Path], threads: int, told: Any, alive: Any) -> None:
