@@ -22,7 +22,7 @@ from pyro_vae import (
     thermodynamic_integration,
 )
 from pyro_vae.infer import compiling
-from pyro_vae.infer.evidence import blocks, conditional, importance, opinion, posterior, rounds
+from pyro_vae.infer.evidence import blocks, importance
 from pyro_vae.infer.evidence.distortion import Tempering
 from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
@@ -111,8 +111,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compiling, "compile_graph", compile_graph)
     monkeypatch.setattr(compiling.Compiled.__init__, "__defaults__", (10, lambda *_: False))
     monkeypatch.setattr(importance, "WORTH", 3)
-    for module in (blocks, conditional, importance, opinion, posterior, rounds):
-        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
 
 
 QUICK = "importance", "annealed, given temperatures", "bidirectional", "imputation", "smc"

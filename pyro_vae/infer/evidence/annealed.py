@@ -12,7 +12,7 @@ from pyro_vae.infer.checks import check_parts, check_program
 from pyro_vae.infer.evidence.annealing import CREMER_2018 as CREMER_2018
 from pyro_vae.infer.evidence.annealing import WU_2017 as WU_2017
 from pyro_vae.infer.evidence.annealing import Annealing as Annealing
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, block_size, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Path, Start, anew, anneal, evaluator, warm_up
 from pyro_vae.infer.evidence.importance import WORTH, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost, observations_at_once
@@ -292,7 +292,7 @@ class Paths:
                 few = latents.select(torch.randperm(latents.size)[:32].to(latents.like.device))
             num = int(blocks.once("pilot", lambda: {"num": torch.tensor(_pilot(self._path(few), settings))})["num"])
         self.betas = settings.temperatures(num).to(latents.like)
-        whole = min(self._size, self._at_once, BLOCK)
+        whole = min(self._size, self._at_once, block_size(latents.like))
         many = num * settings.num_leapfrogs * (latents.size // whole) > WORTH
         self._evaluate = evaluator(latents, self._kind, compiled, whole if many else 0)
 

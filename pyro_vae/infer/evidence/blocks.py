@@ -10,8 +10,9 @@ from torch import Tensor
 from pyro_vae.infer.randomness import own_numbers
 from pyro_vae.infer.trees import Data, data_size, first_tensor
 
-BLOCK = 128
-"""Observations of a block: few enough to be shared among workers, enough to fill a chunk."""
+BLOCK, OF_GPU = 128, 16
+"""Observations of a block: few enough to be shared among workers, enough to fill a chunk; and on a GPU, so many times
+as many, since its time goes by the number of chunks."""
 
 Part = dict[str, Tensor]
 """What is computed at a time: tensors by name."""
@@ -53,6 +54,9 @@ class Blocks:
         work: who computes the parts; None: this process.
 
     The seed is one number of torch's generator, all that an estimate takes from it.
+
+    Attributes:
+        size: data of a block.
     """
 
     def __init__(self, data: Data, work: Work | None = None):
@@ -60,6 +64,7 @@ class Blocks:
             data_size(data)  # refuses what is none
         self._work: Work = work or here
         self._device = first_tensor(data).device
+        self.size = block_size(first_tensor(data))
         self._seed = int(torch.randint(2**62, (), device="cpu"))
 
     def apart(self, stage: str) -> AbstractContextManager[None]:
@@ -82,8 +87,13 @@ class Blocks:
 
     def of(self, stage: str, num_data: int, do: Callable[[slice], Part], size: int | None = None) -> Iterator[Part]:
         """The results of ``do`` of each block of ``size`` data, whose places it is given, one after the other."""
-        size = size or BLOCK
+        size = size or self.size
         return self.each(stage, lambda i: do(slice(i * size, min((i + 1) * size, num_data))), -(-num_data // size))
+
+
+def block_size(like: Tensor, number: int | None = None) -> int:
+    """``number`` observations, by default those of a block, or as many more as a GPU takes."""
+    return (BLOCK if number is None else number) * (OF_GPU if like.is_cuda else 1)
 
 
 def joined(parts: Iterable[Part]) -> Part:

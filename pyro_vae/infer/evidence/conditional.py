@@ -12,7 +12,7 @@ from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import seen_entries
 from pyro_vae.infer.evidence.annealed import DEFAULTS, FEWEST, annealed_importance_sampling, step_sizes
 from pyro_vae.infer.evidence.annealing import Annealing
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, named, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, named, power_of_two
 from pyro_vae.infer.evidence.chains import Path, anneal, evaluator, in_graphs, resample
 from pyro_vae.infer.evidence.importance import rows_per_chunk
 from pyro_vae.infer.evidence.laplace import Coordinates, laplace_approximation, laplace_cost
@@ -153,9 +153,9 @@ def _chained(
 ) -> Found:
     """log p(x_target | x_given) by chains; ``rows`` z fit into memory; where it is known well ``enough``, once only."""
     pair = latents.of((latents.data, whole))
-    size = power_of_two(min(BLOCK, rows // settings.num_chains))
+    size = power_of_two(min(blocks.size, rows // settings.num_chains))
     compiled = compiled and latents.size > 4 * size  # compiling takes longer than a few chunks do
-    regular = min(size, BLOCK)
+    regular = min(size, blocks.size)
     evaluates = (
         evaluator(latents, "normal", compiled, regular, math.inf),
         in_graphs(partial(_evaluate, latents), compiled, regular, math.inf),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyro_vae.infer.checks import check_part, check_program
 from pyro_vae.infer.compiling import Compiled
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
     laplace_approximation,
@@ -108,10 +108,10 @@ def importance_sampling(
             check_program(model, guide, next(split(data, 1000)))
             rows = rows_per_chunk(model, guide, data, memory)
             one = Latents(model, guide, select(data, slice(1))) if proposal == "laplace" else None
-        samples = min(num_samples, max(SAMPLES_PER_CHUNK, rows // BLOCK), rows)
+        samples = min(num_samples, max(SAMPLES_PER_CHUNK, rows // blocks.size), rows)
         size = power_of_two(rows // samples)
-        many = (num_samples // samples) * (data_size(data) // min(size, BLOCK)) > WORTH
-        graphs = partial(_Graphs, samples, min(size, BLOCK) if many else 0, compiled)
+        many = (num_samples // samples) * (data_size(data) // min(size, blocks.size)) > WORTH
+        graphs = partial(_Graphs, samples, min(size, blocks.size) if many else 0, compiled)
         draw = _from_guide(model, guide, size, graphs)
         if one is not None:
             draw = _from_laplace(one, rows, size, widening, df, graphs)

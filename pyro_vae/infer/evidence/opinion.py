@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, joined, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, block_size, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.exact import quadrature
 from pyro_vae.infer.evidence.modes import ENOUGH, FEW, MANY
@@ -137,8 +137,9 @@ def checked(
     tried, wrong, agreed = (torch.zeros_like(suspect) for _ in range(3))
     first, wanted, spent = 0, int(suspect.sum()) + settings.num_checked, 0.0
     cost = cast(Tensor, evidence.evaluations).clone()
+    size = block_size(unseen, GROUP)
     while first < min(wanted, latents.size):
-        groups = [each.sort().values for each in order[first : min(wanted, latents.size)][:WAVE].split(GROUP)]
+        groups = [each.sort().values for each in order[first : min(wanted, latents.size)][:WAVE].split(size)]
 
         def ask(i: int, groups: list[Tensor] = groups, evidence: Evidence = evidence) -> Part:
             among = groups[i]
@@ -170,7 +171,7 @@ def checked(
                 cost[places] += found.evaluations
             first += len(among)
         if wrong.any() and first >= wanted and spent < budget:
-            affordable = first + max(GROUP, int((budget - spent) * first / spent))
+            affordable = first + max(size, int((budget - spent) * first / spent))
             wanted = min(latents.size, 2 * wanted, affordable)
         if spent > budget and first >= settings.num_checked:
             break
@@ -210,7 +211,7 @@ def confirmed(
             among = torch.arange(at.start, at.stop, device=known.device)
             return {"more": _more_by_prior(few.select(at), pick(mine, among), rows, draws)}
 
-        wrong = joined(blocks.of("prior", len(places), by_prior, 8 * BLOCK))["more"]
+        wrong = joined(blocks.of("prior", len(places), by_prior, 8 * blocks.size))["more"]
         known = known.index_fill(0, places[wrong], False)
         cost[places] += draws
         places = places[~wrong]
@@ -222,7 +223,7 @@ def confirmed(
                 some = among[at]
                 return decided(latents.select(some), pick(evidence, some), rows)._asdict()
 
-            opinion = Opinion(**joined(blocks.of("opinion", len(among), ask, GROUP)))
+            opinion = Opinion(**joined(blocks.of("opinion", len(among), ask, block_size(known, GROUP))))
             cost[among] += opinion.evaluations
             agreed = among[~opinion.differs]
             if opinion.differs.sum() > MANY_WRONG * len(among):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_part, check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, Work, joined, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Path, State
 from pyro_vae.infer.evidence.importance import CHUNK, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import (
@@ -154,7 +154,7 @@ def by_blocks(
 
     parts, bar = [], tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
     with bar, evaluating(model, guide):
-        for part in blocks.of("estimate", latents.size, do, max(BLOCK // 4, min(size, BLOCK))):
+        for part in blocks.of("estimate", latents.size, do, max(blocks.size // 4, min(size, blocks.size))):
             parts.append(part)
             bar.update(len(next(iter(part.values()))))
     return joined(parts), rows, blocks

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.evidence.annealing import Annealing
-from pyro_vae.infer.evidence.blocks import BLOCK, Blocks, Part, joined, power_of_two
+from pyro_vae.infer.evidence.blocks import Blocks, Part, block_size, joined, power_of_two
 from pyro_vae.infer.evidence.chains import Mixture, Path, Start, anneal, bennett, evaluator, resample, warm_up
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
@@ -69,7 +69,7 @@ def adaptive(
     num, steps = sampler.pilot(few, blocks)
     bar.set_postfix(temperatures=num)
     parts = []
-    size = observations_at_once(BLOCK, latents.dim)
+    size = observations_at_once(blocks.size, latents.dim)
     for part in blocks.of("annealed", latents.size, lambda at: sampler.block(latents, at, num, steps), size):
         parts.append(part)
         bar.update(len(part["log_z"]))
@@ -85,7 +85,7 @@ class _Sampler:
         self.rows = power_of_two(observations_at_once(rows // settings.num_chains, latents.dim))
         # compiling takes longer than a few chunks do, and than what is left over
         compiled = compiled and latents.size > MANY_CHUNKS * self.rows
-        whole = min(self.rows, observations_at_once(BLOCK, latents.dim))
+        whole = min(self.rows, observations_at_once(block_size(latents.like), latents.dim))
         self.evaluate = evaluator(latents, self.kind, compiled, whole, math.inf)
         self.num_climbs = settings.num_climbs
         self.curve: Tensor | None = None
@@ -116,7 +116,7 @@ class _Sampler:
         All wait for it, so that it has parts of its own, :data:`AT_ONCE` observations each.
         """
         settings = self.settings
-        each = list(torch.arange(latents.size, device=latents.like.device).split(AT_ONCE))
+        each = list(torch.arange(latents.size, device=latents.like.device).split(block_size(latents.like, AT_ONCE)))
         begun = blocks.each("pilot-start", lambda i: _as_part(self.starts(latents.select(each[i]))), len(each))
         starts = [_from_part(part) for part in begun]
         if self.start != "laplace" and settings.schedule == "linear":
