@@ -23,7 +23,8 @@ from torch import Tensor
 import pyro_vae
 from pyro_vae.errors import RunError
 from pyro_vae.files import holds_anything, whole
-from pyro_vae.runs.reading import text_of
+from pyro_vae.runs.reading import text_of, yaml_of
+from pyro_vae.runs.seals import checksum, settings_sealed
 
 
 def choose_device(name: str, scores: bool = True) -> torch.device:
@@ -106,8 +107,38 @@ def check_run_dir(directory: Path, config: str, resume: bool | None, reread: Cal
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(previous, dict):
         raise RunError(f"{saved} is damaged: it holds no settings")
-    if changed := _difference(previous, yaml.safe_load(config)):
+    if changed := changed_setting(previous, yaml.safe_load(config)):
         raise RunError(f"--resume: {directory} was run with another {changed}; leave it out, or start a new run")
+
+
+ELSEWHERE = ("device", "data_dir")
+"""Settings that do not change what a finished run is."""
+
+
+def check_unchanged(directory: Path, paths: Sequence[str] = ()) -> None:
+    """Refuse settings of a finished run that were edited since; a run of an earlier version does not know.
+
+    Args:
+        directory: of the run.
+        paths: arguments of its data set that say where the data are, which may be elsewhere now.
+
+    Raises:
+        RunError: naming the first setting that differs.
+    """
+    known, saved = settings_sealed(directory / "model.safetensors"), directory / "config.yaml"
+    if known is None:
+        return
+    now = json.loads(json.dumps(yaml_of(saved), default=str))
+    for settings in (known, now):
+        for name in ELSEWHERE:
+            settings.pop(name, None)
+        dataset = settings.get("dataset")
+        arguments = dataset.get("init_args") if isinstance(dataset, dict) else None
+        if isinstance(arguments, dict):
+            for name in paths:
+                arguments.pop(name, None)
+    if changed := changed_setting(known, now):
+        raise RunError(f"{saved} was edited since the run was finished, with another {changed}: put it back")
 
 
 def make_directory(out: Path) -> None:
@@ -145,12 +176,12 @@ def check_empty(out: Path, options: str = "--run_dir") -> None:
             raise RunError(f"{out} exists and is never overwritten: choose another directory by {options}")
 
 
-def _difference(old: Any, new: Any, name: str = "") -> str | None:
+def changed_setting(old: Any, new: Any, name: str = "") -> str | None:
     """The first setting in which two configurations differ, as ``--option (old, now new)``."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             inner = key if not name else name if key in ("class_path", "init_args") else f"{name}.{key}"
-            if found := _difference(old.get(key), new.get(key), inner):
+            if found := changed_setting(old.get(key), new.get(key), inner):
                 return found
         return None
     return None if old == new else f"--{name} ({old}, now {new})"
@@ -202,10 +233,10 @@ def write_netcdf(path: Path, content: xr.DataTree | xr.Dataset) -> None:
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write weights as safetensors, whose own writer leaves a file that nobody else may read."""
+    """Write weights as safetensors, with a checksum; its own writer leaves a file that nobody else may read."""
     with whole(path) as partial:
         own = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}  # some may be shared
-        partial.write_bytes(save(own, metadata))
+        partial.write_bytes(save(own, {**metadata, "checksum": checksum(own, metadata)}))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -76,6 +76,16 @@ def check_name(option: str, name: str) -> None:
         raise ValueError(f"{option}: a name has 1 to 100 printable characters, got {_shown(name)}")
 
 
+def check_trust(trust: object) -> None:
+    """Refuse what is neither true nor false: text such as "no" would be true.
+
+    Raises:
+        RunError: if it is not a bool.
+    """
+    if not isinstance(trust, bool):
+        raise RunError(f"trust must be True or False, got {_shown(trust)}")
+
+
 def check_read(values: argparse.Namespace, config: type) -> None:
     """Refuse settings that the parser has read and that are of another kind; expand and complete paths among them.
 

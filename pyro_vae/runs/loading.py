@@ -15,7 +15,8 @@ from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import RunError
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.build import Model, build, load_dataset, make
-from pyro_vae.runs.directory import check_empty, choose_device
+from pyro_vae.runs.directory import check_empty, check_unchanged, choose_device
+from pyro_vae.runs.given import check_trust
 from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.reading import evidence_of, result_of, weights_of
@@ -42,6 +43,9 @@ class Run:
     result: dict[str, Any]
     evidence: dict[str, xr.Dataset]
     trust: bool = True
+
+    def __post_init__(self):
+        check_trust(self.trust)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -122,6 +126,7 @@ def load(directory: Path | str, trust: bool = True) -> Run:
     Raises:
         RunError: if ``directory`` does not hold one, or its settings name other classes and are not trusted.
     """
+    check_trust(trust)
     directory = Path(directory)
     result = result_of(directory)
     evidence = evidence_of(directory, result)
@@ -134,15 +139,20 @@ def load_settings(directory: Path | str, trust: bool = True) -> Settings:
     """The settings of a run; for ``trust``, see :func:`load`.
 
     Raises:
-        RunError: if there are none, or they name classes that are not trusted.
+        RunError: if there are none, or they name classes that are not trusted, or were edited since the run was
+            finished.
     """
+    check_trust(trust)
     saved = Path(directory) / "config.yaml"
     if not os.path.lexists(saved):
         raise RunError(f"{directory} holds no run (there is no config.yaml)")
     try:
-        return parse(Settings, [f"--config={saved}"], trust=trust)[0]
+        settings = parse(Settings, [f"--config={saved}"], trust=trust)[0]
     except RunError as error:
         raise error if str(saved) in str(error) else RunError(f"{saved}: {error}") from error
+    given = getattr(settings.dataset, "keywords", {})
+    check_unchanged(Path(directory), [name for name, value in given.items() if isinstance(value, Path)])
+    return settings
 
 
 def load_model(directory: Path | str, trust: bool = True) -> Model:
@@ -152,6 +162,7 @@ def load_model(directory: Path | str, trust: bool = True) -> Model:
     Raises:
         RunError: if ``directory`` holds no trained model.
     """
+    check_trust(trust)
     directory = Path(directory)
     weights, schema = weights_of(directory)
     settings = load_settings(directory, trust)
@@ -170,6 +181,7 @@ def load_schema(directory: Path | str, trust: bool = True) -> Schema:
     Raises:
         RunError: if ``directory`` holds no trained model.
     """
+    check_trust(trust)
     _, schema = weights_of(Path(directory))
     if schema.pixels is None and isinstance(_source(load_settings(directory, trust)), Dataset):
         try:
@@ -246,6 +258,7 @@ def load_finished(
     Raises:
         RunError: if ``directory`` holds none, or the data cannot be had, or it is told a condition and may not be.
     """
+    check_trust(trust)
     result_of(directory)
     vae, data = load_model(directory, trust).to(device), load_data(directory, device, trust)
     if data.schema.condition and not may_be_told:

@@ -30,7 +30,7 @@ from pyro_vae.runs.factories import (
     translated,
     translated_option,
 )
-from pyro_vae.runs.given import check_read, check_written, read_settings
+from pyro_vae.runs.given import check_read, check_trust, check_written, read_settings
 
 T = TypeVar("T")
 
@@ -73,6 +73,7 @@ def parse(
         RunError: for every mistake, in one line that names the option.
         SystemExit: after ``--help`` and the like.
     """
+    check_trust(trust)
     argv = _first_named(list(sys.argv[1:] if argv is None else argv), first, config)
     argv = _run_dir_for_out(argv, config)
     options = parser(config, prog)

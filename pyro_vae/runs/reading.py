@@ -22,6 +22,7 @@ from pyro_vae.data.datasets import Kind, Schema
 from pyro_vae.errors import RunError, reason_of
 from pyro_vae.files import bytes_in
 from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.runs.seals import checksum, metadata_in, without_weights
 
 Is = Callable[[Any], bool]
 """Whether a value read from a file is what it must be."""
@@ -89,6 +90,19 @@ def _finite(text: str) -> float:
     return number
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which no mapping names a key twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise ValueError(f"{key.value} is given twice, the second time in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def yaml_of(path: Path) -> dict[str, Any]:
     """The content of a YAML file: settings by name.
 
@@ -99,7 +113,7 @@ def yaml_of(path: Path) -> dict[str, Any]:
     if len(content) > MOST_SETTINGS:
         raise RunError(f"{path}: more than {MOST_SETTINGS:,} bytes are no settings")
     try:
-        settings = yaml.safe_load(content.decode("utf-8"))
+        settings = yaml.load(content.decode("utf-8"), _Once)
     except RecursionError as error:
         raise RunError(f"{path}: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -378,12 +392,14 @@ def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     content = bytes_of(path)
     try:
         tensors = safetensors.load(content)
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+        metadata = metadata_in(content)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, reason_of(error)) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.isnan().any():
             raise damaged(path, f"'{name}' holds NaN")
+    if "checksum" in metadata and metadata["checksum"] != checksum(tensors, metadata):  # earlier versions wrote none
+        raise damaged(path, "its checksum is another")
     return tensors, metadata
 
 
@@ -395,7 +411,9 @@ def weights_of(directory: Path) -> tuple[dict[str, Tensor], Schema]:
     """
     path = directory / "model.safetensors"
     if not os.path.lexists(path):
-        raise RunError(f"{directory} holds no trained model (there is no model.safetensors)")
+        raise RunError(
+            f"{directory} holds no trained model (there is no model.safetensors){without_weights(directory)}"
+        )
     weights, metadata = tensors_of(path)
     try:
         return weights, schema_of(metadata)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 import shlex
 import sys
 import traceback
@@ -53,10 +54,12 @@ from pyro_vae.runs.directory import (
     writing,
 )
 from pyro_vae.runs.launched import check_same, device_of, launched, leave
-from pyro_vae.runs.loading import Run, load
+from pyro_vae.runs.loading import Run, load, load_settings
 from pyro_vae.runs.memory import check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
+from pyro_vae.runs.reading import yaml_of
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
+from pyro_vae.runs.seals import without_weights
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.workers import alone
 from pyro_vae.training import fit
@@ -109,6 +112,9 @@ def train(settings: Settings, text: str | None = None) -> Run:
     if not processes.is_first:
         sys.exit(0)
     if finished:
+        if not (run_dir / "model.safetensors").exists():
+            raise RunError(f"{run_dir} is finished, but has no model.safetensors{without_weights(run_dir)}")
+        load_settings(run_dir)
         forget_parts(run_dir)
         print("This run is finished; its result:")
     report_run(run_dir)
@@ -224,7 +230,8 @@ def finish(
     run_dir: Path,
 ) -> None:
     """Write weights, scores and figures of a trained model; ``result.json`` is the last file."""
-    metadata = {"schema": data.schema.dumps()}
+    settled = json.dumps(yaml_of(run_dir / "config.yaml"), default=str)
+    metadata = {"schema": data.schema.dumps(), "settings": settled}
     write_weights(run_dir / "model.safetensors", vae.state_dict(), metadata)
     works = partial(_parts, settings, data, run_dir)
     result, evidence, annealed = score_test(settings, vae, data, works)

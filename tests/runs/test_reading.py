@@ -257,3 +257,101 @@ def test_own_classes_need_no_trust(stranger):
     run = runs.load(stranger(optimizer=part("torch.optim.SGD", momentum=0.9)), trust=False)
     weights = run.model.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in load_file(run.path / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("trust", ["false", "False", "no", 0, None])
+@pytest.mark.parametrize("load", [runs.load, runs.load_settings, runs.load_model, runs.load_data])
+def test_trust_is_a_bool(stranger, load, trust):
+    run_dir = stranger(encoder="strange.Net")
+    assert refused(load, run_dir, trust=trust) == f"trust must be True or False, got {trust!r}".replace("None", "null")
+    assert os.environ["STRANGE"] == ""
+
+
+# What was changed since a run was finished
+
+
+@pytest.fixture
+def sealed(run_dir):
+    """A run as it is finished today."""
+    weights, metadata = reading.tensors_of(run_dir / "model.safetensors")
+    settings = json.dumps(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    runs.write_weights(run_dir / "model.safetensors", weights, metadata | {"settings": settings})
+    return run_dir
+
+
+def test_no_bit_of_the_weights_can_change(sealed):
+    path = sealed / "model.safetensors"
+    runs.load_model(sealed)
+    content = bytearray(path.read_bytes())
+    for place in (-1, -500, -3000):
+        changed = content.copy()
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert refused(runs.load_model, sealed) == f"{path} is damaged: its checksum is another"
+
+
+def test_types_shapes_names_and_metadata_count():
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
+    known = reading.checksum(tensors, {"told": "1", "checksum": "any"})
+    assert known == reading.checksum(dict(reversed(tensors.items())), {"told": "1"})
+    others = [
+        (tensors | {"a": tensors["a"].T.reshape(3, 2)}, {"told": "1"}),
+        (tensors | {"a": tensors["a"].reshape(3, 2)}, {"told": "1"}),
+        (tensors | {"a": tensors["a"].view(torch.int32)}, {"told": "1"}),
+        ({"a": tensors["a"], "c": tensors["b"]}, {"told": "1"}),
+        (tensors, {"told": "2"}),
+        (tensors, {}),
+    ]
+    assert len({known, *(reading.checksum(*each) for each in others)}) == 1 + len(others)
+
+
+def edit(run_dir, **settings):
+    path = run_dir / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 5}, r"--seed \(\d+, now 5\)"),
+        ({"epochs": 999}, r"--epochs \(\d+, now 999\)"),
+        ({"missing": "zeros"}, r"--missing \(None, now zeros\)"),
+        ({"likelihood": "ContinuousBernoulli"}, "--likelihood "),
+        ({"dataset": part("MNIST", binarization="threshold")}, "--dataset"),
+    ],
+)
+def test_settings_of_a_finished_run_cannot_change(sealed, settings, words):
+    edit(sealed, **settings)
+    for function in (runs.load_settings, runs.load_model, runs.load_data):
+        line = refused(function, sealed)
+        assert re.search(rf"config\.yaml was edited since the run was finished, with another {words}", line)
+
+
+def test_a_run_may_move(sealed):
+    edit(sealed, device="cpu", data_dir="/elsewhere")
+    assert runs.load_settings(sealed).data_dir == Path("/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "line"),
+    [
+        ("epochs: 2\nlr: 0.1\nepochs: 1\n", "epochs", 3),
+        ("evidence:\n  num_samples: 2\n  num_samples: 2\n", "num_samples", 3),
+        ("encoder: {class_path: MLP, init_args: {hidden: [3], hidden: [4]}}\n", "hidden", 1),
+        ("'seed': 1\nseed: 2\n", "seed", 2),
+    ],
+)
+def test_a_setting_given_twice(tmp_path, text, name, line):
+    (path := tmp_path / "settings.yaml").write_text(text)
+    words = f"{name} is given twice, the second time in line {line}"
+    assert words in refused(runs.parse, runs.Settings, [f"--config={path}"])
+
+
+def test_settings_by_reference_are_no_repetition(tmp_path):
+    (path := tmp_path / "settings.yaml").write_text(
+        "evidence: &few\n  num_samples: 7\nencoder:\n  class_path: MLP\n  init_args: &same {hidden: [3]}\n"
+        "decoder:\n  class_path: MLP\n  init_args:\n    <<: *same\n"
+    )
+    settings, _ = runs.parse(runs.Settings, [f"--config={path}"])
+    assert settings.evidence.num_samples == 7
+    assert settings.decoder.keywords["hidden"] == [3]

@@ -1,0 +1,55 @@
+"""What a file of weights says of itself and of its run: by it, what was changed since is noticed."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors, and of what is told of them, but for a checksum."""
+    told = {name: value for name, value in metadata.items() if name != "checksum"}
+    result = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        result.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        result.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
+
+
+def metadata_in(content: bytes) -> dict[str, str]:
+    """What a safetensors file, of which the beginning is enough, says beside its tensors.
+
+    Raises:
+        ValueError, TypeError or AttributeError: if it is none.
+    """
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+
+
+def settings_sealed(weights: Path) -> dict[str, Any] | None:
+    """The settings that a file of weights was trained with, as ``config.yaml`` had them.
+
+    None if it is of an earlier version, or is none, or is damaged, which is told where weights are read.
+    """
+    try:
+        with weights.open("rb") as file:
+            size = file.read(8)
+            settings = json.loads(metadata_in(size + file.read(min(int.from_bytes(size, "little"), 10**8)))["settings"])
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def without_weights(directory: Path) -> str:
+    """What helps a run without weights, as the end of a line about it."""
+    if not (directory / "checkpoint.pt").is_file():
+        return ""
+    first = "delete its result.json; then " if (directory / "result.json").exists() else ""
+    return (
+        f": checkpoint.pt is there, so {first}pyro-vae train --run_dir {shlex.quote(str(directory))} --resume writes it"
+    )
