@@ -12,7 +12,7 @@ import csv
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -191,13 +191,32 @@ def run_all(settings: StudySettings, run_dir: Path) -> dict[str, list[Path]]:
         The run directories of each contender, one per seed.
 
     Raises:
-        RunError: if runs failed, when all others are finished.
+        RunError: if runs failed, when all others are finished; the table of these is printed.
     """
+    directories = {name: [run_dir / _directory(name, s) for s in range(settings.seeds)] for name in settings.contenders}
     if failures := do_all(partial(_shared, settings), run_dir, settings):
+        _print_finished(directories, failures)
         (first, reason), *others = failures.items()
         more = f"; {len(others)} more failed, see {run_dir / CLAIMS}/*.failed" if others else ""
         raise RunError(f"{first}: {reason}{more}; the same command with --run_dir {run_dir} --resume runs it again")
-    return {name: [run_dir / _directory(name, s) for s in range(settings.seeds)] for name in settings.contenders}
+    return directories
+
+
+def _print_finished(directories: Mapping[str, Sequence[Path]], failures: Mapping[str, str]) -> None:
+    """Print the table of what is finished of a study, by the seeds that all in it have, and what failed."""
+    done = {name: {s for s, path in enumerate(paths) if _is_done(path)} for name, paths in directories.items()}
+    done = {name: seeds for name, seeds in done.items() if seeds}
+    seeds = set.intersection(*done.values()) if done else set()
+    with suppress(RunError):  # what is wrong with the files of a run, when others failed anyway
+        if seeds:
+            finished = summarize({name: [directories[name][seed] for seed in sorted(seeds)] for name in done})
+            alike = [each for each in finished if each.reference == finished[0].name]
+            print(f"\nOf seeds {', '.join(map(str, sorted(seeds)))}, without what failed:\n\n{summary_table(alike)}")
+    print("\n" + "\n".join(f"failed: {directory}: {reason}" for directory, reason in failures.items()))
+
+
+def _is_done(run: Path) -> bool:
+    return (run / "result.json").exists()
 
 
 class Workers(Protocol):
@@ -273,7 +292,7 @@ def _shared(settings: StudySettings, run_dir: Path) -> Shared:
             train(*_planned(settings, name, seed, run_dir / directory))
 
     def is_done(directory: str) -> bool:
-        return (run_dir / directory / "result.json").exists()
+        return _is_done(run_dir / directory)
 
     return Shared(run_dir, list(runs), do, is_done, partial(status, run_dir))
 

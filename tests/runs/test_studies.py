@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -75,6 +76,34 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
         assert old | {"seconds": 0} == new | {"seconds": 0}
     prior_study.main(argv)
     assert len(ran) == 1
+
+
+def test_what_is_finished_is_told_when_others_failed(finished, tmp_path, monkeypatch, capsys):
+    study = shutil.copytree(finished, tmp_path / "study")
+    (study / "result.json").unlink()
+    settings = runs.StudySettings(json.loads(TWO) | {"Third": ""}, seeds=2)
+    monkeypatch.setattr(studies, "do_all", lambda *_: {"Third-seed0": "Third: no", "Mixture-of-3-seed1": "gone"})
+    wholes = {name: [study / f"{runs.slug(name)}-seed{seed}" for seed in (0, 1)] for name in json.loads(TWO)}
+    (study / "Mixture-of-3-seed1" / "result.json").rename(tmp_path / "kept.json")
+
+    def printed():
+        with pytest.raises(runs.RunError, match=r"^Third-seed0: Third: no; 1 more failed"):
+            studies.run_all(settings, study)
+        return capsys.readouterr().out
+
+    out = printed()
+    first = runs.summarize({name: paths[:1] for name, paths in wholes.items()})
+    assert f"Of seeds 0, without what failed:\n\n{runs.summary_table(first)}\n" in out
+    assert "failed: Third-seed0: Third: no\nfailed: Mixture-of-3-seed1: gone\n" in out
+    (tmp_path / "kept.json").rename(study / "Mixture-of-3-seed1" / "result.json")
+    assert f"Of seeds 0, 1, without what failed:\n\n{runs.summary_table(runs.summarize(wholes))}\n" in printed()
+    for path in wholes["Mixture, of 3"]:
+        (path / "result.json").unlink()
+    assert runs.summary_table(runs.summarize({"Normal": wholes["Normal"]})) in printed()
+    for path in wholes["Normal"]:
+        (path / "result.json").unlink()
+    assert printed().startswith("\nfailed: ")
+    assert not (study / "result.json").exists()
 
 
 @pytest.mark.parametrize(
