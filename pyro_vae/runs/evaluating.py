@@ -55,6 +55,7 @@ from pyro_vae.runs.ray_blocks import on_cluster
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.reading import evaluation_of
 from pyro_vae.runs.scoring import (
+    BY_ROUNDING,
     MANY,
     MORE_ELSEWHERE,
     believable,
@@ -295,11 +296,13 @@ def evaluation_table(result: dict[str, Any]) -> str:
     rows = [(f"{result['num_images']:,} {result['split']} {images}", result["unit"], "")]
     if "width" in result:
         whose = "the exact posterior" if result["split"] == "simulated" else "long posterior chains"
+        # bounds in expectation: a lower one above the upper one is chance, within its error
+        crossed = ": by more than chance, the bounds are crossed" if result["width"] < -2 * result["width_se"] else ""
         rows = [
             *rows,
             ("lower", number(result["lower"]), "annealed from the start to the posterior: low in expectation"),
             ("upper", number(result["upper"]), f"annealed back from {whose}: high in expectation"),
-            ("width", number(result["width"]), f"+- {number(result['width_se'])} over {images}"),
+            ("width", number(result["width"]), f"+- {number(result['width_se'])} over {images}{crossed}"),
         ]
         if not result["reliable"]:
             rows.append(("  reliable", f"{result['share_reliable']:.0%}", unreliable(result["share_reliable"], images)))
@@ -313,6 +316,7 @@ def evaluation_table(result: dict[str, Any]) -> str:
             share, threshold = result["share_khat_above_threshold"] or 0.0, result["khat_threshold"]
             believe = f"not to be believed: {share:.0%} of the {images} have a Pareto k above {threshold:.2f}"
             believe = believe if share > MANY else MORE_ELSEWHERE
+            believe = BY_ROUNDING if result["share_khat_above_threshold"] is None else believe
         believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe
         rows += [
             (f"log p(x), {result['estimator']}", number(result["log_likelihood"]), ""),

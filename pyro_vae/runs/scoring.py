@@ -20,7 +20,7 @@ from pyro_vae.infer.evidence.annealed import annealed_importance_sampling
 from pyro_vae.infer.evidence.blocks import Work
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.opinion import contradicts
-from pyro_vae.infer.evidence.result import Evidence, difference_estimate, pick
+from pyro_vae.infer.evidence.result import Evidence, beyond_rounding, difference_estimate, pick
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
 from pyro_vae.parts.likelihoods import Likelihood
@@ -153,6 +153,7 @@ def score_validation(run: Settings, vae: Model, data: Data, works: Works = nobod
 
 
 MORE_ELSEWHERE = "not to be believed: chains from the prior find more of p(x)"
+BY_ROUNDING = "not to be believed: rounding alone changes it by half a nat"
 MANY = 0.1
 """Share of images with a bad Pareto k above which an importance-sampled log-likelihood is called unreliable."""
 
@@ -168,8 +169,12 @@ def num_not_finite(evidence: Evidence) -> int:
 
 
 def believable(evidence: Evidence) -> bool | None:
-    """Whether the mean of importance-sampled evidence may be believed; None if that is not known."""
-    return False if num_not_finite(evidence) else reliable(share_doubted(evidence))
+    """Whether the mean of importance-sampled evidence may be believed; None if that is not known.
+
+    Not where rounding alone changes it by half a nat, however few the samples: runs compute in single precision.
+    """
+    lost = num_not_finite(evidence) or not beyond_rounding(evidence.log_px.mean(), torch.float32)
+    return False if lost else reliable(share_doubted(evidence))
 
 
 def reliable(share_bad_k: float | None) -> bool | None:
@@ -215,10 +220,20 @@ def anneal(
     estimate, error = difference_estimate(importance, evidence, among)
     acceptance, seconds = evidence.acceptance.mean().item(), time.perf_counter() - start
     share = cast(Tensor, evidence.reliable).double().mean().item()
-    believed = share >= 1 - FEW_DOUBTED and math.isfinite(estimate)
+    believed = share >= 1 - FEW_DOUBTED and sensible(estimate, error, evidence, vae.likelihood.head)
     values = estimate, error, evidence.shortfall(), acceptance, share, believed, seconds
     counts = {"annealed_images": size, "annealed_num_not_finite": num_not_finite(evidence)}
     return evidence.to_dataset(among), dict(zip(names, values, strict=True)) | counts
+
+
+def sensible(estimate: float, error: float, evidence: Evidence, head: Likelihood) -> bool:
+    """Whether the mean over all data may be what it is said to be, by that of some.
+
+    No log mass is above 0, and an error above the spread of log p(x) over data says that the others are not known.
+    """
+    spread = max(evidence.log_px.std().item(), 1.0) if evidence.log_px.numel() > 1 else 1.0
+    possible = head.is_density is not False or estimate <= error
+    return math.isfinite(estimate) and error <= spread and possible
 
 
 def some(number: int, size: int) -> Tensor:
@@ -258,6 +273,7 @@ def report_run(run_dir: Path) -> None:
     if result.get("reliable") is False:
         samples += ", too low here"
         believe = "not to be believed here, see k" if share is not None and share > MANY else MORE_ELSEWHERE
+        believe = BY_ROUNDING if share is None else believe
         believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe
     rows = [
         ("test", result["unit"], ""),
@@ -285,7 +301,9 @@ def report_run(run_dir: Path) -> None:
         ]
         if result.get("annealed_reliable") is False:
             share = result["annealed_share_reliable"]
-            why = "it is no number" if result.get("annealed_num_not_finite") else unreliable(share, noun + "s")
+            why = "its error is too large, or a log mass is above 0: score more of them"
+            why = unreliable(share, noun + "s") if share < 1 - FEW_DOUBTED else why
+            why = "it is no number" if result.get("annealed_num_not_finite") else why
             rows.append((f"  reliable {noun}s", f"{share:.1%}", f"not to be believed: {why}"))
     rows += [
         (f"error over {noun}s", number(result["test_log_likelihood_se"]), "another test set would differ by this"),

@@ -842,6 +842,49 @@ def test_difference_estimate_of_single_precision():
     )
 
 
+HOPELESS = {  # what importance sampling says of 400 observations where its log-weights are absurd
+    "far": lambda noise: 1e9 * noise - 2e10,
+    "one far": lambda noise: torch.where(torch.arange(400) == 7, -1e9 - 0 * noise, 0 * noise - 2e10),
+    "quanta": lambda noise: 1e9 * (noise > 2).double() - 1.5e16,
+    "alike": lambda noise: 0 * noise - 1.5e16,
+}
+
+
+@pytest.mark.parametrize("size", [12, 120])
+@pytest.mark.parametrize("kind", HOPELESS)
+def test_hopeless_rough_values_leave_the_mean_of_those_tried(kind, size):
+    """The oracle is the mean of all, and the spread of estimates over draws: no term of the rough values is in it."""
+    truth, noise = 8 * torch.randn(2, 400, dtype=torch.float64)
+    nothing = torch.zeros(400).double()
+    rough = Evidence(HOPELESS[kind](noise / 8), nothing + 1e4, nothing + 1, nothing, nothing, nothing, 20)
+    found = []
+    for _ in range(200):
+        among = torch.randperm(400)[:size]
+        found.append(difference_estimate(rough, evidence_of(truth[among] - 90, nothing[among]), among))
+    estimate, error = torch.tensor(found, dtype=torch.float64).unbind(1)
+    expected = truth.std().item() * ((1 - size / 400) / size) ** 0.5
+    assert estimate.std().item() == pytest.approx(expected, rel=0.25)
+    assert error.square().mean().sqrt().item() == pytest.approx(expected, rel=0.1)
+    assert abs(estimate.mean() + 90 - truth.mean()) < 4 * expected / len(found) ** 0.5
+
+
+@pytest.mark.parametrize("size", [12, 120])
+def test_observations_far_from_those_tried_widen_the_error(size):
+    """A few rows of far lower log p(x), none of them tried: right rough values tell of them, with an error."""
+    truth = 8 * torch.randn(400, dtype=torch.float64) - 90
+    truth[-8:] = -5000
+    nothing = torch.zeros(400).double()
+    rough = Evidence(truth - 1 - torch.rand(400).double(), nothing, nothing + 1, nothing, nothing, nothing, 20)
+    near = []
+    for _ in range(100):
+        among = torch.randperm(392)[:size]
+        estimate, error = difference_estimate(rough, evidence_of(truth[among], nothing[among]), among)
+        near.append(abs(estimate - truth.mean().item()) / error)
+        assert abs(estimate - truth.mean()) < 20  # the mean of those tried is off by 98
+        assert error > 0.1
+    assert sum(each < 2 for each in near) > 85
+
+
 @pytest.mark.slow
 def test_a_thousand_dimensions():
     weight = 3 * torch.randn(20, 1000, dtype=torch.float64) / 1000**0.5

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -483,6 +484,42 @@ def test_evidence_that_is_nowhere_finite_is_still_reported(tmp_path, capsys):
     )
     runs.report_run(tmp_path)
     assert re.search(r"\| log p\(x\), importance sampling +\| +- \|", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "error", "is_density", "expected"),
+    [
+        (-29.0, 1.4, False, True),
+        (7e9, 9.6e9, False, False),
+        (5_409_252.0, 1.4, False, False),
+        (-29.0, 9.6e9, False, False),
+        (-29.0, math.inf, False, False),
+        (-29.0, math.nan, True, False),
+        (math.nan, 1.4, True, False),
+        (0.5, 1.4, False, True),
+        (2.0, 1.4, False, False),
+        (250.0, 1.4, True, True),
+        (250.0, 1.4, None, True),
+    ],
+)
+def test_what_the_mean_of_some_may_say_of_all(estimate, error, is_density, expected):
+    log_px = torch.tensor([-29.7, -28.9, -24.9, -29.5, -22.7])
+    some = Evidence(log_px, *[torch.ones(5)] * 5)
+    assert scoring.sensible(estimate, error, some, SimpleNamespace(is_density=is_density)) is expected
+
+
+@pytest.mark.parametrize(("log_px", "expected"), [(-30.0, None), (-1e5, None), (-2e10, False), (-1.5e16, False)])
+def test_absurd_values_of_few_samples_are_not_believed(log_px, expected):
+    unknown = torch.full((4,), math.nan)
+    few = Evidence(torch.full((4,), log_px).double(), unknown, unknown, unknown, *[unknown] * 2, 20)
+    assert scoring.believable(few) is expected
+
+
+@pytest.mark.parametrize(("width", "told"), [(0.5, False), (-0.006, False), (-0.007, True)])
+def test_bounds_that_are_crossed_by_more_than_chance_are_told(width, told):
+    result = {"num_images": 4, "split": "simulated", "unit": "nats per image, mass", "lower": -29.0, "seconds": 1.0}
+    result |= {"upper": -29.0 + width, "width": width, "width_se": 0.003, "reliable": True}
+    assert ("crossed" in runs.evaluation_table(result)) is told
 
 
 # Interruption

@@ -170,8 +170,9 @@ def difference_estimate(rough: Tensor | Evidence, fine: Evidence, among: Tensor)
 
     mean(rough) + mean over the n of (fine - rough), the difference estimator of survey sampling: its error is that of
     the differences, which vary far less from one observation to another than log p(x) does. Where ``rough`` is evidence
-    and n is at least 100, the differences are foretold from its diagnostics by least squares (the regression estimator,
-    Cochran 1977, section 7.1, with several variables), and only what is left of them counts.
+    and n is at least 100, ``fine`` is foretold from its diagnostics by least squares (the regression estimator, Cochran
+    1977, section 7.1, with several variables), and only what is left counts. Where ``rough`` says nothing of ``fine``,
+    as where importance sampling is hopeless, the estimate is the mean of ``fine`` alone.
 
     Args:
         rough: log p(x) of all observations, shape ``(N,)``, or evidence of them.
@@ -181,28 +182,76 @@ def difference_estimate(rough: Tensor | Evidence, fine: Evidence, among: Tensor)
     Returns:
         The estimate, and its standard error: sqrt((1 - n / N) Var(rest) / n + n / N mc^2), with ``mc`` the Monte Carlo
         error of the mean of ``fine`` (Cochran 1977, sections 7.2-7.3, and 13.9). How far another draw of ``among`` and
-        another run of the fine estimator would differ. NaN, both, where a log p(x) is not finite.
+        another run of the fine estimator would differ. Where ``rough`` varies far more over all than over those tried,
+        it has the error of the extrapolation too. NaN, both, where a log p(x) is not finite.
     """
     start = (rough.log_px if isinstance(rough, Evidence) else rough).double()
-    difference = fine.log_px - start[among]
-    if not (start.isfinite().all() and difference.isfinite().all()):
+    value = fine.log_px.double()
+    if not (start.isfinite().all() and value.isfinite().all()):
         return math.nan, math.nan
-    size = difference.numel()
+    size = value.numel()
     share = size / start.numel()
-    told, freedom = torch.zeros_like(start), size - 1
-    if isinstance(rough, Evidence) and size >= 100:
-        told, used = _foretold(rough, difference, among)
-        freedom = size - used
-    rest = difference - told[among]
-    spread = (rest - rest.mean()).square().sum().item() / freedom
-    variance = (1 - share) * spread / size + share * fine.mean()[2] ** 2
-    return (start + told).mean().item() + rest.mean().item(), variance**0.5
+    correction, variance = 0.0, 0.0
+    if share < 1 and isinstance(rough, Evidence) and size >= 100:
+        correction, variance = _by_regression(rough, value, among)
+    elif share < 1:
+        correction, variance = _by_difference(start, value, among)
+    error = fine.mean()[2]
+    return value.mean().item() + correction, math.sqrt((1 - share) * variance + share * error * error)
 
 
-def _foretold(rough: Evidence, difference: Tensor, among: Tensor) -> tuple[Tensor, int]:
-    """What the diagnostics of all observations foretell of a difference known of some, and by how many coefficients."""
+def _by_difference(start: Tensor, value: Tensor, among: Tensor) -> tuple[float, float]:
+    """What the mean of n values lacks of that of all, by rough ones; and its variance, without finite population.
+
+    The rough values are taken as they are unless it is plain that they do not help: differences that vary more than the
+    values do, and rough values or differences that vary by far more than chance lets the n values vary less than all.
+    A nearer choice, by which of two like variances is the smaller in this draw, would state errors that are too small.
+    """
+    size = value.numel()
+    rough = start - start.median()  # no digits are lost to what all share
+    tried = rough[among]
+    gap = (rough.mean() - tried.mean()).item()
+    of_rest, of_value, of_tried, of_all = (
+        each.var().item() if size > 1 else math.nan for each in (value - tried, value, tried, rough)
+    )
+    floor = max(of_value, 1.0)  # values that are all alike, as of copies of a row, say nothing of the others
+    if max(of_rest, of_all) <= 4 * floor * _most_variance(size - 1):
+        return gap, of_rest / size
+    if not of_rest < floor:
+        return 0.0, of_value / size
+    # what is foretold of a wide range by a narrow one: at most the whole gap is wrong
+    if not of_rest < of_tried:
+        return 0.0, max(of_value / size, gap * gap)
+    return gap, max(of_rest / size, gap * gap * of_rest / of_tried)
+
+
+def _most_variance(freedom: int) -> float:
+    """By how much a variance may exceed that of a normal sample, but for one sample in a thousand.
+
+    From P(chi^2 < c) < (c / 2)^(k / 2) / Gamma(k / 2 + 1).
+    """
+    half = freedom / 2
+    return half / math.exp((math.log(1e-3) + math.lgamma(half + 1)) / half) if freedom > 0 else math.inf
+
+
+def _by_regression(rough: Evidence, value: Tensor, among: Tensor) -> tuple[float, float]:
+    """The same by least squares on the diagnostics of all, of free coefficients; none if they foretell nothing.
+
+    The variance has a term for the coefficients: where all observations lie far from those tried, they extrapolate,
+    which is left where what they foretell there is within three of its errors.
+    """
+    size = value.numel()
     columns = [rough.log_px, rough.mc_se, rough.khat, rough.ess.clamp(min=1).log()]
-    known = [each.double() for each in columns if each.isfinite().all() and each.std() > 0]
-    design = torch.stack([torch.ones_like(rough.log_px.double()), *((x - x.mean()) / x.std() for x in known)], 1)
-    fit = torch.linalg.lstsq(design[among].cpu(), difference.double().unsqueeze(1).cpu()).solution
-    return (design @ fit.to(design)).squeeze(1), design.shape[1]
+    known = [each.double() for each in columns if each.isfinite().all() and each.double().std() > 0]
+    # the median first: no digits are lost to what all share
+    scaled = [(each - each.median()) / (each - each.median()).std() for each in known]
+    design = torch.stack([each for each in scaled if each[among].std() > 1e-6] or [0 * rough.log_px.double()], 1).cpu()
+    tried = design[among.cpu()]
+    gap, inverse = design.mean(0) - tried.mean(0), torch.linalg.pinv(tried - tried.mean(0), rtol=1e-10)
+    centred = (value - value.mean()).cpu()
+    fit = inverse @ centred
+    rest = (centred - (tried - tried.mean(0)) @ fit).square().sum().item() / (size - 1 - design.shape[1])
+    leverage, told = (gap @ inverse).square().sum().item(), (gap @ fit).item()
+    if leverage > 1 / size and told * told < 9 * rest * leverage:
+        return 0.0, centred.var().item() / size
+    return told, rest * (1 / size + leverage / (1 - size / len(design)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.diagnostics import pareto_k_threshold, pareto_smooth, pareto_tail_length
-from pyro_vae.infer.evidence.result import Evidence, beyond_rounding
+from pyro_vae.infer.evidence.result import Evidence, beyond_rounding, rounding
 
 
 def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool = False) -> Evidence:
@@ -17,7 +17,8 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
     However they are chunked, the result is the same up to rounding in float64. Memory does not grow with K but for
     the square root of K largest weights, which the Pareto fit needs.
 
-    The Monte Carlo error is that of the delta method, se^2 = Var(w) / (K mean(w)^2), with the sample variance of w.
+    The Monte Carlo error is that of the delta method, se^2 = Var(w) / (K mean(w)^2), with the sample variance of w;
+    it is no smaller than what rounding of the log-weights does.
     With ``smooth``, the weights are those smoothed by :func:`pyro_vae.pareto_smooth`.
 
     Raises:
@@ -60,7 +61,7 @@ def reduce_log_weights(chunks: Iterable[Tensor], num_samples: int, smooth: bool 
     )
     return Evidence(
         log_px=total - math.log(num_samples),
-        mc_se=variance.sqrt(),
+        mc_se=torch.maximum(variance.sqrt(), rounding(total, dtype)),
         ess=ess,
         khat=khat,
         num_invalid=invalid,
