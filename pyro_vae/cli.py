@@ -1,5 +1,6 @@
 """The command pyro-vae: it reads its arguments, calls pyro_vae.runs, and tells a user's mistake in one line."""
 
+import atexit
 import contextlib
 import importlib
 import multiprocessing
@@ -174,15 +175,27 @@ def _import_ahead(argv: Sequence[str]) -> None:
     forkserver.ensure_running()
 
 
+ENDS = [each for each in ("SIGTERM", "SIGHUP") if hasattr(signal, each)]
+"""Requests to end: by the first a scheduler announces its limit, by the other a terminal that it closes."""
+
+
 def _end(*_: object) -> None:
+    _ignore(*ENDS)  # a second one would interrupt what is put in order after the first
     raise KeyboardInterrupt
+
+
+def _ignore(*names: str) -> None:
+    for name in names:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def guarded(command: Callable[[], object]) -> None:
     """Run a program: a user's mistake is one line on stderr and status 2; Ctrl-C, and a request to end, are 130."""
     _listen_again()
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _end)  # by which a scheduler announces its limit
+    ours = threading.current_thread() is threading.main_thread()
+    for each in (getattr(signal, name) for name in ENDS if ours):
+        if signal.getsignal(each) == signal.SIG_DFL:  # not where nohup, or a program around this one, says what to do
+            signal.signal(each, _end)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=DeprecationWarning, module="pyro_vae|experiments|__main__")
@@ -194,6 +207,9 @@ def guarded(command: Callable[[], object]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
+        if ours:
+            _ignore(*(name for name in ENDS if signal.getsignal(getattr(signal, name)) == _end))
+            atexit.register(_ignore, "SIGINT", *ENDS)  # the last that is registered is the first that is called
         print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -64,6 +64,7 @@ def leave() -> None:
 
 
 def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt what is put in order after the first
     raise KeyboardInterrupt
 
 

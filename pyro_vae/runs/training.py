@@ -55,7 +55,7 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.launched import check_same, device_of, launched, leave
 from pyro_vae.runs.loading import Run, load, load_settings
-from pyro_vae.runs.memory import check_same_data, find_again, remember
+from pyro_vae.runs.memory import FILE, check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.reading import yaml_of
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
@@ -93,11 +93,13 @@ def train(settings: Settings, text: str | None = None) -> Run:
         finished = processes.from_first((run_dir / "result.json").exists)
         if not finished:
             torch.manual_seed(settings.seed)
+            new, began = not run_dir.exists(), processes.is_first and not settings.resume
             data, vae = _begin(settings, text, dataset, objective, run_dir, processes)
             try:
                 with contextlib.ExitStack() as mine:
                     processes.from_first(lambda: bool(mine.enter_context(alone(run_dir))))
-                    history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
+                    with _leaving_nothing(run_dir, new) if began else contextlib.nullcontext():
+                        history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
                     leave()
                     if processes.is_first:
                         _score(settings, dataset, vae, data, history, run_dir)
@@ -119,6 +121,21 @@ def train(settings: Settings, text: str | None = None) -> Run:
         print("This run is finished; its result:")
     report_run(run_dir)
     return load(run_dir)
+
+
+@contextlib.contextmanager
+def _leaving_nothing(run_dir: Path, new: bool) -> Iterator[None]:
+    """Context: a training that this call began, and that fails before its first checkpoint, is as if never begun."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, ProcessLost) or (run_dir / "checkpoint.pt").exists()):
+            with contextlib.suppress(OSError):  # the failure itself is what has to be told
+                for path in (run_dir / "config.yaml", run_dir / FILE, *run_dir.glob("events.out.tfevents.*")):
+                    path.unlink(missing_ok=True)
+                if new:
+                    run_dir.rmdir()
+        raise
 
 
 def _begin(
