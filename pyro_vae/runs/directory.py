@@ -17,14 +17,13 @@ from typing import Any
 import torch
 import xarray as xr
 import yaml
-from safetensors.torch import save
 from torch import Tensor
 
 import pyro_vae
 from pyro_vae.errors import RunError
 from pyro_vae.files import holds_anything, whole
 from pyro_vae.runs.reading import text_of, yaml_of
-from pyro_vae.runs.seals import checksum, settings_sealed
+from pyro_vae.runs.seals import sealed, settings_sealed
 
 
 def choose_device(name: str, scores: bool = True) -> torch.device:
@@ -236,7 +235,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, st
     """Write weights as safetensors, with a checksum; its own writer leaves a file that nobody else may read."""
     with whole(path) as partial:
         own = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}  # some may be shared
-        partial.write_bytes(save(own, {**metadata, "checksum": checksum(own, metadata)}))
+        partial.write_bytes(sealed(own, metadata))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

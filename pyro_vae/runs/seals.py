@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -20,6 +21,17 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         result.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         result.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
+
+
+def sealed(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with a checksum of its content, of which it has the same bytes whenever it is written."""
+    content = save(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # which are in no order
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def metadata_in(content: bytes) -> dict[str, str]:

@@ -290,6 +290,20 @@ def test_no_bit_of_the_weights_can_change(sealed):
         assert refused(runs.load_model, sealed) == f"{path} is damaged: its checksum is another"
 
 
+def test_weights_are_the_same_bytes_whenever_they_are_written(sealed):
+    path = sealed / "model.safetensors"
+    weights, metadata = reading.tensors_of(path)
+    metadata |= dict.fromkeys("abcdef", "é")
+    written = set()
+    for order in (1, -1, 1, -1):
+        runs.write_weights(path, weights, dict([*metadata.items()][::order]))
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    again, told = reading.tensors_of(path)
+    assert {**metadata, "checksum": told["checksum"]} == told
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+
+
 def test_types_shapes_names_and_metadata_count():
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
     known = reading.checksum(tensors, {"told": "1", "checksum": "any"})

@@ -34,7 +34,7 @@ from pyro_vae import (
 from pyro_vae.data.fetched import MNIST, Digits
 from pyro_vae.data.images import Dataset
 from pyro_vae.errors import RunError
-from pyro_vae.runs import figures, scoring, training
+from pyro_vae.runs import figures, reading, scoring, training
 from pyro_vae.training import BestWeights
 
 TINY = [
@@ -839,6 +839,12 @@ def of_other_shapes(run_dir):
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def of_an_earlier_version(run_dir):
+    of_other_shapes(run_dir)
+    weights, metadata = reading.tensors_of(run_dir / "model.safetensors")
+    runs.write_weights(run_dir / "model.safetensors", weights, {"schema": metadata["schema"]})
+
+
 def without_config(run_dir):
     (run_dir / "config.yaml").unlink()
 
@@ -849,7 +855,8 @@ def without_config(run_dir):
         (gone, "holds no trained model"),
         (cut, "model.safetensors is damaged"),
         (without_metadata, "model.safetensors is damaged"),
-        (of_other_shapes, "is of another model"),
+        (of_other_shapes, r"edited since the run was finished, with another --latent_dim .3, now 4."),
+        (of_an_earlier_version, "is of another model"),
         (without_config, "there is no config.yaml"),
     ],
 )
