@@ -643,6 +643,7 @@ def foreign(path):
 def of_another_model(path):
     content = torch.load(path, weights_only=True)
     content["weights"]["likelihood.network.layers.0.weight"] = torch.zeros(2, 2)
+    del content["sealed"]  # as before there were checksums
     torch.save(content, path)
 
 
