@@ -258,7 +258,7 @@ def test_discrete_latent_variables_are_refused(trained, tmp_path, monkeypatch):
     for name in ("prior", "weight", "proposal"):
         setattr(programs, name, getattr(programs, name).float())
     vae = SimpleNamespace(model=programs.model, guide=programs.guide, to=lambda device: vae)
-    monkeypatch.setattr(loading, "load_model", lambda directory: vae)
+    monkeypatch.setattr(loading, "load_model", lambda directory, trust: vae)
     message = complaint(trained, *SHORT, f"--run_dir={tmp_path / 'out'}")
     assert message.startswith(f"{trained}: ")
     assert "discrete" in message

@@ -1,5 +1,6 @@
 """Runs from Python: train, load, score, compare, study; and the command pyro-vae, which only parses."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -143,7 +144,7 @@ def test_runs_are_compared_and_the_comparison_is_written(trained, tmp_path):
 def test_a_comparison_with_what_is_not_finite_says_so(value, trained, tmp_path, capsys):
     lost = trained[1].importance.copy(deep=True)
     lost["log_px"][[3, 7]] = value
-    run = trained[1]._replace(evidence={"importance": lost})
+    run = dataclasses.replace(trained[1], evidence={"importance": lost})
     compared = runs.compare([trained[0], run], tmp_path / "compared")
     (difference,) = compared.differences
     assert (math.isnan(difference.mean), difference.num_not_finite) == (True, 2)
