@@ -138,7 +138,7 @@ def compare(settings: Settings, vae: VAE | TwoLayerVAE, x: Tensor, split: str) -
     model, guide = vae.model, vae.guide
     hessian = 2 * Latents(model, guide, x).dim
     plans: list[tuple[str, int, int, Callable[[], Evidence]]] = []
-    counted = {"compiled": False, "progress": True}  # a compiled decoder could not be counted
+    counted: dict[str, Any] = {"compiled": False, "progress": True}  # a compiled decoder could not be counted
 
     def sampled(num: int, **proposal: Any) -> Callable[[], Evidence]:
         return lambda: importance_sampling(model, guide, x, num, num_checked=0, **counted, **proposal)

@@ -73,7 +73,7 @@ def _numbers(path: Path) -> list[list[float]]:
 def _cluster(nodes: int) -> Iterator[str]:
     """Context: the address of a Ray cluster on this machine, of so many nodes of one processor each."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

@@ -59,7 +59,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         quiet |= {"include_dashboard": False, "address": "local"}  # whatever else runs here, or did
     else:
         quiet["address"] = _reachable(str(cluster.address))
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     try:
         ray.init(**quiet)
@@ -139,7 +139,7 @@ def nodes(ray: Any, home: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: if one runs other versions than this process, or does not answer.
     """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
     mark, path = uuid.uuid4().hex, home / CLAIMS / f"ray-{uuid.uuid4().hex}"
     look, given = _looker(), (os.getcwd(), mark, str(path.absolute()))
@@ -170,7 +170,7 @@ def nodes(ray: Any, home: Path) -> list[dict[str, Any]]:
 
 def pinned(ray: Any) -> Any:
     """Where an actor must be that this process cannot do without: on its own node."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 

@@ -212,7 +212,7 @@ def anneal(
     except ContractError as error:
         print(f"no annealed estimate: {error}")
         return nothing
-    except torch.linalg.LinAlgError as error:  # of numbers that overflow
+    except torch.linalg.LinAlgError as error:  # of numbers that overflow  # pyright: ignore[reportPrivateImportUsage]
         print(f"no annealed estimate: {' '.join(str(error).split())}")
         lost = {"annealed_images": size, "annealed_num_not_finite": size, "annealed_share_reliable": 0.0}
         return None, nothing[1] | lost | {"annealed_reliable": False}

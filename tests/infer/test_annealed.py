@@ -359,9 +359,11 @@ def test_laplace_proposal_is_exact_for_a_gaussian_posterior(dim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "wider", [{"widening": 1.3}, {"df": 5.0}, {"df": 5.0, "widening": 1.2}, {"widening": 1.3, "memory": 200_000}]
+    "wider", [{"widening": 1.3}, {"df": 5.0}, {"df": 5.0, "widening": 1.2}, {"widening": 1.3, "chunk": 200_000}]
 )
-def test_wider_laplace_proposals_are_normalized(wider):
+def test_wider_laplace_proposals_are_normalized(wider, monkeypatch):
+    wider = dict(wider)
+    monkeypatch.setitem(CHUNK, "cpu", wider.pop("chunk", CHUNK["cpu"]))
     vae = linear_gaussian()
     x = torch.randn(20, 7, dtype=torch.float64)
     evidence = importance_sampling(vae.model, far_guide(2), x, 4000, proposal="laplace", **wider)
