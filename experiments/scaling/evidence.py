@@ -1,16 +1,13 @@
 """Annealed log p(x) of test images by several workers of one thread each: seconds, and whether a digit differs."""
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.scaling.rows import Row
+from experiments.scaling.rows import Row, seconds_of
 from pyro_vae import runs
 from pyro_vae.runs.reading import groups_of, json_of
 
@@ -27,9 +24,8 @@ def measure(settings: "Settings", run_dir: Path) -> list[Row]:
         RunError: if a command fails, or two of them do not give the same digits.
     """
     run, rows = trained(settings, run_dir / "run"), []
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import pyro_vae.runs"], check=True)
-    rows.append(Row("imports", "workers", 1, time.perf_counter() - start, note="that every process begins with"))
+    imports = seconds_of([sys.executable, "-c", "import pyro_vae.runs"])
+    rows.append(Row("imports", "workers", 1, imports, note="that every process begins with"))
     paths = []
     with tempfile.TemporaryDirectory() as cache:
         for workers, cold in [(min(settings.workers), True), *((n, False) for n in sorted(settings.workers))]:
@@ -58,13 +54,7 @@ def _evaluated(run: Path, path: Path, workers: int, settings: "Settings", cache:
     """Seconds of the command; what it compiles is kept in ``cache``, for the next one."""
     command = [sys.executable, "-m", "pyro_vae", "evaluate", str(run), f"--num_images={settings.num_images}"]
     command += [f"--workers={workers}", f"--run_dir={path}", "--resume", f"--device={settings.device}"]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-    start = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise runs.RunError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
-    return seconds
+    return seconds_of(command, TORCHINDUCTOR_CACHE_DIR=cache)
 
 
 def same_digits(path: Path, other: Path) -> None:

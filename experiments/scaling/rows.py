@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import math
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from pyro_vae.errors import RunError
 
 
 class Row(NamedTuple):
@@ -32,6 +36,20 @@ class Row(NamedTuple):
     seconds: float
     mebibytes: float | None = None
     note: str = ""
+
+
+def seconds_of(command: list[str], **environment: str) -> float:
+    """Seconds of a whole command, with more variables of the environment.
+
+    Raises:
+        RunError: with the last line of what it says, if it fails.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RunError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+    return seconds
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.scaling.rows import Row
+from experiments.scaling.rows import Row, seconds_of
 from pyro_vae import runs
 
 if TYPE_CHECKING:
@@ -53,13 +51,7 @@ def _studied(path: Path, options: list[str], settings: "Settings") -> float:
     command = [sys.executable, "-m", "pyro_vae", "study", "--contenders.a=--latent_dim 10", f"--common={COMMON}"]
     command += [f"--seeds={settings.num_runs}", f"--run_dir={path}", *options]
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
-        start = time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - start
-    if done.returncode:
-        raise runs.RunError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
-    return seconds
+        return seconds_of(command, OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=cache)
 
 
 def _numbers(path: Path) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,7 +107,7 @@ def test_evaluations_are_timed_and_their_digits_compared(tmp_path, monkeypatch):
         return 8.0 / workers
 
     monkeypatch.setattr(evidence, "_evaluated", evaluated)
-    monkeypatch.setattr(evidence, "subprocess", SimpleNamespace(run=lambda *args, **more: None))
+    monkeypatch.setattr(evidence, "seconds_of", lambda command, **environment: 1.0)
     common = "--dataset Digits --epochs 1 --latent_dim 2 --encoder.hidden [8] --decoder.hidden [8] --device cpu"
     common += " --evidence.num_images 20 --evidence.num_samples 5 --evidence.annealed_images 0"
     argv = [f"--common={common}", "--parts=[evidence]", "--num_images=4", f"--run_dir={tmp_path / 'out'}"]
