@@ -122,12 +122,10 @@ class Files:
         try:
             return do(number)
         except Exception as error:
-            refused = isinstance(error, ContractError | ValueError | RunError)
-            reason = (
-                " ".join(f"{error}".split()) if refused else f"{type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            told = as_told(error)
             with contextlib.suppress(OSError):
-                write_text(self._failure, json.dumps({"refused": refused, "reason": reason}))
+                failed = {"refused": isinstance(told, ContractError), "reason": str(told)}
+                write_text(self._failure, json.dumps(failed))
             raise
 
     def _look(self) -> None:
@@ -173,8 +171,7 @@ class Files:
 
     def write(self, stage: str, number: int, part: Part) -> None:
         """Keep a part, which its :class:`Work` computed."""
-        # copies, since safetensors has no two names for one piece of memory
-        content = save({name: each.detach().cpu().clone().contiguous() for name, each in part.items()})
+        content = packed(part)
         try:
             with whole(self._path(stage, number)) as partial:
                 partial.write_bytes(self._seal(stage, number, content) + content)
@@ -205,6 +202,20 @@ def forget_parts(directory: Path) -> None:
     """Delete the parts of estimates that are finished, which a killed process may have left."""
     if not (directory / FOLDER).is_symlink():
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
+
+
+def packed(part: Part) -> bytes:
+    """A part, from whatever device, as a file of safetensors."""
+    # copies, since safetensors has no two names for one piece of memory
+    return save({name: each.detach().cpu().clone().contiguous() for name, each in part.items()})
+
+
+def as_told(error: Exception) -> ContractError | RunError:
+    """What went wrong with a part, as all who share the work are told it: they would meet it too."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, ContractError | ValueError | RunError):
+        return ContractError(reason)
+    return RunError(f"{type(error).__name__}: {reason}")
 
 
 def _other(known: Any, about: dict[str, Any]) -> str:

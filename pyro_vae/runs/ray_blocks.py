@@ -17,8 +17,19 @@ from safetensors.torch import load, save
 
 from pyro_vae.errors import ContractError, RunError, reason_of
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.runs.blockwise import Files, one_thread
-from pyro_vae.runs.ray_cluster import PATIENCE, Cluster, connected, nodes, pinned, slots, too_large
+from pyro_vae.runs.blockwise import Files, as_told, one_thread, packed
+from pyro_vae.runs.ray_cluster import (
+    PATIENCE,
+    Cluster,
+    Room,
+    cancel,
+    connected,
+    nodes,
+    pinned,
+    slots,
+    spread,
+    too_large,
+)
 
 POLL = 0.05
 """Seconds between looks at what others do."""
@@ -54,14 +65,13 @@ class _Asked:
     """The work as the process that asked for it sees it: parts come from files, or from nodes to files."""
 
     def __init__(self, ray: Any, cluster: Cluster, files: Files, estimator: Callable[[Work], object]):
-        self.ray, self.files, self.cluster = ray, files, cluster
+        self.ray, self.files = ray, files
         self.board = ray.remote(_board()).options(num_cpus=0, scheduling_strategy=pinned(ray)).remote()
-        options = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "max_retries": 0}
-        self.task = ray.remote(_help).options(**options, scheduling_strategy="SPREAD")
+        self.task = spread(ray, cluster, _help)
         self.shipped = ray.put((estimator, os.getcwd(), files.device))
         self.tasks: dict[Any, int] = {}
         self.started = self.deaths = 0
-        self.roomy = time.monotonic()
+        self.room = Room(ray, cluster)
 
     def __call__(self, stage: str, do: Callable[[int], Part], number: int) -> Iterator[Part]:
         have = {i: save(part) for i in range(number) if (part := self.files.read(stage, i)) is not None}
@@ -81,10 +91,7 @@ class _Asked:
 
     def _keep_at_work(self, parts: int) -> None:
         """As many nodes as there is room for; a while for those that are at work."""
-        room = slots(self.ray, self.cluster)
-        self.roomy = time.monotonic() if room else self.roomy
-        if time.monotonic() - self.roomy > PATIENCE:
-            raise too_large(self.ray, self.cluster)
+        room = self.room.now()
         while len(self.tasks) < min(max(room, 1), max(parts, 1)):
             self.started += 1
             self.tasks[self.task.remote(self.shipped, self.board, self.started)] = self.started
@@ -114,9 +121,7 @@ class _Asked:
 
     def close(self) -> None:
         """Let go of the nodes."""
-        for task in self.tasks:
-            with contextlib.suppress(Exception):
-                self.ray.cancel(task, force=True)
+        cancel(self.ray, self.tasks)
         self.ray.kill(self.board)
 
 
@@ -183,21 +188,13 @@ def _help(shipped: tuple[Callable[[Work], object], str, torch.device], board: An
                 if (mine := ray.get(board.take.remote(stage, helper))) is None:
                     time.sleep(POLL)
                 else:
-                    part = _computed(do, mine, lambda error: ray.get(board.fail.remote(error)))
-                    ray.get(board.give.remote(stage, mine, save(part)))
+                    try:
+                        part = packed(do(mine))
+                    except Exception as error:
+                        ray.get(board.fail.remote(as_told(error)))
+                        raise
+                    ray.get(board.give.remote(stage, mine, part))
             yield {name: each.to(device) for name, each in load(content).items()}
 
     with one_thread(device):
         estimator(work)
-
-
-def _computed(do: Callable[[int], Part], number: int, tell: Callable[[Exception], object]) -> Part:
-    """A part, on the CPU; what goes wrong is told to all, who would meet it too."""
-    try:
-        # copies, since safetensors has no two names for one piece of memory
-        return {name: each.detach().cpu().clone().contiguous() for name, each in do(number).items()}
-    except Exception as error:
-        refused = isinstance(error, ContractError | ValueError | RunError)
-        reason = reason_of(error) if refused else f"{type(error).__name__}: {reason_of(error)}"
-        tell((ContractError if refused else RunError)(reason))
-        raise

@@ -5,8 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,38 @@ def slots(ray: Any, cluster: Cluster) -> int:
     wanted = cluster.resources().items()
     rooms = ([node["Resources"].get(name, 0) / each for name, each in wanted] for node in ray.nodes() if node["Alive"])
     return sum(int(min(room)) for room in rooms)
+
+
+class Room:
+    """How many parts a cluster can do at a time, which may change while it is at work."""
+
+    def __init__(self, ray: Any, cluster: Cluster):
+        self._ray, self._cluster, self._last = ray, cluster, time.monotonic()
+
+    def now(self) -> int:
+        """How many, at the moment.
+
+        Raises:
+            RunError: if there was room for none for as long as a cluster has to find a node.
+        """
+        room = slots(self._ray, self._cluster)
+        self._last = time.monotonic() if room else self._last
+        if time.monotonic() - self._last > PATIENCE:
+            raise too_large(self._ray, self._cluster)
+        return room
+
+
+def spread(ray: Any, cluster: Cluster, function: Callable[..., Any]) -> Any:
+    """The function as a task of a part, on any node; who asked for it begins it again if a node dies."""
+    options = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "max_retries": 0}
+    return ray.remote(function).options(**options, scheduling_strategy="SPREAD")
+
+
+def cancel(ray: Any, tasks: Iterable[Any]) -> None:
+    """Let go of tasks that are on their way."""
+    for task in tasks:
+        with contextlib.suppress(Exception):
+            ray.cancel(task, force=True)
 
 
 def too_large(ray: Any, cluster: Cluster) -> RunError:

@@ -24,7 +24,17 @@ import torch
 
 from pyro_vae.errors import RunError, reason_of
 from pyro_vae.runs.directory import writing
-from pyro_vae.runs.ray_cluster import PATIENCE, Cluster, connected, nodes, pinned, slots, too_large
+from pyro_vae.runs.ray_cluster import (
+    Cluster,
+    Room,
+    cancel,
+    connected,
+    nodes,
+    pinned,
+    slots,
+    spread,
+    too_large,
+)
 from pyro_vae.runs.workers import CLAIMS, Display, Shared, Taken, claim, output_to
 
 DEATHS = 3
@@ -84,14 +94,12 @@ class _Dispatcher:
         self.ray, self.cluster, self.shared, self.home, self.seen = ray, cluster, shared, directory.absolute(), seen
         self.work = shared(self.home)
         self.board = _board(ray)
-        self.task = ray.remote(_do).options(
-            num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_retries=0, scheduling_strategy="SPREAD"
-        )
+        self.task = spread(ray, cluster, _do)
         self.tasks: dict[Any, str] = {}
         self.claims: dict[str, contextlib.ExitStack] = {}
         self.deaths: Counter[str] = Counter()
         self.rests: dict[str, float] = {}
-        self.roomy = time.monotonic()
+        self.room = Room(ray, cluster)
 
     def run(self) -> None:
         with Display(self.work, min(len(self.work.names), SHOWN, slots(self.ray, self.cluster))) as display:
@@ -102,18 +110,13 @@ class _Dispatcher:
 
     def close(self) -> None:
         """Let go of what is on its way."""
-        for task in self.tasks:
-            with contextlib.suppress(Exception):
-                self.ray.cancel(task, force=True)
+        cancel(self.ray, self.tasks)
         for stack in self.claims.values():
             stack.close()
         self.tasks, self.claims = {}, {}
 
     def _hand_out(self) -> None:
-        room = slots(self.ray, self.cluster)
-        self.roomy = time.monotonic() if room else self.roomy
-        if time.monotonic() - self.roomy > PATIENCE:
-            raise too_large(self.ray, self.cluster)
+        room = self.room.now()
         for name in self.work.open():
             if len(self.tasks) > room:  # one more than there is room for: a cluster that can grow does
                 return
