@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.infer.compiling import Compiled
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import anew, evaluator
+from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.laplace import Coordinates, cholesky, whitened_log_joint
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import (
@@ -70,15 +70,15 @@ def bridge_sampling(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    tools = None
 
-    def do(latents: Latents, whole: int) -> Part:
-        nonlocal tools
-        tools = tools or Tools.of(latents, compiled)
-        return as_part(estimate(latents, settings, Tools(*map(anew, tools))))
+    def tools(latents: Latents, whole: int) -> Tools:
+        return Tools.of(latents, compiled)
+
+    def do(latents: Latents, *tools: Callable) -> Part:
+        return as_part(estimate(latents, settings, Tools(*tools)))
 
     chains, draws, name = settings.num_chains, settings.num_draws, "bridge sampling"
-    found, rows, blocks = by_blocks(model, guide, data, do, chains, memory, progress, name, work, draws)
+    found, rows, blocks = by_blocks(model, guide, data, tools, do, chains, memory, progress, name, work, draws)
     return confirmed(model, guide, data, from_part(found), rows, blocks)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, anew, evaluator
+from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.posterior import by_blocks
 from pyro_vae.infer.evidence.result import mean_and_errors, t_factor
 from pyro_vae.infer.evidence.rounds import coordinates_of, longest_step
@@ -141,16 +141,16 @@ def rate_distortion(
     at = torch.as_tensor(betas, dtype=torch.float64)
     if at.dim() != 1 or not len(at) or not (torch.cat([at.new_zeros(1), at]).diff() > 0).all() or at.isinf().any():
         raise ValueError(f"betas must be positive and ascending, got {at.tolist()}")
-    evaluate = None
 
-    def do(latents: Latents, whole: int) -> Part:
-        nonlocal evaluate
-        evaluate = evaluate or evaluator(latents, "prior", compiled)
-        _, *fields = estimate(latents, at, settings, anew(evaluate))
+    def tools(latents: Latents, whole: int) -> list[Callable]:
+        return [evaluator(latents, "prior", compiled)]
+
+    def do(latents: Latents, evaluate: Callable) -> Part:
+        _, *fields = estimate(latents, at, settings, evaluate)
         return {str(i): field.movedim(-1, 0) for i, field in enumerate(fields)}
 
     name = "rate and distortion"
-    found, _, _ = by_blocks(model, guide, data, do, settings.num_chains, memory, progress, name, work)
+    found, _, _ = by_blocks(model, guide, data, tools, do, settings.num_chains, memory, progress, name, work)
     known = found.pop("known")
     curve = RateDistortion(at, *(field.movedim(0, -1) for field in found.values()))
     return curve._replace(reliable=curve.reliable & known)

@@ -1,9 +1,9 @@
 """Draws of p(z | x) by long Hamiltonian chains, and whether the chains have converged."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_part, check_program
 from pyro_vae.infer.convergence import bulk_ess, split_rhat, tail_ess
 from pyro_vae.infer.evidence.blocks import Blocks, Part, Work, joined, power_of_two
-from pyro_vae.infer.evidence.chains import Path, State
+from pyro_vae.infer.evidence.chains import Path, State, anew
 from pyro_vae.infer.evidence.importance import CHUNK, rows_per_chunk
 from pyro_vae.infer.evidence.laplace import (
     Coordinates,
@@ -110,7 +110,8 @@ def by_blocks(
     model: Program,
     guide: Program,
     data: Data,
-    estimate: Callable[[Latents, int], Part],
+    tools: Callable[[Latents, int], Iterable[Callable[..., Any]]],
+    estimate: Callable[..., Part],
     num_chains: int,
     memory: int | None,
     progress: bool,
@@ -121,7 +122,8 @@ def by_blocks(
     """What ``estimate`` says of as many observations at a time as a chunk holds, for all of them.
 
     Args:
-        estimate: of some observations; it is also told how many of them a chunk holds, if there are many chunks.
+        tools: functions that chunks have in common, for all data, and for chunks of a size, or 0 where there are few.
+        estimate: of the latent variables of some observations, and of the tools.
         num_chains: of each observation.
         draws: how many draws of each chain are kept.
         model, guide, data, memory, progress, work: see :func:`pyro_vae.importance_sampling`.
@@ -141,7 +143,6 @@ def by_blocks(
         kept = 4 * draws * num_chains * latents.dim * latents.like.element_size()  # with what is made of them
         size = min(size, CHUNK["cuda" if latents.like.is_cuda else "cpu"] // kept)
     size = power_of_two(size)
-    whole = size if latents.size > MANY_CHUNKS * size else 0
 
     def do(at: slice) -> Part:
         found = []
@@ -149,11 +150,12 @@ def by_blocks(
             some = latents.select(slice(first, min(first + size, at.stop)))
             check_part(model, guide, some.data, False, first)
             known = check_start(some, first)
-            found.append(estimate(some, whole) | {"known": known})
+            found.append(estimate(some, *map(anew, made)) | {"known": known})
         return joined(found)
 
     parts, bar = [], tqdm(total=data_size(data), disable=not progress, unit="datum", desc=description)
     with bar, evaluating(model, guide):
+        made = tuple(tools(latents, size if latents.size > MANY_CHUNKS * size else 0))
         for part in blocks.of("estimate", latents.size, do, max(blocks.size // 4, min(size, blocks.size))):
             parts.append(part)
             bar.update(len(next(iter(part.values()))))

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_vae.infer.evidence.annealed import Paths, Sandwich, as_bounds, enclosed, from_bounds
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.evidence.blocks import Blocks, Part, Work
-from pyro_vae.infer.evidence.chains import anew, evaluator
+from pyro_vae.infer.evidence.chains import evaluator
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import Posterior, PosteriorChains, by_blocks, posterior_chains
 from pyro_vae.infer.evidence.result import Evidence
@@ -59,15 +59,16 @@ def sandwich(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    evaluate = None
 
-    def do(latents: Latents, whole: int) -> Part:
-        nonlocal evaluate
-        evaluate = evaluate or evaluator(latents, "normal", compiled)
-        return as_bounds(*estimate(latents, settings, chains, anew(evaluate), compiled))
+    def tools(latents: Latents, whole: int) -> list[Callable]:
+        return [evaluator(latents, "normal", compiled)]
+
+    def do(latents: Latents, evaluate: Callable) -> Part:
+        return as_bounds(*estimate(latents, settings, chains, evaluate, compiled))
 
     most = max(settings.num_chains, chains.num_chains)
-    found, rows, blocks = by_blocks(model, guide, data, do, most, memory, progress, "sandwich", work, chains.num_draws)
+    name, draws = "sandwich", chains.num_draws
+    found, rows, blocks = by_blocks(model, guide, data, tools, do, most, memory, progress, name, work, draws)
     below, above = from_bounds(found)
     below = confirmed(model, guide, data, below, rows, blocks)
     sound = cast(Tensor, below.reliable)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, anew, evaluator
+from pyro_vae.infer.evidence.chains import Path, evaluator
 from pyro_vae.infer.evidence.opinion import check_start, confirmed
 from pyro_vae.infer.evidence.particles import SMC, sample_particles
 from pyro_vae.infer.evidence.posterior import by_blocks
@@ -51,15 +51,15 @@ def smc(
     Raises:
         ContractError: as :func:`pyro_vae.traces`, and if a site is discrete.
     """
-    evaluate = None
 
-    def do(latents: Latents, whole: int) -> Part:
-        nonlocal evaluate
-        evaluate = evaluate or evaluator(latents, kind_of(latents, settings.start), compiled, whole)
-        return as_part(estimate(latents, settings, anew(evaluate)))
+    def tools(latents: Latents, whole: int) -> list[Callable[..., Any]]:
+        return [evaluator(latents, kind_of(latents, settings.start), compiled, whole)]
+
+    def do(latents: Latents, evaluate: Callable[..., Any]) -> Part:
+        return as_part(estimate(latents, settings, evaluate))
 
     name = "sequential Monte Carlo"
-    found, rows, blocks = by_blocks(model, guide, data, do, settings.num_particles, memory, progress, name, work)
+    found, rows, blocks = by_blocks(model, guide, data, tools, do, settings.num_particles, memory, progress, name, work)
     return confirmed(model, guide, data, from_part(found), rows, blocks)
 
 

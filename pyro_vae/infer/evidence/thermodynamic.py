@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.infer.convergence import autocorrelation_ess
 from pyro_vae.infer.evidence.blocks import Part, Work
-from pyro_vae.infer.evidence.chains import Path, Start, anew, evaluator
+from pyro_vae.infer.evidence.chains import Path, Start, evaluator
 from pyro_vae.infer.evidence.laplace import laplace_approximation, laplace_cost
 from pyro_vae.infer.evidence.opinion import confirmed
 from pyro_vae.infer.evidence.posterior import PRIOR_DRAWS, PosteriorChains, by_blocks, contradicted, posterior_chains
@@ -117,15 +117,15 @@ def thermodynamic_integration(
         ContractError: as :func:`pyro_vae.traces`, if a site is discrete, and if chains run away since log p(x)
             diverges.
     """
-    tools = None
 
-    def do(latents: Latents, whole: int) -> Part:
-        nonlocal tools
-        tools = tools or Tools.of(latents, settings, compiled)
-        return as_part(estimate(latents, settings, Tools(*map(anew, tools))))
+    def tools(latents: Latents, whole: int) -> Tools:
+        return Tools.of(latents, settings, compiled)
+
+    def do(latents: Latents, *tools: Callable) -> Part:
+        return as_part(estimate(latents, settings, Tools(*tools)))
 
     found, rows, blocks = by_blocks(
-        model, guide, data, do, settings.num_chains, memory, progress, "thermodynamic", work
+        model, guide, data, tools, do, settings.num_chains, memory, progress, "thermodynamic", work
     )
     return confirmed(model, guide, data, from_part(found), rows, blocks)
 
