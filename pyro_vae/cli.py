@@ -126,8 +126,9 @@ def compare(argv: Sequence[str] | None = None) -> "Comparison":
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":
     """Run the study of the contenders that ``argv`` names, or with ``--search`` the search."""
-    runs = _runs()
     argv = list(sys.argv[1:] if argv is None else argv)
+    _import_ahead(argv)
+    runs = _runs()
     if any(word.partition("=")[0] == "--search" for word in argv):
         return runs.run_search(argv, prog="pyro-vae study")
     done = runs.run_study(runs.StudySettings, argv, "study", prog="pyro-vae study")

@@ -144,7 +144,7 @@ is beyond the measured sizes is extrapolated by the fitted exponents, and no bet
 
 OUTLOOK = """## How work is divided
 
-`pyro-vae evaluate RUN --workers 2` has the blocks of data, of 128 each, computed by two processes of one thread. The
+`pyro-vae evaluate RUN --workers 2` has the blocks of data, of 256 each, computed by two processes of one thread. The
 same command in other shells, or as the tasks of an array of jobs on machines that share the directory, joins them. Each
 block has random numbers of its own, and its results are a file in `blocks/` until all are there: no digit depends on
 how many worked, on the memory they had, or on who was killed on the way, and after a kill the same command goes on.

@@ -87,7 +87,7 @@ def annealed_importance_sampling(
         with blocks.apart("checks"):
             check_parts(model, guide, data)
             # a gradient keeps what a forward pass drops
-            rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
+            rows = max(1, rows_per_chunk(model, guide, data, memory) // 2)
     with evaluating(model, guide):
         with blocks.apart("latents"):
             latents = Latents(model, guide, data, gaussian=True)
@@ -211,7 +211,7 @@ def bidirectional_monte_carlo(
             latents = Latents(model, guide, data, gaussian=True)
             data, posterior_draws = latents.simulate()
             check_program(model, guide, next(split(data, 1000)))
-            rows = max(1, rows_per_chunk(model, guide, data, memory) // 3)
+            rows = max(1, rows_per_chunk(model, guide, data, memory) // 2)
     latents, parts = latents.of(data), []
 
     def estimate(at: slice) -> Part:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vae.infer.randomness import own_numbers
 from pyro_vae.infer.trees import Data, data_size, first_tensor
 
-BLOCK, OF_GPU = 128, 16
+BLOCK, OF_GPU = 256, 8
 """Observations of a block: few enough to be shared among workers, enough to fill a chunk; and on a GPU, so many times
 as many, since its time goes by the number of chunks."""
 
