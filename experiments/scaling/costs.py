@@ -132,7 +132,7 @@ def _workers(rows: Sequence[Row]) -> str:
     table = [("what", "workers", "seconds", "times as fast")]
     for (_, by), line in lines(rows).items():
         for row in line if by == "workers" and len(line) > 1 else ():
-            table.append((row.what, f"{row.value:.0f}", f"{row.seconds:.1f}", f"{line[0].seconds / row.seconds:.2f}"))
+            table.append((row.what, f"{row.value:.0f}", f"{row.seconds:.3g}", f"{line[0].seconds / row.seconds:.2f}"))
     return f"## What workers gain\n\n{runs.table(table)}"
 
 
