@@ -124,7 +124,7 @@ def _largest(rows: Sequence[Row], fitted: Sequence[Exponent]) -> str:
     for row in rows:
         if (study := re.fullmatch(r"study of (\d+) runs", row.what)) and row.value == 1:
             add("study", "1,000 such runs", row.seconds / int(study[1]) * 1000, "-")
-    about = "On so many machines like that one, among which the work is divided evenly; the runs of the study had one thread."
+    about = "On so many machines like that one, whose work is divided evenly; runs of the study had one thread."
     return f"## What large ones cost\n\n{about}\n\n{runs.table(table)}"
 
 

@@ -77,13 +77,13 @@ def test_exact_guide_gives_the_exact_evidence_without_error():
     assert evidence.acceptance.isnan().all()
 
 
-@pytest.mark.parametrize("num_samples,most", [(50, 6), (5000, 4.5)])  # an error of few samples is itself uncertain
+@pytest.mark.parametrize(("num_samples", "most"), [(50, 6), (5000, 4.5)])
 def test_importance_sampling_is_within_its_own_error(num_samples, most):
     vae = linear_gaussian()
     x = torch.randn(200, 7, dtype=torch.float64)
     evidence = importance_sampling(vae.model, wide_guide(vae), x, num_samples)
     standardized = (evidence.log_px - vae.log_px(x)) / evidence.mc_se
-    assert (standardized.abs() < most).all()
+    assert (standardized.abs() < most).all()  # an error of few samples is itself uncertain
     assert 0.8 < standardized.std() < 1.2
     assert (evidence.mc_se > 0).all()
 
