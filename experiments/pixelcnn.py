@@ -7,7 +7,8 @@ probability given those before it, row by row, so that log p(x) is exact: a gate
 "Conditional image generation with PixelCNN decoders"), small, with dilated layers so that few of them see far (Yu and
 Koltun 2016), and MADE (Germain et al. 2015). The measures, fixed before anything was run: log p(x) in nats per test
 image, paired image by image with the VAE's annealed estimate, or the importance-sampled one if the run has no other;
-and seconds to draw one image in a batch of 16, for which these two pass the network once per pixel, nothing cached.
+and seconds to draw one image in a batch of 16, for which MADE passes its network once per pixel, and the PixelCNN
+computes of each pixel what the others have not been told yet.
 """
 
 import math
@@ -27,10 +28,11 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_vae import Network, cli, fit, runs
+from pyro_vae import cli, fit, runs
 from pyro_vae.data.images import ImageData
 from pyro_vae.errors import check_widths
 from pyro_vae.infer.flows import import_zuko
+from pyro_vae.parts.pixels import Autoregressive, PixelDecoder
 from pyro_vae.runs import figures
 from pyro_vae.runs.kept import Kept, at_home, is_concluded
 
@@ -44,7 +46,7 @@ class Settings:
         run_dir: directory to write, new or empty; null: pixelcnn in the run's directory.
         channels: of the PixelCNN, at least 1.
         layers: gated layers of the PixelCNN, at least 1; the first looks 3 pixels far, the others 1, 2, 4, 1, 2, 4, ...
-            further: four of them 10 pixels to the sides and 11 rows up. What lies beyond is not seen.
+            further: four of them 10 pixels to the sides and up. What lies beyond is not seen.
         epochs: of the PixelCNN, at least 1.
         hidden: width of each hidden layer of MADE; at least as many units as pixels, or some see too little.
         made_epochs: of MADE, at least 1.
@@ -83,153 +85,87 @@ class Settings:
         runs.check_seed(self.seed)
 
 
-# Networks whose output i depends on inputs before i alone
+# Two ways to p(x) without latents
 
 
-class MADE(Network):
+class MADE(nn.Module):
     """Fully connected layers, masked so that each pixel's logit sees the pixels before it (Germain et al. 2015).
 
     The masks are those of ``zuko.nn.MaskedMLP``, in which the n-th hidden unit sees the first n pixels.
 
     Args:
-        in_features: pixels X.
-        out_features: X as well.
+        size: pixels X.
         hidden: width of each hidden layer.
-        image_shape: not used, pixels are taken in the order in which they lie.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        hidden: Sequence[int] = (1600,),
-        image_shape: Sequence[int] | None = None,
-    ):
-        super().__init__(in_features, out_features, image_shape)
-        before = torch.ones(out_features, in_features, dtype=torch.bool).tril(-1)
+    def __init__(self, size: int, hidden: Sequence[int] = (1600,)):
+        super().__init__()
+        self.size = size
+        before = torch.ones(size, size, dtype=torch.bool).tril(-1)
         self.layers = import_zuko().nn.MaskedMLP(before, list(hidden))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+    def forward(self) -> Autoregressive:
+        """p(x)."""
+        return Autoregressive(self._score, self._draw, BINARY, self.size)
+
+    def _score(self, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(self.layers(x), x, reduction="none")
+
+    def _draw(self, shape: torch.Size) -> Tensor:
+        """One pass for each pixel."""
+        x = next(self.parameters()).new_zeros(shape)
+        for i in range(shape[-1]):
+            x[..., i] = torch.bernoulli(self.layers(x)[..., i].sigmoid())
+        return x
 
 
-class PixelCNN(Network):
-    """The gated PixelCNN: a stack that sees the rows above, and one that sees the pixels to the left as well.
+BINARY = constraints.independent(constraints.boolean, 1)
 
-    What must not be seen is cut off by padding on one side, so that no mask is needed.
+
+class PixelCNN(nn.Module):
+    """The likelihood of the library whose pixels see their neighbours, told nothing else.
 
     Args:
-        in_features: pixels X of an image of one channel.
-        out_features: X as well.
+        image_shape: ``(1, H, W)``.
         channels: of both stacks.
         layers: gated layers; the first looks 3 pixels far, the others, dilated, 1, 2, 4, 1, 2, 4, ... further.
-        image_shape: shape ``(1, H, W)``.
 
     Raises:
-        ValueError: if the image has another number of channels.
+        ValueError: if images have several channels.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        channels: int = 12,
-        layers: int = 4,
-        image_shape: Sequence[int] | None = None,
-    ):
-        super().__init__(in_features, out_features, image_shape)
-        if image_shape is None or image_shape[0] != 1:
-            raise ValueError(f"a PixelCNN is for images of one channel, got image_shape {image_shape}")
-        self.image_shape = tuple(image_shape)
-        first = [_GatedLayer(1, channels, width=3, sees_itself=False)]
-        rest = [_GatedLayer(channels, channels, dilation=(1, 2, 4)[i % 3]) for i in range(layers - 1)]
-        self.layers = nn.ModuleList(first + rest)
-        self.output = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        self.to(memory_format=torch.channels_last)  # faster on a CPU
-
-    def forward(self, features: Tensor) -> Tensor:
-        above = left = features.reshape(-1, *self.image_shape).contiguous(memory_format=torch.channels_last)
-        for layer in self.layers:
-            above, left = layer(above, left)
-        return self.output(left).reshape(features.shape)
-
-
-class _GatedLayer(nn.Module):
-    """tanh(a) sigmoid(b) in both stacks; ``left`` is also shown what the other has seen of the rows above it.
-
-    The first layer, which is given pixels, does not see the pixel itself; later ones add what they were given.
-    """
-
-    def __init__(self, inputs: int, channels: int, width: int = 1, dilation: int = 1, sees_itself: bool = True):
+    def __init__(self, image_shape: Sequence[int], channels: int = 12, layers: int = 4):
         super().__init__()
-        self.reach, self.sees_itself = width * dilation, sees_itself
-        self.above = nn.Conv2d(inputs, 2 * channels, (width + 1, 2 * width + 1), dilation=dilation)
-        self.left = nn.Conv2d(inputs, 2 * channels, (1, width + sees_itself), dilation=dilation)
-        self.down = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        sees = 3 + sum((1, 2, 4)[i % 3] for i in range(layers - 1))
+        settings: dict[str, Any] = {
+            "receptive_field": sees,
+            "layers": layers,
+            "channels": channels,
+            "context": 0,
+            "window": 3,
+        }
+        self.head = PixelDecoder(math.prod(image_shape), **settings, force=True, image_shape=image_shape)
 
-    def forward(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        reach = self.reach
-        rows = self.above(F.pad(above, (reach, reach, reach, 0)))  # row i sees rows up to i
-        shifted = F.pad(rows, (0, 0, 1, 0))[:, :, :-1]  # row i is shown what sees rows up to i - 1
-        seen = left if self.sees_itself else left[..., :-1]  # the first layer is not dilated
-        both = self.left(F.pad(seen, (reach, 0))) + self.down(shifted)
-        out = self.out(_gate(both))
-        return _gate(rows), left + out if self.sees_itself else out
-
-
-def _gate(features: Tensor) -> Tensor:
-    one, other = features.chunk(2, dim=1)
-    return one.tanh() * other.sigmoid()
-
-
-class Autoregressive(TorchDistribution):
-    """p(x) = prod_i Bernoulli(x_i; logit_i(x_1, .., x_(i-1))) over binary vectors.
-
-    Args:
-        network: maps ``(*, X)`` to logits ``(*, X)``, of which the i-th depends on the entries before i alone.
-        batch_shape: of independent vectors.
-    """
-
-    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
-    support = constraints.independent(constraints.boolean, 1)  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, network: Network, batch_shape: Sequence[int] = (), validate_args: bool | None = None):
-        self.network = network
-        super().__init__(torch.Size(batch_shape), torch.Size([network.in_features]), validate_args=validate_args)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Autoregressive":
-        return type(self)(self.network, batch_shape, validate_args=self._validate_args)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        log_prob = -F.binary_cross_entropy_with_logits(self.network(x), x, reduction="none").sum(-1)
-        return log_prob.expand(torch.broadcast_shapes(self.batch_shape, log_prob.shape))
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``(*sample_shape, *batch_shape, X)``, one pass of the network per entry."""
-        parameter = next(self.network.parameters())
-        x = parameter.new_zeros(*sample_shape, *self.batch_shape, *self.event_shape)
-        with torch.no_grad():
-            for i in range(x.shape[-1]):
-                x[..., i] = torch.bernoulli(self.network(x)[..., i].sigmoid())
-        return x
+    def forward(self) -> TorchDistribution:
+        """p(x)."""
+        return self.head(next(self.parameters()).new_zeros(self.head.event_size))
 
 
 class AutoregressiveModel(nn.Module):
     """A Pyro program without latent sites, whose ELBO is log p(x) itself.
 
     Args:
-        network: see :class:`Autoregressive`.
+        network: makes p(x).
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def model(self, x: Tensor) -> Tensor:
         """p(x) for observations ``(B, X)``."""
         with pyro.plate("data", len(x), dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
-            return pyro.sample("x", Autoregressive(self.network), obs=x)
+            return pyro.sample("x", self.network(), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """Nothing is latent."""
@@ -237,7 +173,7 @@ class AutoregressiveModel(nn.Module):
     def log_px(self, x: Tensor) -> Tensor:
         """log p(x), exact, in nats: ``(B, X) -> (B,)``."""
         with torch.no_grad():
-            return torch.cat([Autoregressive(self.network).log_prob(part) for part in x.split(500)])
+            return torch.cat([self.network().log_prob(part) for part in x.split(500)])
 
 
 # The comparison
@@ -318,15 +254,15 @@ def compare(settings: Settings, opened: runs.Finished, kept: Kept) -> Path:
 SETTINGS = ("channels", "layers", "epochs", "hidden", "made_epochs", "batch_size", "lr", "precision", "seed")
 
 
-def networks(settings: Settings, data: ImageData) -> list[tuple[str, Network, int]]:
+def networks(settings: Settings, data: ImageData) -> list[tuple[str, nn.Module, int]]:
     """Name, untrained network and epochs of each model."""
-    size, shape = data.test.shape[1], data.image_shape
-    pixelcnn = PixelCNN(size, size, settings.channels, settings.layers, shape)
-    return [("MADE", MADE(size, size, settings.hidden), settings.made_epochs), ("PixelCNN", pixelcnn, settings.epochs)]
+    made = MADE(data.test.shape[1], settings.hidden)
+    pixelcnn = PixelCNN(data.image_shape, settings.channels, settings.layers)
+    return [("MADE", made, settings.made_epochs), ("PixelCNN", pixelcnn, settings.epochs)]
 
 
 def train(
-    name: str, network: Network, epochs: int, settings: Settings, data: ImageData, test: Tensor, kept: Kept
+    name: str, network: nn.Module, epochs: int, settings: Settings, data: ImageData, test: Tensor, kept: Kept
 ) -> Row:
     """A model trained on ``data``, its exact log p(x) of test images and its samples."""
     model = AutoregressiveModel(network)
@@ -343,11 +279,11 @@ def train(
     )
     model.eval()
     log_px = model.log_px(test).double().cpu().numpy()
-    seconds, samples = clock(lambda: Autoregressive(network).sample([DRAWN]), repetitions=1)
+    seconds, samples = clock(lambda: network().sample((DRAWN,)), repetitions=1)
     return Row(name, num_parameters(network), log_px, sum(row.seconds for row in history), seconds, samples)
 
 
-def num_parameters(network: Network) -> int:
+def num_parameters(network: nn.Module) -> int:
     """How many a network has, without the weights that a mask removes."""
     removed = sum(int((~mask.bool()).sum()) for name, mask in network.named_buffers() if name.endswith("mask"))
     return sum(p.numel() for p in network.parameters()) - removed

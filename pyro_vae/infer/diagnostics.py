@@ -228,6 +228,28 @@ def kl_divergence(
     return {name: total / (num_samples * data_size(data)) for name, total in totals.items()}
 
 
+def kl_by_datum(
+    model: Program, guide: Program, data: Data, num_samples: int = 10, batch_size: int = 1000
+) -> dict[str, Tensor]:
+    """:func:`kl_divergence` of each datum, of whole sites: ``(N,)``, float64, of each latent site; nats.
+
+    E_q[log p(x | z)] is the ELBO and their sum together.
+
+    Args:
+        model, guide, data, num_samples, batch_size: see :func:`kl_divergence`, which raises the same errors.
+    """
+    check_data(model, guide, data)
+    parts: dict[str, list[Tensor]] = {}
+    with scoring(model, guide):
+        for part in split(data, batch_size):
+            both = traces(model, guide, part, num_samples)
+            check_latent_masks(both)
+            for name in latent_sites(both.model):
+                p, q = site_of(both.model, name), site_of(both.guide, name)
+                parts.setdefault(name, []).append((q["log_prob"] - p["log_prob"]).double().mean(0))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
 def _factorizes(site: dict) -> bool:
     """Whether a site's density is a product over the dimensions of its event."""
     return isinstance(site["fn"], Independent) and not _base(site["fn"]).event_shape and site["mask"] is None

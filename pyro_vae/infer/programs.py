@@ -109,6 +109,17 @@ def posterior_samples(guide: Program, data: Data, num_samples: int) -> dict[str,
     return {name: site_of(trace, name)["value"] for name in sample_sites(trace)}
 
 
+def mean_of(made: Any, num_draws: int = 100, at_once: int = 2000) -> Tensor:
+    """E[x] of a distribution, ``(*batch_shape, *event_shape)``; where it has no formula, the mean of draws, of which
+    about ``at_once`` are made together."""
+    try:
+        return made.mean.clone()
+    except NotImplementedError:
+        each = max(1, min(num_draws, at_once // max(1, made.batch_shape.numel())))
+        numbers = [min(each, num_draws - start) for start in range(0, num_draws, each)]
+        return torch.stack([made.sample((number,)).sum(0) for number in numbers]).sum(0) / num_draws
+
+
 def particle_trace(program: Program, data: Data, num_samples: int) -> poutine.Trace:
     """The trace of one run of a program inside a plate of K particles at dimension -2."""
 

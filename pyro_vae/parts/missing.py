@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError
 from pyro_vae.parts.networks import Network
+from pyro_vae.parts.pixels import Autoregressive
 
 
 class Incomplete(Network):
@@ -134,6 +135,11 @@ def independent_entries(made: Any, part: nn.Module) -> TorchDistribution:
     """
     if isinstance(made, dist.Independent) and made.reinterpreted_batch_ndims == 1 and not made.base_dist.event_shape:
         return cast(TorchDistribution, made.base_dist)
+    if isinstance(made, Autoregressive):
+        raise ContractError(
+            f"{type(part).__name__}: log p of some entries has no formula where each depends on those before it: "
+            "choose a likelihood of independent entries, such as Bernoulli, for data of which not all was seen"
+        )
     raise ContractError(
         f"{type(part).__name__} makes a {type(made).__name__}, whose entries cannot be scored one by one, as missing "
         "values and columns of several kinds need: let it end in .to_event(1)"

@@ -1,5 +1,6 @@
 """From settings to data and model, with everything that does not fit refused in one line."""
 
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,7 +85,10 @@ def head_of(settings: Settings, schema: Schema) -> Likelihood:
     usual = (chosen.func, chosen.keywords) == (Bernoulli, {}) if isinstance(chosen, partial) else chosen is Bernoulli
     if usual and schema.entries:
         return entries_head(schema)
-    return heads(schema.columns) if schema.columns and usual else make("likelihood", chosen, schema.size)
+    if schema.columns and usual:
+        return heads(schema.columns)
+    told = {"image_shape": schema.shape} if "image_shape" in inspect.signature(chosen).parameters else {}
+    return make("likelihood", chosen, schema.size, **told)
 
 
 def encoder_of(settings: Settings, schema: Schema, out_features: int, told: int = 0) -> Network:

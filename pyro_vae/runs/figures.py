@@ -21,9 +21,10 @@ from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import is_of_no_number
 from pyro_vae.files import whole
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.infer.programs import Program, posterior_samples
+from pyro_vae.infer.programs import Program, mean_of, posterior_samples
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import call, select
+from pyro_vae.parts.pixels import Autoregressive
 from pyro_vae.runs.directory import noun_of
 
 STYLE: dict[Any, Any] = {
@@ -184,14 +185,20 @@ def decode(
 ) -> Tensor:
     """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior.
 
-    A model that is told a condition takes one of each, ``(size, C)``.
+    A model that is told a condition takes one of each, ``(size, C)``. A mean without a formula is that of 100 draws.
     """
+    observed = _observed(model, size, like, latents, condition)
+    return observed["value"] if draw else mean_of(observed["fn"])
+
+
+def _observed(model: Program, size: int, like: Tensor, latents: Latents | None, condition: Tensor | None) -> Any:
+    """The observed site of ``size`` data, with a draw of x."""
     program = poutine.condition(poutine.uncondition(model), data=latents or {})
     x = like.new_zeros(size, like.shape[-1])
     with torch.no_grad():
         nodes: Any = call(poutine.trace(program).get_trace, x if condition is None else (x, condition)).nodes
     (observed,) = (site for site in nodes.values() if site.get("infer", {}).get("was_observed"))
-    return observed["value"] if draw else observed["fn"].mean
+    return observed
 
 
 def pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None:
@@ -239,12 +246,13 @@ def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> N
     image_grid(
         data.picture(rows), shape, run_dir / "reconstructions.png", "Test images (top) and their reconstructions"
     )
-    samples = decode(model, 100, data.test)
+    by_draws = isinstance(_observed(model, 1, data.test, None, None)["fn"], Autoregressive)
+    samples = decode(model, 100, data.test, draw=by_draws)
     image_grid(
         data.picture(samples).unflatten(0, (10, 10)),
         shape,
         run_dir / "samples.png",
-        "Means of p(x | z), z from the prior",
+        "Draws of x" if by_draws else "Means of p(x | z), z from the prior",
     )
     ends = posterior_mean(guide, data.test[:12])
     half = min(12, len(data.test)) // 2

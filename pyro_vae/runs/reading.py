@@ -193,6 +193,9 @@ LATER: dict[str, Is] = {
     "versions": dict_of(is_text),
     "densities": or_null(list_of(is_text)),
     "active_units_by_site": dict_of(is_count),
+    "kl": or_null(is_number),
+    "kl_se": or_null(is_error),
+    "kl_by_site": dict_of(or_null(is_number)),
 }
 """What it may hold beside that."""
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from pyro_vae.data.datasets import Data, Schema, names_of
 from pyro_vae.data.images import ImageData
 from pyro_vae.errors import ContractError
-from pyro_vae.infer.diagnostics import active_units, estimate_elbo, pareto_k_threshold
+from pyro_vae.infer.diagnostics import active_units, estimate_elbo, kl_by_datum, pareto_k_threshold
 from pyro_vae.infer.evidence.annealed import annealed_importance_sampling
 from pyro_vae.infer.evidence.blocks import Work
 from pyro_vae.infer.evidence.importance import importance_sampling
 from pyro_vae.infer.evidence.opinion import contradicts
 from pyro_vae.infer.evidence.result import Evidence, beyond_rounding, difference_estimate, pick
+from pyro_vae.infer.randomness import own_numbers
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
 from pyro_vae.parts.likelihoods import Likelihood
@@ -99,6 +100,7 @@ def score_test(
             "num_invalid": int(evidence.num_invalid.sum()),
             "num_not_finite": num_not_finite(evidence),
             **corrected,
+            **_divergence(vae, test),
             "active_units": sum(int(site.sum()) for site in units.values()),
             "active_units_by_site": {name: int(site.sum()) for name, site in units.items()},
             "active_units_first_500": None
@@ -109,6 +111,16 @@ def score_test(
         evidence,
         annealed,
     )
+
+
+def _divergence(vae: Model, test: Tree) -> dict[str, Any]:
+    """What the latents carry: the divergence of q(z | x) from the prior, with the error over data and draws."""
+    with own_numbers("kl", first_tensor(test).device):
+        by_site = kl_by_datum(vae.model, vae.guide, test)
+    each = torch.stack(list(by_site.values())).sum(0)
+    error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan
+    means = {name: values.mean().item() for name, values in by_site.items()}
+    return {"kl": each.mean().item(), "kl_se": error, "kl_by_site": means}
 
 
 def unit_of(vae: Model, schema: Schema) -> str:
@@ -308,6 +320,7 @@ def report_run(run_dir: Path) -> None:
     rows += [
         (f"error over {noun}s", number(result["test_log_likelihood_se"]), "another test set would differ by this"),
         *_of_validation(result),
+        *_of_latents(result),
         ("active units", str(result["active_units"]), f"latent units that vary with the {noun}"),
         ("seconds", f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}", "training + evaluation"),
     ]
@@ -336,6 +349,16 @@ def _of_validation(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = f"{result['num_validation_images']:,} {noun_of(result)}s"
     how = f"importance sampling, {rows}: choose models by this, not by the test set"
     return [("validation", number(log_likelihood, 2), how)]
+
+
+def _of_latents(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """How many of the nats are told by the latents; earlier versions did not write it."""
+    if result.get("kl") is None:
+        return []
+    by_site = ", ".join(f"{name} {number(value, 2)}" for name, value in result.get("kl_by_site", {}).items())
+    several = f": {by_site}" if "," in by_site else ""
+    how = f"of q(z given x) from the prior, what the latents carry, error {number(result.get('kl_se'))}{several}"
+    return [("KL divergence", number(result["kl"], 2), how)]
 
 
 def unreliable(share: float, images: str) -> str:

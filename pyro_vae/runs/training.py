@@ -211,7 +211,7 @@ def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _refuse_image_shape(text: str) -> None:
     content = yaml.safe_load(text)
-    for part in ("encoder", "decoder"):
+    for part in ("encoder", "decoder", "likelihood"):
         given = content[part]
         if isinstance(given, dict) and given.get("init_args", {}).get("image_shape") is not None:
             raise RunError(f"--{part}.image_shape cannot be given: it is that of the data set's images")

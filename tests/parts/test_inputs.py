@@ -34,6 +34,7 @@ from pyro_vae import (
 )
 from pyro_vae.parts.inputs import Inputs
 from pyro_vae.parts.mixed import LogNormal, Mixed, Ordinal, Scaled
+from pyro_vae.parts.pixels import PixelDecoder
 
 SHAPE = (1, 8, 8)
 POSTERIORS = {
@@ -112,6 +113,10 @@ HEADS = {
     "beta": (unit, likelihoods.Beta),
     "continuous": (unit, likelihoods.ContinuousBernoulli),
     "log-normal": (lambda: torch.randn(300, 64).mul(3).exp() * 1e3, LogNormal),
+    "neighbours": (
+        lambda: torch.bernoulli(torch.full((300, 64), 0.4)),
+        lambda size: PixelDecoder(size, receptive_field=3, window=2, channels=4, context=1),
+    ),
     "columns": (counts, lambda size: Mixed([likelihoods.Poisson(size // 2), Scaled(Gaussian(size - size // 2))])),
 }
 PAIRS = {
