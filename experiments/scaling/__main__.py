@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -52,8 +52,6 @@ class Settings:
         seed: of all noise, at least 0.
         device: auto takes a GPU if there is one.
     """
-
-    DESCRIPTION: ClassVar[str | None] = __doc__
 
     parts: Sequence[Name] = ("growth", "evidence", "studies", "parallel")
     run_dir: Path | None = None

@@ -1,0 +1,1 @@
+"""Quality against time: recipes, tracks, and the table of records."""
