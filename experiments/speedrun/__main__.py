@@ -44,10 +44,8 @@ from experiments.speedrun.records import HOME, ROOT, Entry, Record, Verdict, pai
 from experiments.speedrun.tracks import BOARDS, CUSTOMARY, TEST_SET, Name, Recipe, fingerprint, recipes
 from pyro_vae import cli, runs
 from pyro_vae.data.fetched import cache_folder
-from pyro_vae.infer.diagnostics import kl_divergence
 from pyro_vae.runs import figures
 from pyro_vae.runs.reading import json_of, text_of, yaml_of
-from pyro_vae.runs.scoring import some_images
 from pyro_vae.runs.studies import do_all
 from pyro_vae.runs.workers import Shared
 
@@ -59,8 +57,6 @@ PUBLISHED = {
 }
 """log p(x) of dynamic MNIST by 5,000 importance samples, after hundreds to thousands of epochs."""
 TABLE = HOME.relative_to(ROOT)
-NUM_KL = 1000
-"""Test images of which the KL divergence is estimated."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def _shared(
         before = records.clean_commit()
         train(arguments(recipe, seed, settings), run_dir / name, settings.threads)
         known = {"commit": before if before == records.clean_commit() else None, "date": f"{date.today()}"}
-        known |= {"machine": records.machine(device, settings.threads), "kl": _kl(run_dir / name)}
+        known |= {"machine": records.machine(device, settings.threads)}
         runs.write_json(_marks(run_dir, name), known | {"doubts": _doubts(recipe, run_dir / name, settings, device)})
         result = runs.load(run_dir / name).result
         value = runs.number(result["annealed_log_likelihood"], 2)
@@ -201,14 +197,6 @@ def train(argv: Sequence[str], directory: Path, threads: int) -> None:
     if done.returncode:
         said = [line for line in text_of(log).splitlines() if line.strip()]
         raise runs.RunError(said[-1] if said else f"pyro-vae train ended with status {done.returncode}")
-
-
-def _kl(directory: Path) -> float:
-    """E[KL(q(z given x) || p(z))] of some test images, in nats."""
-    run = runs.load(directory)
-    torch.manual_seed(0)
-    x, _ = some_images(run.data, "test", NUM_KL)
-    return sum(each.sum().item() for each in kl_divergence(run.model.model, run.model.guide, x).values())
 
 
 def _doubts(recipe: Recipe, directory: Path, settings: Settings, device: torch.device) -> list[str]:

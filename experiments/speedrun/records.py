@@ -175,7 +175,7 @@ def entry_of(
         fingerprint: of its settings.
         tracks: to which it belongs.
         finished: ``result.json`` of each seed.
-        marks: what was written beside each: ``commit``, ``machine``, ``date``, ``kl``, ``doubts``.
+        marks: what was written beside each: ``commit``, ``machine``, ``date``, ``doubts``.
     """
 
     def over_seeds(key: str) -> tuple[float, float]:
@@ -215,7 +215,7 @@ def entry_of(
         importance_error=importance_error,
         num_samples=finished[0]["num_samples"],
         elbo=over_seeds("test_elbo")[0],
-        kl=sum(_number(mark["kl"]) for mark in marks) / len(marks),
+        kl=over_seeds("kl")[0],
         machine=marks[0]["machine"],
         date=max(mark["date"] for mark in marks),
         commit=commits.pop() if len(commits) == 1 else None,

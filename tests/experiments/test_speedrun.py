@@ -104,24 +104,27 @@ def test_entries_stand_on_all_boards_of_their_tracks_and_the_later_have_to_beat_
 
 def results(**changes):
     keys = {"train_seconds": 10.0, "test_elbo": -93.0, "annealed_log_likelihood": -88.0, "annealed_mc_se": 0.3}
-    keys |= {"test_log_likelihood": -89.0, "mc_se": 0.1, "num_samples": 5000, "num_images": 10_000}
+    keys |= {"test_log_likelihood": -89.0, "mc_se": 0.1, "num_samples": 5000, "num_images": 10_000, "kl": 20.0}
     return keys | {"annealed_reliable": True, "versions": {"torch": "2.0"}} | changes
 
 
 def marks(**changes):
-    return {"commit": "0123", "machine": "a", "date": "2026-01-01", "kl": 20.0, "doubts": []} | changes
+    return {"commit": "0123", "machine": "a", "date": "2026-01-01", "doubts": []} | changes
 
 
 def test_an_entry_is_the_mean_over_seeds_with_errors_over_seeds_and_monte_carlo():
-    finished = [results(annealed_log_likelihood=value, train_seconds=10 - value) for value in (-88.0, -87.0, -86.0)]
-    kls = [marks(kl=20.0), marks(kl=22.0), marks(kl=24.0, date="2026-01-02")]
-    entry = records.entry_of("a", "0", "AB", finished, kls)
-    assert (entry.annealed, entry.seconds, entry.kl, entry.num_seeds) == (-87, 97, 22, 3)
+    finished = [
+        results(annealed_log_likelihood=value, train_seconds=10 - value, kl=-value / 4)
+        for value in (-88.0, -87.0, -86.0)
+    ]
+    beside = [marks(), marks(), marks(date="2026-01-02")]
+    entry = records.entry_of("a", "0", "AB", finished, beside)
+    assert (entry.annealed, entry.seconds, entry.kl, entry.num_seeds) == (-87, 97, 21.75, 3)
     assert entry.seconds_error == pytest.approx(1 / math.sqrt(3))
     assert entry.annealed_error == pytest.approx(math.hypot(1 / math.sqrt(3), 0.3))
     assert entry.importance_error == pytest.approx(0.1)
     assert (entry.commit, entry.date, entry.doubts) == ("0123", "2026-01-02", ())
-    alone = records.entry_of("a", "0", "C", finished[:1], kls[:1])
+    alone = records.entry_of("a", "0", "C", finished[:1], beside[:1])
     assert (alone.annealed_error, alone.seconds_error) == (0.3, 0)
 
 
