@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pyro_vae.errors import CheckpointError, check_at_least_one, reason_of
 from pyro_vae.files import bytes_in, whole
@@ -61,6 +62,9 @@ class Callback:
     def start(self, training: Training) -> None:
         """Before the first epoch, after every ``load``: ``training.history`` has the epochs of an earlier call."""
 
+    def step(self, training: Training) -> None:
+        """After each gradient step, of which there are many."""
+
     def epoch(self, training: Training) -> None:
         """After each epoch: ``training.history[-1]`` is its row, the module has its weights."""
 
@@ -110,6 +114,51 @@ class BestWeights(Callback):
 
     def end(self, training: Training) -> None:
         training.module.load_state_dict(training.kept["best_weights"])
+
+
+class AverageWeights(Callback):
+    """Leave the module with the average of its weights after each step, of which later ones count more.
+
+    After T steps it is (1 - decay) sum_t decay^(T - t) w_t / (1 - decay^T), in which the first weights have no share of
+    their own (Kingma & Ba 2015, section 3). Rows of the history are of the weights that are trained. Buffers are the
+    last ones.
+
+    Args:
+        decay: about 1 / (1 - decay) of the last steps count; above 0 and below 1.
+
+    Raises:
+        ValueError: if ``decay`` is out of its range.
+        CheckpointError: by ``fit``, if a training is resumed that did not average.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be above 0 and below 1, got {decay}")
+        self.decay = decay
+
+    def start(self, training: Training) -> None:
+        if training.history and not training.kept.get("average_weights"):
+            raise CheckpointError("the checkpoint has no average of weights, as AverageWeights was not a callback")
+        # apart from the module, whose own tensors a recorded step reads and writes where they are
+        parameters = dict(training.module.named_parameters())
+        kept = training.kept.get("average_weights") or {"steps": 0, "values": parameters}
+        values = {name: kept["values"][name].detach().to(p.device, copy=True) for name, p in parameters.items()}
+        training.kept["average_weights"] = {"steps": kept["steps"], "values": values}
+        self._now: list[Tensor] = list(parameters.values())
+
+    def step(self, training: Training) -> None:
+        kept = training.kept["average_weights"]
+        kept["steps"] += 1
+        # the first one is the weights themselves
+        decay = 1 - (1 - self.decay) / (1 - self.decay ** kept["steps"])
+        get_ema_multi_avg_fn(decay)(list(kept["values"].values()), self._now, None)
+
+    def end(self, training: Training) -> None:
+        values = list(training.kept["average_weights"]["values"].values())
+        Processes().share(values, near=True)
+        with torch.no_grad():
+            for p, value in zip(self._now, values, strict=True):
+                p.copy_(value)
 
 
 class Checkpoint(Callback):

@@ -1,5 +1,7 @@
 """Optimizers and schedules as fit makes them: by a short name, or by a factory of yours."""
 
+import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from pyro_vae.errors import reason_of
+from pyro_vae.errors import check_at_least_one, reason_of
 
 Made = TypeVar("Made")
 
@@ -73,6 +75,88 @@ class Together(Optimizer):
         switch(self.optimizers, "eval")
 
 
+class Muon(Together):
+    """Muon for matrices (Jordan et al. 2024), whose steps are orthogonal, and Adam for all other parameters.
+
+    A step of a matrix is as large as one of Adam (Liu et al. 2025), so that one rate serves both. Every tensor with two
+    dimensions is a matrix here, pseudo-inputs of a VampPrior too.
+
+    Args:
+        parameters: tensors.
+        lr: learning rate.
+        momentum: of the matrices' gradients, at least 0 and below 1.
+        iterations: of Newton and Schulz, which make a step orthogonal, at least 1. Each multiplies matrices three
+            times, and five of them take longer than the gradient of a small mini-batch.
+        weight_decay: matrices shrink by lr times this in a step, at least 0.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+
+    >>> len(Muon(list(torch.nn.Linear(3, 2).parameters())).optimizers)
+    2
+    """
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        lr: float = 5e-3,
+        momentum: float = 0.95,
+        iterations: int = 5,
+        weight_decay: float = 0.0,
+    ):
+        check_at_least_one(iterations=iterations)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+        matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+        made: list[Optimizer] = []
+        if matrices:
+            like_adam: Any = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": weight_decay}
+            made.append(torch.optim.Muon(matrices, lr=lr, momentum=momentum, ns_steps=iterations, **like_adam))
+        if others:
+            made.append(Adam(others, lr=lr, fused=True, capturable=others[0].is_cuda))
+        super().__init__(*made)
+
+
+class Trapezoid(LambdaLR):
+    """The learning rate rises linearly, stays, and falls linearly to zero (Zhai et al. 2022; Hagele et al. 2024).
+
+    Args:
+        optimizer: its rates are the highest ones.
+        steps_per_epoch, epochs: of the training.
+        warm_up: share of all steps in which it rises, at least 0.
+        constant_until: share of all steps after which it falls, from ``warm_up`` to 1; 1: never.
+
+    Raises:
+        ValueError: if a share is out of its range.
+
+    >>> optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=1.0), []
+    >>> schedule = Trapezoid(optimizer, steps_per_epoch=1, epochs=10, warm_up=0.2)
+    >>> for _ in range(10):
+    ...     rates += schedule.get_last_lr()
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> rates
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        steps_per_epoch: int,
+        epochs: int,
+        warm_up: float = 0.02,
+        constant_until: float = 0.6,
+    ):
+        if not 0 <= warm_up <= constant_until <= 1:
+            raise ValueError(
+                "warm_up and constant_until are shares of all steps, one after the other, from 0 to 1, got "
+                f"{warm_up} and {constant_until}"
+            )
+        steps = steps_per_epoch * epochs
+        rising, falling = max(1, math.ceil(warm_up * steps)), max(1, steps - math.floor(constant_until * steps))
+        super().__init__(optimizer, lambda step: max(0.0, min(1.0, (step + 1) / rising, (steps - step) / falling)))
+
+
 def switch(optimizers: tuple[Optimizer, ...], mode: str) -> None:
     """Call ``train()`` or ``eval()`` of optimizers without a schedule, which train other weights than those that they
     give (Defazio et al. 2024); others have neither."""
@@ -98,7 +182,7 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
     if isinstance(optimizer, partial) and "lr" in optimizer.keywords:
         raise ValueError(f"optimizer {name_of(optimizer)}: its lr is that of fit(..., lr=), give it there")
     made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
-    if any(isinstance(each, LBFGS) for each in getattr(made, "optimizers", (made,))):
+    if any(map(_needs_closure, getattr(made, "optimizers", (made,)))):
         raise TypeError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
     for group in made.param_groups:
         if on_gpu and "capturable" in group:
@@ -115,9 +199,9 @@ def make_schedule(
         ValueError: for another name, or where the factory refuses what it is given.
         TypeError: if it is not a factory, or returns no scheduler, or one that needs more than the number of steps.
     """
-    short = {"one_cycle": _one_cycle, "constant": _constant, "stages": _stages}
+    short = {"one_cycle": _one_cycle, "constant": _constant, "stages": _stages, "trapezoid": Trapezoid}
     if isinstance(schedule, str) and schedule not in short:
-        raise ValueError(f"schedule must be one_cycle, constant or stages, got {schedule}; or give a factory")
+        raise ValueError(f"schedule must be one of {', '.join(short)}, got {schedule}; or give a factory")
     factory = short[schedule] if isinstance(schedule, str) else schedule
     made = _made("schedule", factory, LRScheduler, optimizer, steps_per_epoch=steps_per_epoch, epochs=epochs)
     if isinstance(made, ReduceLROnPlateau):
@@ -151,6 +235,12 @@ def _made(what: str, factory: Callable[..., object], kind: type[Made], *args: ob
     if not isinstance(made, kind):
         raise TypeError(f"{what} {name} must return a torch {kind.__name__}, it returned {name_of(made)}")
     return made
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    given = inspect.signature(optimizer.step).parameters.values()
+    required = [each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return isinstance(optimizer, LBFGS) or bool(required)
 
 
 def _one_cycle(optimizer: Optimizer, *, steps_per_epoch: int, epochs: int) -> LRScheduler:

@@ -15,6 +15,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_vae.callbacks import AverageWeights as AverageWeights
 from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, OnEpoch
 from pyro_vae.errors import CheckpointError, ContractError, NonFiniteError, ProcessLost, check_at_least_one
 from pyro_vae.infer.batches import ADVICE, Watch, explained, is_refusal
@@ -80,7 +81,7 @@ def fit(
     epochs: int = 30,
     lr: float = 3e-3,
     optimizer: Literal["adam"] | OptimizerFactory = "adam",
-    schedule: Literal["one_cycle", "constant", "stages"] | ScheduleFactory = "one_cycle",
+    schedule: Literal["one_cycle", "constant", "stages", "trapezoid"] | ScheduleFactory = "one_cycle",
     loss: PyroELBO | Objective | None = None,
     engine: Callable[..., Engine] = PyroSVI,
     callbacks: Sequence[Callback] = (),
@@ -100,12 +101,14 @@ def fit(
             as for ``torch.optim.Muon``, return :class:`pyro_vae.optimizers.Together`. Those without a schedule, which
             have ``train`` and ``eval``, are switched around training and evaluation.
         schedule: ``one_cycle`` (Smith & Topin 2019; torch's ``OneCycleLR`` without a momentum cycle), ``constant``,
-            ``stages``: stage i = 0, 1, .. has 3^i epochs at the rate lr 10^(-i / 7) (Burda et al. 2016, section 5); or
-            a function called as ``schedule(optimizer, steps_per_epoch=..., epochs=...)``, which returns a scheduler of
-            torch. It is stepped after each gradient step.
+            ``stages``: stage i = 0, 1, .. has 3^i epochs at the rate lr 10^(-i / 7) (Burda et al. 2016, section 5),
+            ``trapezoid``: see :class:`pyro_vae.optimizers.Trapezoid`; or a function called as
+            ``schedule(optimizer, steps_per_epoch=..., epochs=...)``, which returns a scheduler of torch. It is stepped
+            after each gradient step.
         loss: the training objective, or one of Pyro's ELBOs. Default: Pyro's ``Trace_ELBO()``.
         engine: called as ``engine(model, guide, optim, loss)``.
-        callbacks: :class:`EarlyStopping`, :class:`BestWeights`, :class:`Checkpoint`, :class:`OnEpoch`, or of your own.
+        callbacks: :class:`EarlyStopping`, :class:`BestWeights`, :class:`AverageWeights`, :class:`Checkpoint`,
+            :class:`OnEpoch`, or of your own.
         progress: show a progress bar.
         old: keywords of version 0.1.0, which callbacks have replaced; they give a DeprecationWarning.
 
@@ -185,6 +188,7 @@ class Training:
         self._recent: deque[tuple[int, Data]] = deque()
         self._num_recent = 0
         self._processes = Processes()
+        self._at_steps: list[Callback] = []
 
     def stop(self) -> None:
         """End the training with the epoch that is done."""
@@ -266,6 +270,7 @@ class Training:
         self._check_same(loss)
         for callback in callbacks:
             callback.start(self)
+        self._at_steps = [each for each in callbacks if type(each).step is not Callback.step]
         retreat = Retreat(self.module, self.optimizer, self.scheduler, take, self._look)
         total, done = self.epochs * len(self.train), len(self.history) * len(self.train)
         hidden = not progress or not processes.is_first
@@ -387,6 +392,8 @@ class Training:
             self._remember(count, batch)
             rate = self.scheduler.get_last_lr()[0]
             self.scheduler.step()
+            for callback in self._at_steps:
+                callback.step(self)
             bar.update()
             if retreat.is_due:
                 watch.finish()

@@ -41,8 +41,17 @@ from pyro_vae.errors import CheckpointError
 from pyro_vae.infer.checks import check_program
 from pyro_vae.infer.diagnostics import estimate_elbo
 from pyro_vae.infer.retreat import Retreat
-from pyro_vae.optimizers import Together
-from pyro_vae.training import BestWeights, Callback, Checkpoint, EarlyStopping, FlatBatches, OnEpoch, Training
+from pyro_vae.optimizers import Muon, Together, Trapezoid
+from pyro_vae.training import (
+    AverageWeights,
+    BestWeights,
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    FlatBatches,
+    OnEpoch,
+    Training,
+)
 
 
 class Fixed:
@@ -81,12 +90,6 @@ class BreaksDown(nn.Module):
         return self.part(*(x if self.calls >= 0 else x * math.nan for x in inputs))
 
 
-def muon(parameters, lr):
-    """Muon takes matrices only; other parameters go to another optimizer."""
-    matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
-    return Together(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr / 10))
-
-
 def cosine(optimizer, *, steps_per_epoch, epochs):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
 
@@ -95,9 +98,10 @@ OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, momentum=0.9),
     "AdamW": torch.optim.AdamW,
     "RMSprop": torch.optim.RMSprop,
-    "muon": muon,
+    "muon": Muon,
     "schedule_free": schedulefree.AdamWScheduleFree,
 }
+WEIGHTS = {"last": [], "best": [BestWeights()], "average": [AverageWeights(0.7)]}
 
 
 def fit(*args, **kwargs):
@@ -214,16 +218,16 @@ def test_weights_left_in_the_module(scripted, callbacks, epoch):
     ("schedule", "optimizer"),
     [
         *(("one_cycle", "adam"), ("constant", "adam"), ("stages", "adam")),
-        *(("one_cycle", "SGD"), (cosine, "AdamW"), ("one_cycle", "muon"), ("constant", "schedule_free")),
+        *(("one_cycle", "SGD"), (cosine, "AdamW"), ("trapezoid", "muon"), ("constant", "schedule_free")),
     ],
     ids=lambda each: getattr(each, "__name__", each),
 )
-@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
-def test_resuming_gives_the_uninterrupted_run(tmp_path, schedule, optimizer, best):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_resuming_gives_the_uninterrupted_run(tmp_path, schedule, optimizer, weights):
     x, validation = binary(50), binary(30)
     settings = {"epochs": 5, "schedule": schedule, "optimizer": OPTIMIZERS.get(optimizer, "adam")}
     settings["lr"] = 0.002 if optimizer == "SGD" else 0.05  # Pyro's losses are sums over the batch
-    chosen = [BestWeights()] if best else []
+    chosen = WEIGHTS[weights]
 
     def new():
         torch.manual_seed(3)
@@ -325,7 +329,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, spoil):
         ({"schedule": cosine}, {}, "schedule cosine, not one_cycle"),
         ({"schedule": cosine}, {"schedule": cosine, "epochs": 3}, "steps 2, not 3"),
         ({"optimizer": torch.optim.SGD}, {}, "optimizer SGD, not adam"),
-        ({"optimizer": muon}, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "optimizer muon, not SGD"),
+        ({"optimizer": Muon}, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "optimizer Muon, not SGD"),
     ],
     ids=lambda given: re.sub(" at 0x[0-9a-f]+", "", str(given)),  # the same in every process
 )
@@ -576,7 +580,7 @@ def test_a_large_gradient_is_finite():
         ({"lr": math.inf}, "lr must be positive"),
         ({"callbacks": [EarlyStopping(1)], "validation": None}, "EarlyStopping needs validation data"),
         ({"callbacks": [BestWeights()], "validation": None}, "BestWeights needs validation data"),
-        ({"schedule": "cosine"}, "schedule must be one_cycle, constant or stages, got cosine"),
+        ({"schedule": "cosine"}, "schedule must be one of one_cycle, constant, stages, trapezoid, got cosine"),
     ],
     ids=lambda given: re.sub(" at 0x[0-9a-f]+", "", str(given)),
 )
@@ -842,6 +846,61 @@ def test_together_steps_each_with_its_own_rate():
         optim.load_state_dict({"optimizers": [torch.optim.SGD([p]).state_dict()]})
     with pytest.raises(ValueError, match="more than one parameter group"):
         Together(torch.optim.SGD([p]), torch.optim.SGD([p]))
+
+
+def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adam():
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.zeros(30, 20)), nn.Parameter(torch.zeros(4))
+    optim = Muon([weight, bias], lr=0.01, iterations=12)
+    for p in (weight, bias):
+        p.grad = torch.randn_like(p)
+    left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
+    optim.step()
+    step = left.mT @ -weight.detach() @ right.mT / (0.2 * 0.01 * math.sqrt(30))
+    assert (step.diagonal() - 1).abs().max() < 0.35  # as near as these iterations come
+    assert (step - step.diagonal().diag()).abs().max() < 0.05
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+    torch.testing.assert_close(bias.detach(), -0.01 * bias.grad.sign(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("given", [{"momentum": 1.0}, {"iterations": 0}], ids=str)
+def test_settings_of_muon_out_of_range(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        Muon([nn.Parameter(torch.zeros(2, 2))], **given)
+
+
+def test_shares_of_a_trapezoid_out_of_range():
+    for warm_up, constant_until in ((-0.1, 0.5), (0.5, 0.4), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="warm_up and constant_until are shares of all steps"):
+            Trapezoid(torch.optim.SGD([torch.zeros(1)]), 1, 10, warm_up, constant_until)
+
+
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+def test_the_average_of_weights_is_left(engine):
+    seen = []
+
+    class Note(Callback):
+        def step(self, training):
+            seen.append(nn.utils.parameters_to_vector(training.module.parameters()).detach().clone())
+
+    x, vae = binary(60), fresh()
+    history = fit(vae, Fixed(x), epochs=3, lr=0.05, engine=engine, callbacks=[AverageWeights(0.8), Note()])
+    shares = 0.8 ** torch.arange(8.0, -1, -1, dtype=torch.float64)
+    expected = (shares / shares.sum()) @ torch.stack(seen)
+    torch.testing.assert_close(nn.utils.parameters_to_vector(vae.parameters()).detach(), expected)
+    assert (seen[-1] - expected).abs().max() > 0.01
+    assert len(seen) == 9
+    assert without_time(fit(fresh(), Fixed(x), epochs=3, lr=0.05, engine=engine)) == without_time(history)
+
+
+def test_an_average_that_was_not_kept_is_not_gone_on_with(tmp_path):
+    path, x = tmp_path / "checkpoint.pt", binary(20)
+    fit(small_vae(), Fixed(x), epochs=1, schedule="constant", callbacks=[Checkpoint(path)])
+    callbacks = [Checkpoint(path, resume=True), AverageWeights()]
+    with pytest.raises(CheckpointError, match="no average of weights"):
+        fit(small_vae(), Fixed(x), epochs=2, schedule="constant", callbacks=callbacks)
+    with pytest.raises(ValueError, match="decay must be above 0 and below 1, got 1"):
+        AverageWeights(1.0)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.data.datasets import Source
 from pyro_vae.data.fetched import MNIST
@@ -27,6 +28,9 @@ from pyro_vae.parts.networks import MLP, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
 from pyro_vae.parts.priors import Prior, StandardNormal
 from pyro_vae.runs.given import check_made, check_name
+
+ScheduleClass = Callable[[Optimizer, int, int], LRScheduler]
+"""Made of the optimizer, the number of steps of an epoch, and the number of epochs."""
 
 
 def check_numbers(option: str, numbers: Sequence[int], least: int = 1) -> None:
@@ -131,9 +135,13 @@ class Settings:
         optimizer: adam, or the import path of an optimizer of torch or of your own, such as torch.optim.AdamW, whose
             options follow it: --optimizer.weight_decay 0.01.
         lr: learning rate, positive; the peak if the schedule has one.
-        schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..
+        schedule: of the learning rate over the whole run; stages: 1, 3, 9, .. epochs at lr 10^(-i / 7), i = 0, 1, ..;
+            trapezoid: up, constant until 0.6 of all steps, and down to zero, or, with options of it,
+            pyro_vae.optimizers.Trapezoid --schedule.constant_until 0.8; or the import path of a class of your own.
         patience: stop after this many epochs without a better validation ELBO; null: never.
-        weights: evaluate the last weights, or those of the best validation ELBO.
+        weights: evaluate the last weights, those of the best validation ELBO, or the average over steps, of which later
+            ones count more.
+        average_decay: of that average, above 0 and below 1: about 1 / (1 - average_decay) of the last steps count.
         seed: of initialization, data order, training noise and evaluation noise, at least 0.
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1; or mps, for training alone: log p(x) is
             then computed on the CPU, in double precision, which mps lacks. One run on several devices: torchrun
@@ -172,9 +180,10 @@ class Settings:
     batch_size: int = 256
     optimizer: Literal["adam"] | Callable[[list[Tensor]], Optimizer] = "adam"
     lr: float = 5e-3
-    schedule: Literal["one_cycle", "constant", "stages"] = "one_cycle"
+    schedule: Literal["one_cycle", "constant", "stages", "trapezoid"] | ScheduleClass = "one_cycle"
     patience: int | None = None
-    weights: Literal["last", "best"] = "last"
+    weights: Literal["last", "best", "average"] = "last"
+    average_decay: float = 0.999
     seed: int = 0
     device: str = "auto"
     evidence: EvidenceSettings = field(default_factory=EvidenceSettings)
@@ -190,6 +199,8 @@ class Settings:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
         check_seed(self.seed)
+        if not 0 < self.average_decay < 1:
+            raise ValueError(f"--average_decay must be above 0 and below 1, got {self.average_decay}")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"--max_norm must be positive, got {self.max_norm}")
         for name, usual in (("precision", "float32"), ("max_norm", None)):

@@ -18,7 +18,7 @@ import yaml
 from pyro.infer import ELBO
 from torch import nn
 
-from pyro_vae.callbacks import BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
+from pyro_vae.callbacks import AverageWeights, BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
 from pyro_vae.data.datasets import Data, Source
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.tables import densities
@@ -28,7 +28,7 @@ from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.parallel import Processes
 from pyro_vae.infer.trees import call, data_size, select
-from pyro_vae.optimizers import OptimizerFactory, make_optimizer
+from pyro_vae.optimizers import OptimizerFactory, make_optimizer, make_schedule
 from pyro_vae.runs import figures
 from pyro_vae.runs.blockwise import Files, code, fingerprint, forget_parts
 from pyro_vae.runs.build import (
@@ -235,7 +235,9 @@ def prepare(settings: Settings, data: Data, objective: Objective | ELBO) -> Mode
     check_observations(vae, [data.test, data.validation, x], data)
     if isinstance(objective, Objective):
         check_objective(objective, vae, select(x, slice(2)))
-    make("optimizer", make_optimizer, optimizer_of(settings), list(vae.parameters()), settings.lr)
+    optimizer = make("optimizer", make_optimizer, optimizer_of(settings), list(vae.parameters()), settings.lr)
+    steps = len(data.batches(settings.batch_size))
+    make("schedule", make_schedule, settings.schedule, optimizer, steps, settings.epochs)
     return vae
 
 
@@ -325,6 +327,7 @@ def fit_run(
     log = Log(run_dir, settings.tensorboard)
     callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume, about), log]
     callbacks += [BestWeights()] if settings.weights == "best" else []
+    callbacks += [AverageWeights(settings.average_decay)] if settings.weights == "average" else []
     callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []
     batches = data.batches(settings.batch_size)
     num_steps = 0 if data.device.type == "mps" else settings.epochs * len(batches)  # for which inductor is young

@@ -959,6 +959,39 @@ def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
     assert again.func is torch.optim.SGD
 
 
+def test_a_recipe_in_a_file_trains_and_is_written(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "optimizer: {class_path: pyro_vae.optimizers.Muon, init_args: {iterations: 3}}\n"
+        "schedule: {class_path: pyro_vae.optimizers.Trapezoid, init_args: {constant_until: 0.5}}\n"
+        "weights: average\naverage_decay: 0.5\n"
+    )
+    made = run(tmp_path / "run", "--config", str(tmp_path / "recipe.yaml"), "--epochs", "2")
+    content = torch.load(made / "checkpoint.pt", weights_only=True)
+    saved = load_file(made / "model.safetensors")
+    average = content["kept"]["average_weights"]
+    assert average["steps"] == 2 * 5
+    assert all(torch.equal(saved[name], value) for name, value in average["values"].items())
+    assert content["settings"]["schedule"] == "Trapezoid"
+    assert [float(row["learning_rate"]) for row in metrics(made)] == pytest.approx([0.005, 0.001])
+    again = runs.load(made).settings
+    assert (again.optimizer.func.__name__, again.schedule.keywords["constant_until"]) == ("Muon", 0.5)
+    assert (result(made)["weights"], again.average_decay) == ("average", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--optimizer schedulefree.SGDScheduleFreeClosure", "optimizer SGDScheduleFreeClosure needs a closure"),
+        ("--schedule pyro_vae.optimizers.Trapezoid --schedule.warm_up 2", "--schedule: schedule Trapezoid: warm_up and"),
+        ("--schedule torch.optim.lr_scheduler.StepLR", "schedule StepLR: "),
+    ],
+)
+def test_recipes_that_are_none_are_refused(tmp_path, options, words):
+    with pytest.raises(RunError, match=re.escape(words)):
+        run(tmp_path / "run", *options.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["pyro", "compiled"])
 def test_training_touches_only_training_batches(tmp_path, engine):
