@@ -982,7 +982,7 @@ def test_a_recipe_in_a_file_trains_and_is_written(tmp_path):
     ("options", "words"),
     [
         ("--optimizer schedulefree.SGDScheduleFreeClosure", "optimizer SGDScheduleFreeClosure needs a closure"),
-        ("--schedule pyro_vae.optimizers.Trapezoid --schedule.warm_up 2", "--schedule: schedule Trapezoid: warm_up and"),
+        ("--schedule pyro_vae.optimizers.Trapezoid --schedule.warm_up 2", "--schedule: schedule Trapezoid: warm_up"),
         ("--schedule torch.optim.lr_scheduler.StepLR", "schedule StepLR: "),
     ],
 )
