@@ -1,4 +1,5 @@
 from . import data as data
+from . import hierarchical as hierarchical
 from . import infer as infer
 from . import linear as linear
 from . import parts as parts

@@ -17,7 +17,7 @@ ORDER = (
     "parts",
     "data optimizers callbacks",
     "vae linear handrolled training",
-    "semi_supervised",
+    "semi_supervised hierarchical",
     "testing",
     "runs",
     "cli",

@@ -13,6 +13,7 @@ from pyro_vae.data.datasets import Data, Schema, Source
 from pyro_vae.data.sequences import entries_head
 from pyro_vae.data.tables import heads
 from pyro_vae.errors import ContractError, DataError, RunError
+from pyro_vae.hierarchical import HierarchicalVAE, residual_levels
 from pyro_vae.infer.checks import check_part
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.programs import evaluating
@@ -27,7 +28,7 @@ from pyro_vae.runs.settings import Settings
 from pyro_vae.vae import VAE, ConditionalVAE, TwoLayerVAE
 
 T = TypeVar("T")
-Model = VAE | ConditionalVAE | TwoLayerVAE
+Model = VAE | ConditionalVAE | TwoLayerVAE | HierarchicalVAE
 
 
 OTHERS_ERRORS = (ValueError, TypeError, AssertionError, AttributeError, LookupError, RuntimeError)
@@ -67,6 +68,8 @@ def load_dataset(dataset: Source, device: torch.device | str, condition: Sequenc
 
 def build(settings: Settings, schema: Schema) -> Model:
     """The untrained model of ``settings`` for data of this schema."""
+    if settings.model == "HierarchicalVAE":
+        return hierarchical(settings, schema)
     told = dict.fromkeys(settings.condition_in, schema.condition_dim)
     likelihood = head_of(settings, schema)
     posterior = make("posterior", settings.posterior, settings.latent_dim)
@@ -141,6 +144,23 @@ def two_layers(settings: Settings, likelihood: Conditional, posterior: Condition
         posterior=posterior,
         top_posterior=Conditional(MLP(bottom, num_outputs(top_posterior), settings.top.hidden), top_posterior),
     )
+
+
+def hierarchical(settings: Settings, schema: Schema) -> HierarchicalVAE:
+    """zL -> .. -> z1 -> x."""
+    chosen, head = settings.levels, head_of(settings, schema)
+    width, top = chosen.widths[0], chosen.latent_dims[-1]
+    decoder = make("decoder", settings.decoder, width, num_outputs(head), image_shape=schema.shape)
+    levels = make(
+        "levels",
+        residual_levels,
+        encoder_of(settings, schema, width),
+        **vars(chosen),
+        posterior=partial(make, "posterior", settings.posterior),
+    )
+    likelihood = make("decoder", Conditional, decoder, head)
+    prior = make("prior", settings.prior, top)
+    return make("levels", HierarchicalVAE, prior, levels, likelihood, chosen.inference)
 
 
 MODELS = {"VAE": one_layer, "TwoLayerVAE": two_layers}

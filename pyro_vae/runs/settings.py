@@ -21,10 +21,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae.data.datasets import Source
 from pyro_vae.data.fetched import MNIST
 from pyro_vae.errors import check_widths
+from pyro_vae.hierarchical import Inference, check_levels
 from pyro_vae.infer.evidence.annealing import Annealing
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
-from pyro_vae.parts.networks import MLP, Network
+from pyro_vae.parts.networks import MLP, Activation, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
 from pyro_vae.parts.priors import Prior, StandardNormal
 from pyro_vae.runs.given import check_made, check_name
@@ -101,12 +102,44 @@ class TopSettings:
 
 
 @dataclass(frozen=True)
+class LevelsSettings:
+    """The levels of HierarchicalVAE, from the one next to x up to the top.
+
+    Args:
+        latent_dims: dimensions of z1, z2, .., at least two numbers of at least 1; --prior is that of the last.
+        widths: of the states that pass each level on the ways up and down, one for each, or one for all; --encoder
+            makes the first, --decoder reads it.
+        blocks: residual blocks of each level on either way, at least 1.
+        inference: of a level's z: top_down, by x and the levels above it (Child 2021); precision_weighted, by x, and
+            multiplied by its prior given those above (Sonderby et al. 2016), for --posterior MeanField; bottom_up, by
+            the level below it (Burda et al. 2016).
+        activation: of the networks inside.
+    """
+
+    latent_dims: Sequence[int] = (32, 16, 8)
+    widths: Sequence[int] = (200,)
+    blocks: int = 1
+    inference: Inference = "top_down"
+    activation: Activation = "silu"
+
+    def __post_init__(self):
+        check_made(self)
+        for name in ("latent_dims", "widths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, if it comes from the command line
+        check_levels("--levels.latent_dims", self.latent_dims, "--levels.widths", self.widths)
+        if self.blocks < 1:
+            raise ValueError(f"--levels.blocks must be at least 1, got {self.blocks}")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of one run.
 
     Args:
-        model: VAE, or TwoLayerVAE with two stochastic layers, whose prior is that of the upper one.
+        model: VAE, or HierarchicalVAE with several levels of z, whose prior is that of the top, or TwoLayerVAE with two
+            as in the IWAE paper.
         top: the upper layer of TwoLayerVAE.
+        levels: those of HierarchicalVAE.
         condition: what the model is told beside x, so that it is p(x given c): label, or the name of a column of a
             table or '[several, names]'; null: nothing.
         condition_in: which parts are told: prior, decoder, encoder. The decoder reads c after z, the encoder after x,
@@ -121,7 +154,7 @@ class Settings:
         decoder: network from z to the likelihood's parameters.
         missing: what the encoder sees of data with gaps, standardized: zeros in their place, and with mask, for each
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
-        latent_dim: dimensions of z, at least 1.
+        latent_dim: dimensions of z, at least 1; those of HierarchicalVAE are --levels.latent_dims.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
             recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
@@ -158,8 +191,9 @@ class Settings:
     )
     """What ``--help`` shows."""
 
-    model: Literal["VAE", "TwoLayerVAE"] = "VAE"
+    model: Literal["VAE", "TwoLayerVAE", "HierarchicalVAE"] = "VAE"
     top: TopSettings = field(default_factory=TopSettings)
+    levels: LevelsSettings = field(default_factory=LevelsSettings)
     condition: Sequence[str] | str | None = None
     condition_in: Sequence[Literal["prior", "decoder", "encoder"]] = ("decoder", "encoder")
     condition_hidden: Sequence[int] = (100,)
@@ -207,6 +241,10 @@ class Settings:
             if self.engine == "pyro" and getattr(self, name) != usual:
                 raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")
         self._check_condition()
+        if self.model == "HierarchicalVAE" and self.latent_dim != Settings.latent_dim:
+            raise ValueError(f"--latent_dim {self.latent_dim}: HierarchicalVAE has --levels.latent_dims, of each level")
+        if self.model != "HierarchicalVAE" and self.levels != LevelsSettings():
+            raise ValueError(f"--levels is for --model HierarchicalVAE, not {self.model}")
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, argv, words):
     "argv",
     [
         ["--model=TwoLayerVAE", "--top.latent_dim=2", "--top.hidden=[8]"],
+        ["--model=HierarchicalVAE", "--latent_dim=50", "--levels.latent_dims=[3,2,2]", "--levels.widths=[9]"],
         ["--prior=VampPrior", "--prior.components=7"],
         ["--prior=Flow", "--posterior=Flow"],
     ],
