@@ -4,8 +4,8 @@ Usage: python -m experiments.published [options]
 
 Tables: iwae, Burda et al. (2016), Table 1, MNIST and Omniglot; vampprior, Tomczak & Welling (2018), Table 1, VAE on
 static and dynamic MNIST. Data, networks, bound and the customary 5,000 importance samples are those of the papers; so
-is the schedule with --schedule paper, for a GPU; short is one cycle of the rate, in as many epochs as --epochs or
---hours allow. Beside the customary number stands an annealed one, which is higher where the guide fits badly. Before
+is the schedule with --schedule paper, for a GPU; short has a rate that falls at the end, and as many epochs as --epochs
+or --hours allow. Beside the customary number stands an annealed one, which is higher where the guide fits badly. Before
 anything is trained, a few steps of each row are timed, and what all will take is printed; --estimate stops there.
 With no options: the rows of MNIST with one stochastic layer, each trained for 12 minutes, scored in some more.
 """
@@ -38,7 +38,7 @@ class Settings:
     Args:
         tables: iwae, vampprior, or both.
         rows: names of rows of these tables, or patterns such as mnist-1-* or *-k50; null: a few of each table.
-        schedule: paper: as published; short: one cycle of the rate.
+        schedule: paper: as published; short: a constant rate that falls linearly at the end.
         epochs: of each row, at least 1; null: all of the schedule paper, or as --hours allows.
         hours: of training each row, positive, at most all epochs of the schedule; null: as --epochs says, and if that
             says nothing, 0.2 with the schedule short.
