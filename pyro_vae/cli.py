@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError, is_of_no_number
@@ -32,6 +33,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   reconstruct, impute    E[x given z] of new data, or values for what was not seen of them
   sample     draws of x
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
+  report     one page of HTML on a run, several runs or a study: what to believe, which data are worst, which is better
   study      the same run for several contenders and seeds, and their differences; --search: for settings to be found
 
 pyro-vae COMMAND --help shows the options that matter first, --help.all every one."""
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
+    commands["report"] = report
     commands |= {name: partial(use, name) for name in ("score", "embed", "sample", "reconstruct", "impute")}
 
     def run() -> None:
@@ -122,6 +125,19 @@ def compare(argv: Sequence[str] | None = None) -> "Comparison":
     if settings.run_dir:
         print(f"\n{settings.run_dir}")
     return compared
+
+
+def report(argv: Sequence[str] | None = None) -> Path:
+    """Write the page on the runs, or the study, that ``argv`` names."""
+    runs = _runs()
+    settings, _ = runs.parse(runs.ReportSettings, argv, first="runs", prog="pyro-vae report")
+    place = settings.out
+    if settings.run_dir is not None:
+        runs.make_directory(settings.run_dir)
+        place = settings.run_dir / "report.html"
+    page = runs.report(settings.runs, place, settings.data, settings.trust)
+    print(page)
+    return page
 
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":

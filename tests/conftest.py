@@ -34,11 +34,13 @@ def inductor(request, monkeypatch, traced):
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
     """The figures of a run take as long as all the rest of a small one: whoever looks at them asks for ``drawing``."""
-    from pyro_vae.runs import training
+    from pyro_vae.runs import studies, training
 
     none = {name: lambda *args: None for name in ("training_curve", "evidence", "pictures")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "figures", SimpleNamespace(**none))
+        patch.setattr(training, "report_after", lambda *args: None)
+        patch.setattr(studies, "report_study_after", lambda *args: None)
         yield
 
 

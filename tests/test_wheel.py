@@ -110,7 +110,7 @@ Evidence(*[torch.zeros(3)] * 6).to_dataset()
 def test_the_wheel_holds_the_package_and_no_more(wheel):
     held = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in held} == {"pyro_vae"}
-    files = [path for path in (ROOT / "pyro_vae").rglob("*") if path.suffix in (".py", ".pyi")]
+    files = [path for path in (ROOT / "pyro_vae").rglob("*") if path.suffix in (".py", ".pyi", ".html", ".css", ".js")]
     source = {str(path.relative_to(ROOT)) for path in files} | {"pyro_vae/py.typed"}
     assert {name for name in held if ".dist-info/" not in name} == source
 

@@ -6,7 +6,7 @@ take runs or their directories. The command ``pyro-vae`` reads the same settings
 
 from pyro_vae.errors import RunError, need_extra
 
-NEEDED = "jsonargparse yaml xarray h5netcdf arviz matplotlib pandas torchvision PIL sklearn scipy safetensors"
+NEEDED = "jinja2 jsonargparse yaml xarray h5netcdf arviz matplotlib pandas torchvision PIL sklearn scipy safetensors"
 need_extra("runs", [*NEEDED.split(), "tensorboard"])
 
 from pyro_vae.runs import figures, judge
@@ -49,6 +49,7 @@ from pyro_vae.runs.loading import (
     open_finished,
 )
 from pyro_vae.runs.parsing import parse, parser, settings_text
+from pyro_vae.runs.reporting import ReportSettings, report
 from pyro_vae.runs.scoring import (
     best,
     number,
@@ -92,6 +93,7 @@ __all__ = [
     "EvidenceSettings",
     "Filled",
     "Finished",
+    "ReportSettings",
     "Run",
     "RunError",
     "Scored",
@@ -141,6 +143,7 @@ __all__ = [
     "parser",
     "provenance",
     "reliable",
+    "report",
     "report_run",
     "report_study",
     "run_classification",

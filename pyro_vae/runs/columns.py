@@ -73,7 +73,7 @@ def write_columns(model: Program, guide: Program, data: Data, run_dir: Path) -> 
     marginals(columns, first_tensor(some), draws(model, some), run_dir / "marginals.png")
 
 
-def marginals(columns: Sequence[Column], x: Tensor, drawn: Tensor, path: Path) -> None:
+def marginals(columns: Sequence[Column], x: Tensor, drawn: Tensor, path: figures.Place) -> None:
     """Histograms of each column, of data ``x`` and of draws of the model, both ``(N, X)``."""
     shown = columns[:MOST_SHOWN]
     width = min(4, len(shown))
@@ -86,9 +86,9 @@ def marginals(columns: Sequence[Column], x: Tensor, drawn: Tensor, path: Path) -
             inside = [each.clip(bins[0], bins[-1]) for each in both]
             weights = [np.full(len(each), 1 / max(1, len(each))) for each in both]
             cell.hist(inside, bins=bins, weights=weights, label=["training data", "drawn by the model"])
-            cell.set_title(column.name, fontsize=9)
+            cell.set_title(figures.plain(column.name), fontsize=9)
             if column.values:
-                names = [value if isinstance(value, str) else f"{value:g}" for value in column.values]
+                names = [figures.plain(v) if isinstance(v, str) else f"{v:g}" for v in column.values]
                 cell.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0, fontsize=7)
         for cell in list(axes.flat)[len(shown) :]:
             cell.set_axis_off()

@@ -186,6 +186,18 @@ def changed_setting(old: Any, new: Any, name: str = "") -> str | None:
     return None if old == new else f"--{name} ({old}, now {new})"
 
 
+def flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Settings by the options that make them, those of classes and of their arguments too."""
+    for name, value in settings.items():
+        if name in ("class_path", "init_args"):
+            inner = value if isinstance(value, dict) else {"": value}
+            yield from flat(inner, f"{prefix}." if name == "init_args" else prefix)
+        elif isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}" + "." * ("class_path" not in value))
+        else:
+            yield f"{prefix}{name}", value
+
+
 @contextmanager
 def writing(where: Path | str) -> Iterator[None]:
     """Context: what the system refuses inside is a :class:`RunError` that says where, and which file."""

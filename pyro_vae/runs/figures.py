@@ -4,7 +4,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -36,23 +36,37 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "axes.axisbelow": True,
     "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pyro_vae",
 }
 Latents = dict[str, Tensor]
+Place = Path | IO[bytes]
+"""Where a figure is written: a path, as PNG; or a buffer, as SVG."""
 
 
-def figure(path: Path, width: float = 6, height: float = 4, columns: int = 1, **subplots: Any) -> "_Figure":
-    """Context: axes of one figure, in so many ``rows`` if told so, saved to ``path`` as PNG at the end."""
+def plain(name: str) -> str:
+    """A name as it is, where matplotlib would read what stands between two dollars as a formula."""
+    return name.replace("$", r"\$")
+
+
+def figure(path: Place, width: float = 6, height: float = 4, columns: int = 1, **subplots: Any) -> "_Figure":
+    """Context: axes of one figure, in so many ``rows`` if told so, saved to ``path`` at the end."""
     return _Figure(path, width, height, columns, subplots)
 
 
-def save_figure(drawn: Any, path: Path) -> None:
-    """Write a figure as a whole PNG, or none of it."""
+def save_figure(drawn: Any, path: Place) -> None:
+    """Write a figure as a whole PNG, or none of it; to what is no path, as SVG without a background."""
+    if not isinstance(path, Path):
+        with warnings.catch_warnings(), matplotlib.rc_context({"savefig.bbox": "standard"}):
+            warnings.filterwarnings("ignore", "Glyph")  # whoever shows the text has a font for it
+            drawn.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+        return
     with whole(path) as partial:
         drawn.savefig(partial, format="png")
 
 
 class _Figure:
-    def __init__(self, path: Path, width: float, height: float, columns: int, subplots: dict):
+    def __init__(self, path: Place, width: float, height: float, columns: int, subplots: dict):
         self.path = path
         self.arguments = width, height, columns, subplots
 
@@ -70,7 +84,7 @@ class _Figure:
         return self._style.__exit__(*error)
 
 
-def training_curve(history: Sequence[Epoch], path: Path, noun: str = "image") -> None:
+def training_curve(history: Sequence[Epoch], path: Place, noun: str = "image") -> None:
     """Training and validation bound against epochs."""
     epochs = [row.epoch for row in history]
     with figure(path) as axes:
@@ -127,14 +141,14 @@ def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> Non
         )
 
 
-def paired_differences(differences: dict[str, np.ndarray], path: Path, title: str) -> None:
+def paired_differences(differences: dict[str, np.ndarray], path: Place, title: str) -> None:
     """Mean differences of log p(x) as a forest plot of ArviZ: its intervals, of 50 and 95 %, say how sure they are.
 
     They are those of the Bayesian bootstrap over data (Rubin 1981), whose draws are means with Dirichlet weights.
 
     Args:
         differences: by name, nats, each ``(B,)``.
-        path: of the PNG.
+        path: of the PNG, or a buffer for SVG.
         title: above the plot.
     """
     generator = np.random.default_rng(0)
@@ -143,7 +157,7 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
         weights = generator.standard_exponential((draws.shape[1], len(values)))
         draws[0, :, column] = weights @ values / weights.sum(1)
     dims = "chain", "draw", "run"  # names of runs are no names of variables, since paths have slashes
-    sample = xr.Dataset({"difference": (dims, draws)}, coords={"run": list(differences)})
+    sample = xr.Dataset({"difference": (dims, draws)}, coords={"run": [plain(name) for name in differences]})
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ announces its next version once a day
         import arviz
@@ -155,7 +169,7 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
             axes = canvas.subplots()
             az.plot_forest(sample, combined=True, hdi_prob=0.95, ax=axes, textsize=10)
             axes.axvline(0, color="C3", lw=1)
-            axes.set_title(title)
+            axes.set_title(plain(title))
             save_figure(canvas, path)
         else:
             plot = az.plot_forest(
@@ -165,7 +179,7 @@ def paired_differences(differences: dict[str, np.ndarray], path: Path, title: st
                 ci_probs=(0.5, 0.95),
                 backend="matplotlib",
             )
-            plot.viz["figure"].item().suptitle(title)
+            plot.viz["figure"].item().suptitle(plain(title))
             save_figure(plot, path)
 
 
@@ -221,21 +235,26 @@ def _pictures(model: Program, guide: Program, data: Data, run_dir: Path) -> None
 
 def _sequences(model: Program, guide: Program, data: SequenceData, run_dir: Path) -> None:
     """Four test sequences with their reconstructions, and as many draws of the model."""
-    steps, features = data.schema.shape
     some = data.test[:4]
     means = decode(model, len(some), data.test, posterior_mean(guide, some))
     draws = decode(model, len(some), data.test, draw=True)
     titles = {"reconstructions.png": "Test sequences (dots), and their reconstructions", "samples.png": "Samples"}
     for (name, title), dots, lines in zip(titles.items(), (some, None), (means, draws), strict=True):
-        with figure(run_dir / name, 2.8 * len(some), 2.4, len(some), sharey=True, squeeze=False) as rows:
-            for place, axes in enumerate(rows[0]):
-                for feature in range(min(features, 4)):
-                    of = slice(feature, None, features)
-                    axes.plot(range(steps), lines[place, of].cpu(), color=f"C{feature}", lw=1.2)
-                    if dots is not None:
-                        axes.plot(range(steps), dots[place, of].cpu(), ".", color=f"C{feature}", ms=5)
-                axes.set_xlabel("step")
-            rows[0][0].figure.suptitle(title)
+        sequence_row(data.schema.shape, dots, lines, run_dir / name, title)
+
+
+def sequence_row(shape: Sequence[int], dots: Tensor | None, lines: Tensor, path: Place, title: str = "") -> None:
+    """A few sequences ``(N, T * F)`` of shape ``(T, F)`` side by side, as lines, with dots of others if there are."""
+    steps, features = shape
+    with figure(path, 2.8 * len(lines), 2.4, len(lines), sharey=True, squeeze=False) as rows:
+        for place, axes in enumerate(rows[0]):
+            for feature in range(min(features, 4)):
+                of = slice(feature, None, features)
+                axes.plot(range(steps), lines[place, of].cpu(), color=f"C{feature}", lw=1.2)
+                if dots is not None:
+                    axes.plot(range(steps), dots[place, of].cpu(), ".", color=f"C{feature}", ms=5)
+            axes.set_xlabel("step")
+        rows[0][0].figure.suptitle(title)
 
 
 def _images(model: Program, guide: Program, data: ImageData, run_dir: Path) -> None:
@@ -305,7 +324,7 @@ def samples_given(model: Program, like: Tensor, classes: Tensor, number: int = 1
 
 
 def image_grid(
-    images: Tensor, shape: Sequence[int], path: Path, title: str = "", labels: Sequence[str] | None = None
+    images: Tensor, shape: Sequence[int], path: Place, title: str = "", labels: Sequence[str] | None = None
 ) -> None:
     """Images ``(rows, columns, X)`` of shape ``(C, H, W)`` as one picture, with a label for each row if there are."""
     rows, columns = images.shape[:2]
@@ -328,11 +347,11 @@ def image_grid(
         axes.spines[:].set_visible(False)
         axes.set_xticks([])
         centres = [(row + 0.5) * (height + 2) for row in range(rows)]
-        axes.set_yticks(centres if labels else [], labels)
+        axes.set_yticks(centres if labels else [], [plain(label) for label in labels] if labels else None)
         axes.tick_params(length=0)
 
 
-def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 5000) -> None:
+def latent_scatter(guide: Program, data: Data, path: Place, num_images: int = 5000) -> None:
     """Posterior means of test images in the plane of their largest variance, coloured by class."""
     x = select(data.test, slice(num_images))
     latents = posterior_mean(guide, x)
@@ -345,7 +364,7 @@ def latent_scatter(guide: Program, data: Data, path: Path, num_images: int = 500
     z = torch.nn.functional.pad(z, (0, 2 - min(2, z.shape[1]))).cpu().numpy()
     colours = {} if labels is None else {"c": labels, "cmap": "tab10"}
     with figure(path, 5.6, 4.6) as axes:
-        points = axes.scatter(z[:, 0], z[:, 1], s=5, alpha=0.6, linewidths=0, **colours)
+        points = axes.scatter(z[:, 0], z[:, 1], s=5, alpha=0.6, linewidths=0, rasterized=True, **colours)
         if labels is not None:
             axes.legend(*points.legend_elements(), title="class", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set(

@@ -277,7 +277,7 @@ def _planned(
 ) -> tuple[Settings, str]:
     """The settings of the run of a trial, and their YAML text."""
     resume = directory is not None and (directory / "config.yaml").exists()
-    argv = [*settings.arguments(), *options(values)]
+    argv = ["--report=false", *settings.arguments(), *options(values)]
     with _named(values):
         return parse(Settings, argv + [f"--run_dir={directory}"] * (directory is not None) + ["--resume"] * resume)
 

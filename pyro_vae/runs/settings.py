@@ -183,6 +183,7 @@ class Settings:
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
         resume: go on with the interrupted run in --run_dir, with its settings, in any number of processes.
         tensorboard: log curves to run_dir for TensorBoard.
+        report: write report.html to run_dir at the end, a page on the run; false: pyro-vae report writes it later.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = (
@@ -224,6 +225,7 @@ class Settings:
     run_dir: Path | None = None
     resume: bool = False
     tensorboard: bool = False
+    report: bool = True
 
     def __post_init__(self):
         check_made(self)

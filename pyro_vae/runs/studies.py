@@ -29,6 +29,7 @@ from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.ray_tasks import in_cluster
 from pyro_vae.runs.reading import text_of, yaml_of
+from pyro_vae.runs.reporting import report_study_after
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.summaries import (
     Summary,
@@ -62,6 +63,8 @@ class StudySettings:
             ray://host:port.
         cpus_per_run: of a node of the cluster, as many threads, at least 1.
         gpus_per_run: of a node of the cluster; 0.5 lets two runs share one.
+        report: write report.html to run_dir at the end, a page on the study; its runs have one if their arguments ask
+            for it, by --report true.
     """
 
     contenders: dict[str, str]
@@ -73,6 +76,7 @@ class StudySettings:
     ray: bool | str = False
     cpus_per_run: int = 1
     gpus_per_run: float = 0
+    report: bool = True
 
     def __post_init__(self):
         check_made(self)
@@ -316,9 +320,9 @@ def _planned(settings: StudySettings, name: str, seed: int, directory: Path | No
     contender: str | Settings = settings.contenders[name]
     resume = directory is not None and (directory / "config.yaml").exists()
     if isinstance(contender, Settings):
-        run = replace(contender, seed=seed, run_dir=directory, resume=resume)
+        run = replace(contender, seed=seed, run_dir=directory, resume=resume, report=False)
         return run, settings_text(run)
-    argv = [*settings.arguments(), *shlex.split(contender), f"--seed={seed}"]
+    argv = ["--report=false", *settings.arguments(), *shlex.split(contender), f"--seed={seed}"]
     return parse(Settings, argv + [f"--run_dir={directory}"] * (directory is not None) + ["--resume"] * resume)
 
 
@@ -361,4 +365,6 @@ def report_study(done: Study, title: str, more: Mapping[str, Sequence[str]] | No
         *(["", remarks] if remarks else []),
     ]
     write_study(run_dir, "\n".join(lines), summaries, directories)
+    if settings.report:
+        report_study_after(run_dir)
     return run_dir

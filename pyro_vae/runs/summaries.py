@@ -182,7 +182,7 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
     return table(rows)
 
 
-def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
+def forest(summaries: Sequence[Summary], path: figures.Place, title: str) -> None:
     """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
     others = [s for s in summaries if s.name != s.reference]
     others = [s for s in others if math.isfinite(s.difference)] or others  # what is not finite is in the table
@@ -191,9 +191,10 @@ def forest(summaries: Sequence[Summary], path: Path, title: str) -> None:
             axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)
             axes.errorbar(s.difference, row, xerr=s.difference_seed_error, fmt="o", color="C0", capsize=3, zorder=3)
         axes.axvline(0, color="C3", lw=1)
-        axes.set_yticks(range(len(others)), [s.name for s in others])
+        axes.set_yticks(range(len(others)), [figures.plain(s.name) for s in others])
         axes.set_ylim(len(others) - 0.5, -0.5)
-        axes.set(xlabel=f"log p(x) minus that of {others[0].reference}, nats per datum", title=title)
+        reference = figures.plain(others[0].reference)
+        axes.set(xlabel=f"log p(x) minus that of {reference}, nats per datum", title=title)
 
 
 def write_study(

@@ -45,6 +45,7 @@ from pyro_vae.runs.columns import write_columns
 from pyro_vae.runs.directory import (
     check_run_dir,
     choose_device,
+    flat,
     open_run,
     provenance,
     write_csv,
@@ -58,6 +59,7 @@ from pyro_vae.runs.loading import Run, load, load_settings
 from pyro_vae.runs.memory import FILE, check_same_data, find_again, remember
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.reading import yaml_of
+from pyro_vae.runs.reporting import report_after
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
 from pyro_vae.runs.seals import without_weights
 from pyro_vae.runs.settings import Settings
@@ -86,7 +88,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     dataset = make("dataset", settings.dataset, settings.data_dir or cache_folder())
     objective = make("objective", settings.objective)
     with launched(settings.device) as processes:
-        check_same(processes, dict(_flat(yaml.safe_load(text), "--")))
+        check_same(processes, dict(flat(yaml.safe_load(text), "--")))
         now = Path("runs") / f"{type(dataset).__name__}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         run_dir = Path(settings.run_dir or processes.from_first(lambda: now))
         processes.from_first(lambda: check_run_dir(run_dir, text, settings.resume, _reread))
@@ -185,6 +187,8 @@ def _score(settings: Settings, dataset: Source, vae: Model, data: Data, history:
         print("scoring on the CPU, in double precision, which mps lacks")
         vae, data = vae.cpu(), load_dataset(dataset, "cpu", settings.conditions)
     finish(settings, vae.eval(), data, history, run_dir)
+    if settings.report:
+        report_after(run_dir, vae, data)
 
 
 LATER = ("epochs", "evidence", "device", "data_dir", "patience", "weights")
@@ -194,19 +198,7 @@ LATER = ("epochs", "evidence", "device", "data_dir", "patience", "weights")
 def _about(text: str, data: Data) -> dict[str, Any]:
     """What a checkpoint says of its run: one of other settings, or of other data, is not gone on with."""
     settings = {name: value for name, value in yaml.safe_load(text).items() if name not in LATER}
-    return dict(_flat(settings, "--")) | {"data": data.fingerprint}
-
-
-def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Settings by the options that make them, those of classes and of their arguments too."""
-    for name, value in settings.items():
-        if name in ("class_path", "init_args"):
-            inner = value if isinstance(value, dict) else {"": value}
-            yield from _flat(inner, f"{prefix}." if name == "init_args" else prefix)
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}" + "." * ("class_path" not in value))
-        else:
-            yield f"{prefix}{name}", value
+    return dict(flat(settings, "--")) | {"data": data.fingerprint}
 
 
 def _refuse_image_shape(text: str) -> None:

@@ -56,7 +56,7 @@ def test_defaults():
     annealing = saved["evidence"].pop("annealing")
     assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1500}
     assert annealing == asdict(Annealing())
-    assert saved.keys() == {name for name in vars(config) if name not in ("run_dir", "resume", "tensorboard")}
+    assert saved.keys() == {name for name in vars(config) if name not in ("run_dir", "resume", "tensorboard", "report")}
 
 
 def test_values_reach_the_parts(tmp_path):

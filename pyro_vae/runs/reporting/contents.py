@@ -1,0 +1,330 @@
+"""What a page says of one run: its number, whether to believe it, what was run, its data, and what its model draws."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+import yaml
+
+from pyro_vae.callbacks import Epoch
+from pyro_vae.data.datasets import Data
+from pyro_vae.data.images import ImageData
+from pyro_vae.data.sequences import SequenceData
+from pyro_vae.errors import RunError, is_of_no_number
+from pyro_vae.runs.directory import flat, noun_of
+from pyro_vae.runs.loading import Run
+from pyro_vae.runs.parsing import settings_text
+from pyro_vae.runs.reading import evaluation_of, text_of, yaml_of
+from pyro_vae.runs.reporting import drawing
+from pyro_vae.runs.reporting.page import Column, Figures, Folded, Gallery, Grid, Page, Rows, Section, Text, Verdicts
+from pyro_vae.runs.reporting.showing import Shown
+from pyro_vae.runs.reporting.words import errors_of, verdict
+from pyro_vae.runs.scoring import number
+from pyro_vae.runs.settings import Settings
+
+MOST_ROWS = 10_000
+"""Of a sortable table."""
+IN_GALLERY = 10
+"""Data of each kind: the worst, the best, the least sure."""
+
+
+class Told(NamedTuple):
+    """A finished run as it is reported: its name, what its training recorded, and if they are here, model and data.
+
+    ``absent`` says why they are not.
+    """
+
+    name: str
+    run: Run
+    history: list[Epoch]
+    vae: Any = None
+    data: Data | None = None
+    absent: str = ""
+
+    @property
+    def noun(self) -> str:
+        return noun_of(self.run.result)
+
+
+def history_of(directory: Path) -> list[Epoch]:
+    """What ``metrics.csv`` has of a training; nothing, if it is not there or damaged: no number rests on it."""
+    try:
+        rows = list(csv.DictReader(text_of(directory / "metrics.csv").splitlines()))
+        return [Epoch(int(row["epoch"]), *(float(row[name]) for name in Epoch._fields[1:])) for row in rows]
+    except (RunError, ValueError, KeyError, TypeError):
+        return []
+
+
+def run_page(told: Told) -> Page:
+    """The page of one finished run."""
+    result = told.run.result
+    versions = result.get("versions") or {}
+    about = [str(result.get("dataset") or "data"), str(result["unit"]), str(result.get("device") or "")]
+    version = versions.get("pyro_vae")
+    footer = "pyro_vae " + str(version or "of an unknown version") + f", commit {result.get('commit') or 'unknown'}"
+    sections = [
+        Section("May the number be believed?", belief(told)),
+        Section("What was run", settings_of(told.run.path)),
+        Section("Training", training_of(told)),
+        Section("Evidence", evidence_of(told)),
+        Section(f"{told.noun.capitalize()} by {told.noun}", data_of(told)),
+        Section("What the model draws", drawn_by(told)),
+    ]
+    return Page(f"Run {told.name}", ", ".join(filter(None, about)), sections, footer)
+
+
+def unfinished_page(name: str, directory: Path) -> Page:
+    """The page of a run that is on its way, or was interrupted: it has no number yet."""
+    history = history_of(directory)
+    line = "This run is not finished: it has no log-likelihood, and nothing here stands for one."
+    how = f" {len(history)} epochs are done." if history else " No epoch is done."
+    blocks = [Figures(drawing.curves(history, "datum"))] if history else [Text("There is nothing to draw yet.")]
+    sections = [
+        Section("Not finished", [Text(line + how + " Train with --resume to finish it.")]),
+        Section("What is run", settings_of(directory)),
+        Section("Training so far", blocks),
+    ]
+    return Page(f"Run {name}, not finished", "training", sections)
+
+
+def belief(told: Told) -> list[Any]:
+    """The number, whether to believe it and why, and all numbers with their meanings."""
+    found = verdict(told.run.result, told.run.evidence, told.history)
+    error = "" if found.error is None else f" ± {number(found.error)} (Monte Carlo error)"
+    value = "no number" if not math.isfinite(found.value) else number(found.value, 2).replace("-", "\u2212")
+    over = number(told.run.result["test_log_likelihood_se"])
+    headline = f"log p(x) is {value}{error}, {told.run.result['unit']}. Another test set would differ by ± {over}."
+    return [
+        Text(headline),
+        Verdicts(found.believed, found.answer, found.claims),
+        Grid(
+            f"All numbers, in {told.run.result['unit']}; larger is better",
+            ("number", "value", "what it is"),
+            errors_of(told.run.result),
+        ),
+    ]
+
+
+def settings_of(directory: Path) -> list[Any]:
+    """Settings that are not the default, and the others behind a line."""
+    try:
+        content = yaml_of(directory / "config.yaml")
+    except RunError as error:
+        return [Text(f"The settings cannot be read: {error}")]
+    given = {name: _setting(value) for name, value in flat(content, "--")}
+    usual = {name: _setting(value) for name, value in flat(yaml.safe_load(settings_text(Settings())), "--")}
+    changed = [(name, value, usual.get(name, "\u2013")) for name, value in given.items() if value != usual.get(name)]
+    same = [(name, value) for name, value in given.items() if value == usual.get(name)]
+    blocks: list[Any] = [Grid("Settings that differ from the defaults", ("setting", "here", "default"), changed)]
+    if not changed:
+        blocks = [Text("All settings are the defaults.")]
+    return [
+        *blocks,
+        Folded("Settings that are the defaults", [Grid("Settings that are the defaults", ("setting", "value"), same)]),
+    ]
+
+
+def _setting(value: Any) -> str:
+    """A setting as text; a class by its name alone, whose module versions move."""
+    text = str(value)
+    is_path = isinstance(value, str) and "." in text and text.replace(".", "").isidentifier()
+    return text.rpartition(".")[2] if is_path else text
+
+
+def training_of(told: Told) -> list[Any]:
+    if not told.history:
+        return [Text("What training recorded, metrics.csv, is not here.")]
+    seconds = sum(row.seconds for row in told.history)
+    text = f"{len(told.history)} epochs in {seconds:,.0f} s."
+    return [Text(text), Figures(drawing.curves(told.history, told.noun))]
+
+
+def evidence_of(told: Told) -> list[Any]:
+    """Log p(x) over data, and estimates against their budget."""
+    blocks: list[Any] = [Figures(drawing.evidence(told.run.importance, told.run.result, told.noun))]
+    found = estimates(told)
+    rows = [(each.name, number(each.value), number(each.error), f"{each.seconds:.2g}") for each in found]
+    header = ("estimate", "log p(x)", "Monte Carlo error", f"seconds per {told.noun}")
+    blocks.append(Grid("Estimates against budget", header, rows))
+    if len(found) > 1:
+        blocks.append(Figures(drawing.budget(found, told.noun)))
+    else:
+        blocks.append(
+            Text("pyro-vae evaluate scores it again, by other estimators or with more samples; all that is shown here.")
+        )
+    return blocks
+
+
+def estimates(told: Told) -> list[drawing.Estimate]:
+    """Every estimate of log p(x) of test data that is known: those of the run, and of its evaluations."""
+    result = told.run.result
+    annealing = result.get("annealed_seconds") or 0.0
+    found = [
+        (
+            f"importance, {result['num_samples']:,} samples",
+            max(result["evaluate_seconds"] - annealing, 1e-9) / result["num_images"],
+            *(result["test_log_likelihood"], result["mc_se"]),
+        )
+    ]
+    if result.get("annealed_images") and annealing:
+        name = f"annealed, {result['annealed_images']:,} of {result['num_images']:,}"
+        found.append(
+            (
+                name,
+                annealing / result["annealed_images"],
+                result.get("annealed_log_likelihood"),
+                result.get("annealed_mc_se"),
+            )
+        )
+    for directory in sorted((told.run.path / "evaluations").glob("*/result.json")):
+        try:
+            again, _ = evaluation_of(directory.parent)
+        except RunError:
+            continue  # half done, or none
+        if again.get("split") == "test" and again.get("log_likelihood") is not None:
+            name = f"{directory.parent.name}, {again['num_images']:,} of {result['num_images']:,}"
+            found.append((name, again["seconds"] / again["num_images"], again["log_likelihood"], again["mc_se"]))
+    known = [each for each in found if None not in each and all(map(math.isfinite, each[1:]))]
+    return [drawing.Estimate(*each) for each in known]
+
+
+def data_of(told: Told) -> list[Any]:
+    """The worst, the best and the least sure data, and a sortable table of all."""
+    importance, noun = told.run.importance, told.noun
+    places, log_px = importance["datum"].values, importance["log_px"].values
+    kept, text = excerpt(importance, noun)
+    blocks: list[Any] = [Text(text)] if text else []
+    if told.absent:
+        blocks.append(Text(f"The data themselves are not shown: {told.absent}"))
+    ranks = ranked(importance)
+    shown = None if told.data is None else Shown(told.data, told.vae)
+    if shown is not None:
+        for title, order in ranks.items():
+            some = order[:IN_GALLERY]
+            about = [f"log p(x) {number(float(log_px[i]), 1)}{_sureness(importance, i)}" for i in some]
+            heading = f"The {title}, each with its reconstruction"
+            blocks.append(Gallery(heading, shown.items([int(places[i]) for i in some], about)))
+    columns = columns_of(told, kept)
+    first = places[priority(ranks, kept)].tolist()
+    pictures, (names, values) = {}, ([], {})
+    if shown is not None:
+        pictures, (names, values) = shown.pictures(first), shown.values(first)
+        if 0 < len(pictures) + len(values) < len(kept):
+            number_shown = len(pictures) + len(values)
+            blocks.append(Text(f"The {number_shown:,} worst, best and least sure {noun}s are shown themselves."))
+    caption = f"Test {noun}s, by importance sampling: nats, larger is better; a button in the head sorts"
+    blocks.append(Rows(caption, columns, noun, pictures, names, values))
+    return blocks
+
+
+def _sureness(importance: xr.Dataset, place: int) -> str:
+    """Pareto k and effective sample size of a datum, as far as they are known."""
+    k, ess = (float(importance[name].values[place]) for name in ("khat", "ess"))
+    return f", k {k:.2f}" * math.isfinite(k) + f", ESS {ess:.0f}" * math.isfinite(ess)
+
+
+def ranked(importance: xr.Dataset) -> dict[str, np.ndarray]:
+    """Rows in the order of what is wrong with them: worst first, best first, least sure first."""
+    log_px, khat, error = (importance[name].values for name in ("log_px", "khat", "mc_se"))
+    sure = np.where(np.isfinite(khat), khat, np.where(np.isneginf(khat), -1.0, error))
+    sure = np.where(np.isfinite(log_px), sure, np.inf)  # of what is no number nothing is sure
+    by = {"worst": np.nan_to_num(log_px, nan=np.inf), "best": -np.nan_to_num(log_px, nan=-np.inf), "least sure": -sure}
+    return {name: np.argsort(values, kind="stable") for name, values in by.items()}
+
+
+def excerpt(importance: xr.Dataset, noun: str) -> tuple[np.ndarray, str]:
+    """Rows of a sortable table, all or ``MOST_ROWS`` of them, and a line that says how many are left out."""
+    size = importance.sizes["datum"]
+    if size <= MOST_ROWS:
+        return np.arange(size), ""
+    each = MOST_ROWS // 5
+    ends = np.unique(np.concatenate([order[:each] for order in ranked(importance).values()]))
+    others = np.setdiff1d(np.arange(size), ends)
+    drawn = np.random.default_rng(0).choice(others, MOST_ROWS - len(ends), replace=False)
+    text = f"{size - MOST_ROWS:,} of {size:,} {noun}s are left out of the table: it has the {each:,} worst, best and "
+    return np.sort(
+        np.concatenate([ends, drawn])
+    ), text + f"least sure, and {len(drawn):,} drawn at random. evidence.nc has all."
+
+
+def priority(ranks: Mapping[str, np.ndarray], kept: np.ndarray) -> np.ndarray:
+    """The rows of a table in the order in which they are worth showing: from the ends of all columns."""
+    inside = np.isin(np.stack(list(ranks.values())), kept)
+    orders = [order[known] for order, known in zip(ranks.values(), inside, strict=True)]
+    mixed = np.stack(orders, 1).ravel()
+    _, first = np.unique(mixed, return_index=True)
+    return mixed[np.sort(first)]
+
+
+def columns_of(told: Told, kept: np.ndarray) -> list[Column]:
+    """The columns of a sortable table of one run."""
+    importance, annealed = told.run.importance, told.run.annealed
+    places = importance["datum"].values[kept]
+    columns = [Column(told.noun, places.tolist(), 0, "place in the test set")]
+    for name, title, digits, about in (
+        ("log_px", "log p(x)", 2, "by importance sampling, nats"),
+        ("mc_se", "error", 3, "Monte Carlo error, nats"),
+        ("khat", "k", 2, "Pareto k: above the threshold, not to be trusted"),
+        ("ess", "ESS", 0, "effective sample size"),
+    ):
+        columns.append(Column(title, rounded(importance[name].values[kept], digits), digits, about))
+    if annealed is not None:
+        known = dict(zip(annealed["datum"].values.tolist(), annealed["log_px"].values.tolist(), strict=True))
+        values = np.array([known.get(place, math.nan) for place in places.tolist()])
+        columns.append(
+            Column("annealed", rounded(values, 2), 2, "log p(x) by annealed importance sampling, where drawn for it")
+        )
+    labels = None if told.data is None else told.data.test_labels
+    if labels is not None:
+        columns.append(Column("class", labels.cpu()[torch.as_tensor(places)].tolist(), 0))
+    return columns
+
+
+def rounded(values: Any, digits: int) -> list[float | None]:
+    """Numbers for a page; None for NaN and infinities."""
+    return [round(each, digits) if math.isfinite(each) else None for each in np.asarray(values, float).tolist()]
+
+
+def drawn_by(told: Told) -> list[Any]:
+    """What the model makes of data and of nothing: reconstructions, samples, traversals, the map of its latents."""
+    vae, data = told.vae, told.data
+    if vae is None or data is None:
+        return [Text(f"Nothing is drawn: {told.absent or 'neither model nor data were asked for'}")]
+    try:
+        with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            found = drawing.latent_map(vae, data)
+            if isinstance(data, ImageData):
+                found = drawing.images(vae, data) + found
+            elif isinstance(data, SequenceData):
+                found = drawing.sequences(vae, data) + found
+            elif data.schema.columns:
+                found = drawing.columns(vae, data) + found
+    except (ValueError, RuntimeError) as error:
+        if not is_of_no_number(error):
+            raise
+        return [Text("Nothing is drawn: draws or latents are NaN or infinite.")]
+    return [Figures(found)] if found else [Text("There is nothing to draw of data of this kind.")]
+
+
+def settings_that_differ(runs: Sequence[Told]) -> list[Any]:
+    """Settings in which runs differ from each other."""
+    contents = []
+    for told in runs:
+        try:
+            contents.append(
+                {name: _setting(value) for name, value in flat(yaml_of(told.run.path / "config.yaml"), "--")}
+            )
+        except RunError:
+            contents.append({})
+    names = dict.fromkeys(name for content in contents for name in content)
+    rows = [(name, *(content.get(name, "\u2013") for content in contents)) for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    if not rows:
+        return [Text("Their settings are the same.")]
+    return [Grid("Settings that differ", ("setting", *(told.name for told in runs)), rows)]

@@ -1,0 +1,283 @@
+"""What a page says of several runs, and of a study: which is better, by how much, and how sure that is."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from pyro_vae.errors import RunError
+from pyro_vae.runs import figures
+from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
+from pyro_vae.runs.loading import load
+from pyro_vae.runs.reporting import drawing
+from pyro_vae.runs.reporting.contents import (
+    Told,
+    belief,
+    excerpt,
+    history_of,
+    priority,
+    ranked,
+    rounded,
+    settings_that_differ,
+)
+from pyro_vae.runs.reporting.page import Column, Figures, Folded, Grid, Page, Rows, Section, Text, Verdicts
+from pyro_vae.runs.reporting.showing import Shown
+from pyro_vae.runs.reporting.words import Claim, better, verdict
+from pyro_vae.runs.scoring import number
+from pyro_vae.runs.summaries import Summary, choice, estimators, forest, load_study
+
+MOST_RUNS = 8
+"""That a sortable table has columns for, the first ones."""
+BELIEVED = {True: "yes", False: "no", None: "not known"}
+
+
+def comparison_page(runs: Sequence[Told]) -> Page:
+    """The page of several finished runs; those whose numbers mean different things are not ranked together."""
+    groups = alike(runs)
+    sections = []
+    if len(groups) > 1:
+        sections.append(Section("Not all can be compared", _unlike(groups)))
+    for group in groups:
+        title = "Which is better?" if len(groups) == 1 else f"Runs like {group[0].name}"
+        sections.append(Section(title, _group(group)))
+    histories = {told.name: told.history for told in runs if told.history}
+    curves = [Figures(drawing.several_curves(histories))] if histories else []
+    sections += [Section("Training", curves)] if len(groups) == 1 and curves else []
+    sections.append(Section("What was run", settings_that_differ(runs)))
+    sections += [Section(f"{group[0].noun.capitalize()} by {group[0].noun}", _rows(group)) for group in groups]
+    each = [Folded(told.name, belief(told)) for told in runs]
+    sections.append(Section("May each number be believed?", each))
+    return Page(f"{len(runs)} runs", ", ".join(told.name for told in runs), sections)
+
+
+def alike(runs: Sequence[Told]) -> list[list[Told]]:
+    """Runs whose numbers mean the same, together."""
+    groups: dict[str, list[Told]] = {}
+    for told in runs:
+        groups.setdefault(repr([told.run.result.get(name) for name in MUST_AGREE]), []).append(told)
+    return list(groups.values())
+
+
+def _unlike(groups: Sequence[Sequence[Told]]) -> list[Any]:
+    """Why groups of runs are not ranked against each other."""
+    firsts = [group[0].run.result for group in groups]
+    odd = [name for name in MUST_AGREE if len({repr(result.get(name)) for result in firsts}) > 1]
+    rows = [
+        (", ".join(told.name for told in group), *(str(result.get(name) or "\u2013") for name in odd))
+        for group, result in zip(groups, firsts, strict=True)
+    ]
+    text = "These runs are not ranked against each other, since their numbers mean different things: compared are only "
+    return [Text(text + "those of one line."), Grid("What differs", ("runs", *odd), rows)]
+
+
+def _group(group: Sequence[Told]) -> list[Any]:
+    """Differences of each run to the first one, and their order."""
+    first, *others = group
+    doubtful = {told.name: verdict(told.run.result, told.run.evidence).believed is False for told in group}
+    runs = [told.run for told in group]
+    estimator = "annealed" if annealed_alike(runs) else "importance"
+    how = f"{estimator if estimator == 'annealed' else 'importance sampling'}, "
+    how += f"{first.run.evidence[estimator].sizes['datum']:,} test {first.noun}s, paired; {first.run.result['unit']}"
+    if not others:
+        return [Text("There is nothing to compare it with."), _board([(first, None)], estimator, how)]
+    claims, found, told_of = [], {}, {}
+    for told in others:
+        try:
+            found[told.name] = difference_of(told.run, first.run, estimator)
+        except RunError as error:
+            claims.append(Claim(False, str(error)))
+            continue
+        doubted = [each for each in (told.name, first.name) if doubtful[each]]
+        claims.append(better(told.name, first.name, found[told.name], first.noun, doubted))
+        told_of[told.name] = claims[-1].text
+    order = [(first, None), *((told, found[told.name]) for told in others if told.name in found)]
+    order.sort(key=lambda pair: -_or(pair[1].mean, -math.inf) if pair[1] else 0.0)
+    good = {
+        told.name: (told.run.evidence[estimator]["log_px"] - first.run.evidence[estimator]["log_px"]).values
+        for told, d in order
+        if d is not None and not d.num_not_finite
+    }
+    blocks: list[Any] = [Verdicts(None, _answer(order), claims)]
+    if good:
+        draw = partial(_forest_of, good, f"nats per {first.noun} above {first.name}")
+        blocks.append(Figures(drawing.forest(draw, list(good), list(told_of.values()))))
+    return [*blocks, _board(order, estimator, how)]
+
+
+def _forest_of(differences: dict[str, np.ndarray], title: str, out: Any) -> None:
+    figures.paired_differences(differences, out, title)
+
+
+def _or(value: float, other: float) -> float:
+    return value if math.isfinite(value) else other
+
+
+def _answer(order: Sequence[tuple[Told, Any]]) -> str:
+    """Which run is first of those that were ranked, or that they cannot be told apart."""
+    first = order[0][0].name
+    if len(order) == 1:
+        return "They cannot be compared."
+    return f"The highest log-likelihood is that of {first}; below is how sure that is."
+
+
+def _board(order: Sequence[tuple[Told, Any]], estimator: str, how: str) -> Grid:
+    """The leaderboard of runs that can be compared."""
+    rows = []
+    for rank, (told, d) in enumerate(order):
+        result, mean = told.run.result, float(told.run.evidence[estimator]["log_px"].values.mean())
+        difference = ("reference", "", "") if d is None else (_signed(d.mean), number(d.se), number(d.mc_se))
+        believed = BELIEVED[verdict(result, told.run.evidence).believed]
+        more = (
+            number(result.get("validation_log_likelihood"), 2),
+            str(result["active_units"]),
+            f"{result['train_seconds']:.0f}",
+        )
+        rows.append((f"{rank + 1}", told.name, number(mean), *difference, believed, *more))
+    noun = order[0][0].noun
+    header = (
+        "rank",
+        "run",
+        "log p(x)",
+        "difference",
+        f"± over {noun}s",
+        "± Monte Carlo",
+        "believed",
+        "validation",
+        "active units",
+        "train s",
+    )
+    return Grid(f"Leaderboard: {how}", header, rows)
+
+
+def _signed(value: float | None) -> str:
+    return "\u2013" if value is None or not math.isfinite(value) else f"{value:+.3f}"
+
+
+def _rows(group: Sequence[Told]) -> list[Any]:
+    """Log p(x) of each datum in each run, and the difference of the second to the first."""
+    first, *others = group
+    others = [told for told in others if told.run.importance.sizes == first.run.importance.sizes][: MOST_RUNS - 1]
+    importance, noun = first.run.importance, first.noun
+    kept, text = excerpt(importance, noun)
+    places = importance["datum"].values
+    columns = [Column(noun, places[kept].tolist(), 0, "place in the test set")]
+    for told in (first, *others):
+        log_px = told.run.importance["log_px"].values[kept]
+        columns.append(Column(f"log p(x), {told.name}", rounded(log_px, 2), 2, "by importance sampling, nats"))
+    for told in others:
+        gap = told.run.importance["log_px"].values[kept] - importance["log_px"].values[kept]
+        columns.append(Column(f"{told.name} minus {first.name}", rounded(gap, 2), 2, "nats"))
+    shown, blocks = next((told for told in group if told.data is not None), None), [Text(text)] if text else []
+    pictures, (names, values) = {}, ([], {})
+    if shown is not None:
+        assert shown.data is not None
+        some = places[priority(ranked(importance), kept)].tolist()
+        of = Shown(shown.data)
+        pictures, (names, values) = of.pictures(some), of.values(some)
+    sorted_by = len(columns) - 1 if others else 1
+    return [*blocks, Rows(f"Test {noun}s, by importance sampling", columns, noun, pictures, names, values, sorted_by)]
+
+
+# Studies
+
+
+def study_page(directory: Path, name: str, beside: Path) -> Page:
+    """The page of a finished study; ``beside`` is the directory of the page, from which its runs are linked."""
+    summaries = load_study(directory)
+    groups: dict[str, list[Summary]] = {}
+    for each in summaries:
+        groups.setdefault(each.reference, []).append(each)
+    sections = []
+    if len(groups) > 1:
+        text = "Contenders of other units, or scored on other data, are not ranked together: a table for each kind."
+        sections.append(Section("Not all can be compared", [Text(text)]))
+    for reference, group in groups.items():
+        title = "Which is better?" if len(groups) == 1 else f"Contenders like {reference}"
+        sections.append(Section(title, _contenders(group)))
+    runs = sorted(each.parent for each in directory.glob("*/result.json"))
+    sections.append(Section("Its runs", _runs_of(runs, directory, beside)))
+    return Page(f"Study {name}", summaries[0].unit, sections)
+
+
+def _contenders(group: Sequence[Summary]) -> list[Any]:
+    """Contenders that can be compared: in words, as a figure, and as a table in their order."""
+    reference = group[0].reference
+    claims = [_difference_of(each) for each in group if each.name != reference]
+    chosen = "".join(choice(group)[1:]) or "There is nothing to choose from."
+    blocks: list[Any] = [Verdicts(None, chosen, claims)]
+    if claims:
+        names = [each.name for each in group if each.name != reference]
+        draw = partial(forest, group, title=f"log p(x) minus that of {figures.plain(reference)}")
+        blocks.append(Figures(drawing.forest(draw, names, [claim.text for claim in claims])))
+    order = sorted(group, key=lambda each: -_or(each.difference if each.name != reference else 0.0, -math.inf))
+    rows = [_row(rank, each, reference) for rank, each in enumerate(order)]
+    header = (
+        "rank",
+        "contender",
+        "log p(x)",
+        "± seeds",
+        f"minus {reference}",
+        "± seeds",
+        "± data",
+        "ELBO",
+        "bad k",
+        "validation",
+    )
+    caption = f"Leaderboard: {estimators(group)}; {group[0].unit}; means over seeds, larger is better"
+    return [*blocks, Grid(caption, (*header, "active units", "train s"), rows)]
+
+
+def _difference_of(each: Summary) -> Claim:
+    """How much better a contender is than its reference, and how sure that is."""
+    if not math.isfinite(each.difference):
+        return Claim(None, f"{each.name} cannot be compared with {each.reference}: log p(x) is not finite.")
+    error = math.hypot(each.difference_seed_error or 0.0, each.difference_image_error)
+    seeds = (
+        "one seed alone: others may differ by more"
+        if each.difference_seed_error is None
+        else (f"± {each.difference_seed_error:.3f} over {len(each.differences)} seeds")
+    )
+    told = f"{abs(each.difference):.3f} nats per datum ({seeds}, ± {each.difference_image_error:.3f} over data)"
+    if abs(each.difference) <= 2 * error:
+        return Claim(None, f"{each.name} and {each.reference}: no difference can be told, {told}.")
+    first, second = (each.name, each.reference) if each.difference > 0 else (each.reference, each.name)
+    return Claim(True, f"{first} is better than {second} by {told}.")
+
+
+def _row(rank: int, each: Summary, reference: str) -> tuple[str, ...]:
+    difference = ("reference", "", "")
+    if each.name != reference:
+        difference = _signed(each.difference), number(each.difference_seed_error), number(each.difference_image_error)
+    share = f"{each.share_khat:.0%}" if math.isfinite(each.share_khat) else "\u2013"
+    numbers = (
+        number(each.elbo, 2),
+        share,
+        number(each.validation, 2),
+        number(each.active_units, 1),
+        number(each.seconds, 0),
+    )
+    return (f"{rank + 1}", each.name, number(each.log_likelihood, 2), number(each.seed_error, 2), *difference, *numbers)
+
+
+def _runs_of(paths: Sequence[Path], directory: Path, beside: Path) -> list[Any]:
+    """The runs of a study, each with its number and whether to believe it, and their curves."""
+    rows, histories = [], {}
+    for path in paths:
+        try:
+            run = load(path)
+        except RunError as error:
+            rows.append((path.name, "\u2013", "\u2013", str(error)))
+            continue
+        found, page = verdict(run.result, run.evidence), path / "report.html"
+        linked = page.exists() and beside.resolve() == directory.resolve()
+        name = (path.name, f"{quote(path.name)}/report.html") if linked else path.name
+        rows.append((name, number(found.value, 2), number(found.error), BELIEVED[found.believed]))
+        histories[path.name] = history_of(path)
+    blocks: list[Any] = [Grid("Each run", ("run", "log p(x)", "± Monte Carlo", "believed"), rows)]
+    text = "pyro-vae report on the directory of a run makes a page of it, with its data and pictures."
+    histories = {name: history for name, history in histories.items() if history}
+    return [*blocks, Text(text), *([Figures(drawing.several_curves(histories))] if 0 < len(histories) <= 20 else [])]

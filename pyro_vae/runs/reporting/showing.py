@@ -1,0 +1,188 @@
+"""Test data as a page shows them: images, values, tokens; and what a model makes of them."""
+
+import base64
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyro_vae.data.datasets import Column as DataColumn
+from pyro_vae.data.datasets import Data, Schema
+from pyro_vae.data.images import ImageData
+from pyro_vae.infer.trees import first_tensor, select, tensors
+from pyro_vae.runs.reporting.page import Item
+from pyro_vae.runs.using import Using
+
+MOST_PIXELS = 64
+"""Of a picture's side; larger images are shown smaller."""
+MOST_VALUES = 24
+"""Entries of a datum that are shown, the first ones."""
+MOST_STEPS = 60
+"""Steps of a sequence that are shown."""
+PICTURES, VALUES = 800_000, 600_000
+"""Characters that pictures, or values, of a sortable table may take."""
+
+
+class Shown:
+    """The test data of a run.
+
+    Args:
+        data: of the run.
+        vae: the model, on the device of ``data``; None: nothing is reconstructed.
+    """
+
+    def __init__(self, data: Data, vae: Any = None):
+        self.data, self.schema = data, data.schema
+        self.using = None if vae is None else Using(vae, data.schema, told=lambda line: None)
+
+    def pictures(self, places: Sequence[int], most: int = PICTURES) -> dict[int, str]:
+        """The first of these test images, as many as take so many characters, as base64 of PNG by place."""
+        found: dict[int, str] = {}
+        if not isinstance(self.data, ImageData):
+            return found
+        for start in range(0, len(places), 256):
+            some = [int(place) for place in places[start : start + 256]]
+            for place, image in zip(some, first_tensor(self.data.test)[some], strict=True):
+                found[place] = self._png(image)
+                if (most := most - len(found[place])) < 0:
+                    return found
+        return found
+
+    def values(self, places: Sequence[int], most: int = VALUES) -> tuple[list[str], dict[int, list[str]]]:
+        """Names of entries, and the texts of the first of these test rows or sequences, by place."""
+        found: dict[int, list[str]] = {}
+        if isinstance(self.data, ImageData):
+            return [], found
+        for start in range(0, len(places), 256):
+            some = [int(place) for place in places[start : start + 256]]
+            x, c = _parts(select(self.data.test, torch.tensor(some, device=self.data.device)))
+            for number, place in enumerate(some):
+                found[place] = self._texts(x[number], None if c is None else c[number])
+                if (most := most - sum(map(len, found[place])) - 10 * len(found[place])) < 0:
+                    return self._names(), found
+        return self._names(), found
+
+    def items(self, places: Sequence[int], about: Sequence[str]) -> list[Item]:
+        """Test data with their reconstructions, and a line about each."""
+        some = torch.tensor([int(place) for place in places], device=self.data.device)
+        chosen = select(self.data.test, some)
+        made = None if self.using is None else self._reconstructed(chosen)
+        seen, told = _parts(chosen)
+        result = []
+        for number, (place, line) in enumerate(zip(places, about, strict=True)):
+            name = f"test {self.schema.noun} {place}"
+            if isinstance(self.data, ImageData):
+                pictures = [(self._png(seen[number]), name)]
+                if made is not None:
+                    pictures.append((self._png(made[number]), f"reconstruction of {name}"))
+                result.append(Item(f"{place}: {line}", pictures))
+                continue
+            c = None if told is None else told[number]
+            texts = self._texts(seen[number], c)
+            again = [""] * len(texts) if made is None else self._texts(made[number], c, mean=True)
+            rows = list(zip(self._names(), texts, again, strict=True))
+            result.append(Item(f"{place}: {line}", (), rows))
+        return result
+
+    def _reconstructed(self, chosen: Any) -> Tensor:
+        """E[x given z] at the posterior mean, ``(n, X)``, as observations."""
+        assert self.using is not None
+        made = self.using.decode_data(chosen)
+        if not self.schema.columns:
+            return made.flatten(1)
+        columns = [_stored(column, made[column.name]) for column in self.schema.columns]
+        return torch.from_numpy(np.stack(columns, 1))
+
+    def _png(self, x: Tensor) -> str:
+        """An observation, or its mean, as a picture: dark where there is one channel, as ink."""
+        assert isinstance(self.data, ImageData)
+        channels, height, width = self.data.image_shape
+        x = self.data.picture(x.detach().cpu().float()).nan_to_num(0.5).clamp(0, 1)
+        pixels = x.reshape(channels, height, width).permute(1, 2, 0).numpy()
+        pixels = pixels if channels in (1, 3) else pixels.mean(-1, keepdims=True)
+        if pixels.shape[-1] == 1:
+            pixels = 1 - pixels[..., 0]
+        image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+        if max(height, width) > MOST_PIXELS:
+            image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        elif pixels.ndim == 2 and np.isin(pixels, (0, 1)).all():
+            image = image.convert("1")
+        buffer = BytesIO()
+        image.save(buffer, "PNG", compress_level=9)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def _names(self) -> list[str]:
+        """Of the texts of a datum."""
+        given = [f"given {column.name}" for column in self.schema.condition]
+        if len(self.schema.shape) == 2:
+            return [*given, ""]
+        names = [column.name for column in self.schema.columns] or [f"[{i}]" for i in range(self.schema.size)]
+        return [*given, *names[:MOST_VALUES]]
+
+    def _texts(self, x: Tensor, c: Tensor | None, mean: bool = False) -> list[str]:
+        """An observation ``(X,)`` and its condition ``(C,)`` as texts, one for each name."""
+        given = [] if c is None else _given(self.schema, c.tolist())
+        entries = x.tolist()
+        if len(self.schema.shape) == 2:
+            return [*given, _tokens(entries, self.schema, mean)]
+        if not self.schema.columns:
+            return [*given, *(_number(entry) for entry in entries[:MOST_VALUES])]
+        columns = zip(self.schema.columns[:MOST_VALUES], entries, strict=False)
+        return [*given, *(_text(column, entry) for column, entry in columns)]
+
+
+def _parts(chosen: Any) -> tuple[Tensor, Tensor | None]:
+    """Observations and conditions, on the CPU; booleans tell what was seen of the observations."""
+    x, *others = (each.detach().cpu() for each in tensors(chosen))
+    for each in others:
+        x = torch.where(each, x, torch.nan) if each.dtype == torch.bool and each.shape == x.shape else x
+    return x, next((each for each in others if each.dtype != torch.bool), None)
+
+
+def _stored(column: DataColumn, values: Any) -> np.ndarray:
+    """What a table shows of a column, as it is stored: places in its values, where it has some."""
+    if not column.values:
+        return np.asarray(values, np.float64)
+    return np.array([math.nan if value is None else column.values.index(value) for value in values], np.float64)
+
+
+def _text(column: DataColumn, entry: float) -> str:
+    if math.isnan(entry):
+        return "missing"
+    if column.values and 0 <= round(entry) < len(column.values):
+        value = column.values[round(entry)]
+        return value if isinstance(value, str) else _number(value)
+    return _number(entry)
+
+
+def _number(value: float) -> str:
+    return "missing" if math.isnan(value) else f"{value:.4g}"
+
+
+def _given(schema: Schema, c: Sequence[float]) -> list[str]:
+    """The condition of a datum, as it is in the file."""
+    texts, start = [], 0
+    for column in schema.condition:
+        part = c[start : start + column.width]
+        start += column.width
+        if column.kind == "categorical":
+            texts.append(_text(column, float(np.argmax(part))))
+        else:
+            texts.append(_text(column, part[0] * column.scale + column.loc))
+    return texts
+
+
+def _tokens(entries: Sequence[float], schema: Schema, mean: bool) -> str:
+    """A sequence step by step, up to the last one that was seen."""
+    steps, features = schema.shape
+    rows = [entries[step * features : (step + 1) * features] for step in range(steps)]
+    while rows and all(math.isnan(entry) for entry in rows[-1]):
+        rows.pop()
+    digits = ".2g" if mean or schema.entries not in ("count", "binary") else ".0f"
+    cells = (",".join("·" if math.isnan(each) else f"{each:{digits}}" for each in row) for row in rows[:MOST_STEPS])
+    return " ".join(cells) + f" … ({len(rows)} steps)" * (len(rows) > MOST_STEPS)

@@ -1,0 +1,221 @@
+"""Whether a log-likelihood may be believed, in words: what speaks for it, what against it, and what is not known."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+
+from pyro_vae.callbacks import Epoch
+from pyro_vae.infer.evidence.opinion import contradicts
+from pyro_vae.runs.comparing import Difference
+from pyro_vae.runs.directory import noun_of
+from pyro_vae.runs.scoring import BY_ROUNDING, FEW_DOUBTED, MANY, MORE_ELSEWHERE, best, number, unreliable
+
+
+class Claim(NamedTuple):
+    """One sentence: whether it speaks for the number, or against it, or, None, neither."""
+
+    good: bool | None
+    text: str
+
+
+class Verdict(NamedTuple):
+    """Whether a number is to be believed: None, if nobody knows."""
+
+    believed: bool | None
+    value: float
+    error: float | None
+    answer: str
+    claims: list[Claim]
+
+
+Result = Mapping[str, Any]
+
+
+def verdict(result: Result, evidence: Mapping[str, xr.Dataset], history: Sequence[Epoch] = ()) -> Verdict:
+    """What is to be thought of the log-likelihood in ``result.json``.
+
+    Args:
+        result: what is in it, of any version.
+        evidence: of the same run, by estimator.
+        history: of its training, as far as it is known.
+    """
+    value, annealed = best(dict(result)), bool(result.get("annealed_images"))
+    believed = result.get("annealed_reliable" if annealed else "reliable")
+    believed = False if not math.isfinite(value) else believed
+    claims = _of_numbers(result)
+    claims += _of_annealing(result) + _of_both(result, evidence) if annealed else []
+    claims += [*_of_importance(result, annealed), *_of_weights(result, history)]
+    error = result.get("annealed_mc_se" if annealed else "mc_se")
+    answer = {
+        True: "Yes: it may be believed, within its error.",
+        False: "No: do not believe this number.",
+        None: "Not known: this run does not say whether its number may be believed.",
+    }[believed]
+    if any(claim.good is False for claim in claims) and believed:
+        answer = "Yes, with a reservation: read what speaks against it."
+    return Verdict(believed, value, error, answer, claims)
+
+
+def _of_numbers(result: Result) -> list[Claim]:
+    """Data without a finite log p(x), and weights that are no number."""
+    noun, claims = noun_of(result := dict(result)), []
+    for name, of in (("", "importance sampling"), ("annealed_", "annealing")):
+        if lost := result.get(f"{name}num_not_finite"):
+            claims.append(
+                Claim(False, f"By {of}, log p(x) of {_several(lost, noun)} is NaN or infinite: no mean is left.")
+            )
+    if lost := result.get("num_invalid"):
+        claims.append(Claim(None, f"{lost:,} log-weights were NaN or infinite, and count as zero."))
+    return claims
+
+
+def _of_annealing(result: Result) -> list[Claim]:
+    """The estimate by annealed importance sampling, which corrects the other one."""
+    noun, believed = noun_of(dict(result)), result.get("annealed_reliable")
+    share, size = result.get("annealed_share_reliable"), result["annealed_images"]
+    of = f"Annealed importance sampling of {_several(size, noun)}"
+    if result.get("annealed_log_likelihood") is None:
+        return [Claim(False, f"{of} made no number.")]
+    if believed is None:
+        return [Claim(None, f"{of} gave it; the version that wrote this run did not check it.")]
+    if believed:
+        told = f"passed its checks for {share:.1%} of them" if share is not None else "passed its checks"
+        claims = [Claim(True, f"{of} {told}; their mean difference to importance sampling corrects that of all.")]
+    elif share is not None and share < 1 - FEW_DOUBTED:
+        claims = [Claim(False, f"{of}: {unreliable(share, noun + 's')}.")]
+    else:
+        claims = [Claim(False, f"{of}: its error is too large, or a log mass is above 0. Score more {noun}s.")]
+    if (low := result.get("annealed_shortfall")) is not None and low >= 0.005:
+        claims.append(Claim(None, f"In expectation it is low by about {low:.2f} nats; more temperatures help."))
+    return claims
+
+
+def _of_both(result: Result, evidence: Mapping[str, xr.Dataset]) -> list[Claim]:
+    """Annealed and importance-sampled log p(x) of the same data, side by side."""
+    if "annealed" not in evidence:
+        return []
+    noun, annealed = noun_of(dict(result)), evidence["annealed"]
+    importance = evidence["importance"].sel(datum=annealed["datum"])
+    pairs = [(each["log_px"].values, each["mc_se"].values) for each in (annealed, importance)]
+    (ours, error), (theirs, other) = pairs
+    gap = ours - theirs
+    if not np.isfinite(gap).all() or len(gap) < 2:
+        return []
+    more = int(contradicts(*(torch.from_numpy(np.asarray(each, float)) for each in (ours, error, theirs, other))).sum())
+    claims = []
+    if more:
+        told = f"Importance sampling finds more of p(x) than annealing for {_several(more, noun)} of {len(gap):,}"
+        claims.append(Claim(more <= FEW_DOUBTED * len(gap) and None, f"{told}: there the two contradict each other."))
+    mean, spread = float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
+    if mean > 2 * spread and mean > 0.005:
+        told = f"Of the same {noun}s, importance sampling is {mean:.2f} nats lower (± {spread:.2f})"
+        claims.append(Claim(None, f"{told}: that is what it misses."))
+    else:
+        claims.append(
+            Claim(True, f"Of the same {noun}s, importance sampling agrees: {mean:+.2f} nats (± {spread:.2f}).")
+        )
+    return claims
+
+
+def _of_importance(result: Result, annealed: bool) -> list[Claim]:
+    """Pareto k and effective sample size of importance sampling."""
+    noun, share = noun_of(dict(result)), result["share_khat_above_threshold"]
+    elsewhere = " The annealed number does not rest on it." if annealed else ""
+    bad: bool | None = None if annealed else False
+    claims = []
+    if share is None:
+        claims.append(
+            Claim(None, "Importance sampling: too few samples to know Pareto k, which says when to believe it.")
+        )
+    else:
+        threshold = result["khat_threshold"] or 0.7
+        told = f"Pareto k of the importance weights is above {threshold:.2f} for {share:.1%} of the {noun}s"
+        if share > MANY:
+            why = "there the estimate is too low by an unknown amount, and so is its error"
+            claims.append(Claim(bad, f"{told}: {why}.{elsewhere}"))
+        else:
+            claims.append(Claim(True, f"{told}: few enough for the mean of all."))
+    if result.get("reliable") is False and not result.get("num_not_finite") and (share is None or share <= MANY):
+        why = BY_ROUNDING if share is None else MORE_ELSEWHERE
+        claims.append(Claim(bad, f"Importance sampling is {why}.{elsewhere}"))
+    if result.get("median_ess") is not None:
+        told = f"Half of the {noun}s have an effective sample size below {result['median_ess']:,.0f}"
+        claims.append(Claim(None, f"{told}, of {result['num_samples']:,} importance samples."))
+    return claims
+
+
+def _of_weights(result: Result, history: Sequence[Epoch]) -> list[Claim]:
+    """Which weights were scored, and whether others were better."""
+    known = [row for row in history if math.isfinite(row.validation_elbo)]
+    if not known:
+        return []
+    top, last = max(known, key=lambda row: row.validation_elbo), history[-1]
+    if result.get("weights") == "best":
+        return [
+            Claim(None, f"The weights are those of epoch {top.epoch} of {len(history)}, the best by validation ELBO.")
+        ]
+    told = f"The weights are those of the last epoch, {last.epoch}"
+    lead = top.validation_elbo - last.validation_elbo
+    if not lead > 0.5:  # that of NaN is not
+        return [Claim(None, f"{told}; no epoch was better by more than {max(lead, 0):.2f} nats of validation ELBO.")]
+    better = f"epoch {top.epoch} had a validation ELBO {lead:.2f} nats higher"
+    return [Claim(None, f"{told}; {better}, and --weights best would have taken it.")]
+
+
+def better(name: str, other: str, d: Difference, noun: str, doubted: Sequence[str]) -> Claim:
+    """Whether one run is better than another, by how much, and how sure that is.
+
+    Args:
+        name, other: of the two runs.
+        d: the difference of log p(x), of the first to the other.
+        noun: what a datum is called.
+        doubted: names of runs whose own number is not to be believed.
+    """
+    if not math.isfinite(d.mean):
+        return Claim(
+            None,
+            f"{name} and {other} cannot be told apart: log p(x) of {_several(d.num_not_finite, noun)} is no number.",
+        )
+    low, high = d.mean - 1.96 * d.se, d.mean + 1.96 * d.se
+    interval = f"95 % interval {low:+.3f} to {high:+.3f}"
+    hedge = f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed." if doubted else ""
+    if low <= 0 <= high:
+        return Claim(
+            None, f"{name} and {other}: no difference can be told ({d.mean:+.3f} nats per {noun}, {interval}).{hedge}"
+        )
+    first, second = (name, other) if d.mean > 0 else (other, name)
+    told = f"{first} is better than {second} by {abs(d.mean):.3f} nats per {noun} ({interval} for {name} minus {other})"
+    return Claim(not doubted or None, f"{told}.{hedge}")
+
+
+def errors_of(result: Result) -> list[tuple[str, str, str]]:
+    """Each number of a run with its meaning: name, number, and what it says."""
+    result = dict(result)
+    noun, annealed = noun_of(result), result.get("annealed_images")
+    rows = [("ELBO", number(result["test_elbo"], 2), "the evidence lower bound")]
+    how = f"{result['num_samples']:,} samples from the guide, {_several(result['num_images'], 'test ' + noun)}"
+    rows.append(("log p(x), importance sampling", number(result["test_log_likelihood"], 2), how))
+    rows.append(("its Monte Carlo error", number(result["mc_se"]), "another run of the estimator would differ by this"))
+    if annealed:
+        how = f"of {_several(annealed, noun)}; their mean difference corrects the number above"
+        rows.append(("log p(x), annealed", number(result.get("annealed_log_likelihood"), 2), how))
+        how = f"another draw of these {noun}s, and another run, would differ by this"
+        rows.append(("its Monte Carlo error", number(result.get("annealed_mc_se")), how))
+    how = f"another test set of as many {noun}s would differ by this"
+    rows.append((f"error over {noun}s", number(result["test_log_likelihood_se"]), how))
+    if result.get("num_validation_images"):
+        how = f"{_several(result['num_validation_images'], noun)}, importance sampling: choose models by this"
+        rows.append(("validation", number(result.get("validation_log_likelihood"), 2), how))
+    if result.get("bits_per_dim") is not None:
+        rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
+    rows.append(("active units", str(result["active_units"]), f"latent units that vary with the {noun}"))
+    seconds = f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}"
+    return [*rows, ("seconds", seconds, "training + evaluation")]
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

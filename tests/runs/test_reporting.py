@@ -1,0 +1,460 @@
+"""Reports: one file that fetches nothing and executes nothing of data or names, and says what the run's files say."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from PIL import Image
+
+from pyro_vae import cli, runs
+from pyro_vae.errors import RunError
+from pyro_vae.runs import reporting, training
+from pyro_vae.runs.comparing import Difference
+from pyro_vae.runs.reporting import contents, drawing, page, svg, words
+
+OLD = Path(__file__).parent / "data" / "0.1.0"
+EVIL = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "a\"b'c", "x\u2028y", "$\\frac{a$ & b"]
+TINY = [
+    *(
+        "--dataset=Digits",
+        "--latent_dim=3",
+        "--encoder.hidden=[8]",
+        "--decoder.hidden=[8]",
+        "--epochs=2",
+        "--device=cpu",
+    ),
+    *("--evidence.num_samples=50", "--evidence.num_images=60", "--evidence.annealed_images=20"),
+    "--evidence.annealing.num_temperatures=3",
+]
+
+
+class Seen(HTMLParser):
+    """What a browser would see of a page: elements, scripts, texts and ids."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.scripts, self.styles, self.words = [], [], [], []
+        self._inside = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = (tag, dict(attrs), [])
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[0]:
+            (self.scripts if tag == "script" else self.styles).append((self._inside[1], "".join(self._inside[2])))
+            self._inside = None
+
+    def handle_data(self, data):
+        (self._inside[2] if self._inside else self.words).append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def rows(self, place=0):
+        """The content of a sortable table."""
+        return [json.loads(text) for attrs, text in self.scripts if attrs.get("type") == "application/json"][place]
+
+
+def check_safe(text):
+    """A page is small, asks for nothing, and its policy names its one script and its one style."""
+    seen = Seen(text)
+    assert len(text.encode()) < 3_000_000
+    assert text.startswith("<!doctype html>")
+    (code,) = (script for attrs, script in seen.scripts if "type" not in attrs)
+    ((_, style),) = seen.styles
+    policy = next(attrs["content"] for tag, attrs in seen.elements if attrs.get("http-equiv"))
+    for kind, content in (("script", code), ("style", style)):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    for tag, attrs in seen.elements:
+        assert not [name for name in attrs if name.startswith("on") or name == "style"], (tag, attrs)
+        for name in ("src", "href", "xlink:href"):
+            link = attrs.get(name) or "#"
+            assert link.startswith(("#", "data:image/png;base64,")) or link.endswith("/report.html"), (tag, link)
+        if tag == "img":
+            assert attrs["alt"]
+        if tag == "svg":
+            assert attrs["role"] == "img"
+            assert attrs["aria-label"]
+        if tag == "th" and "aria-sort" in attrs:
+            assert attrs["scope"] == "col"
+    ids = Counter(attrs["id"] for _, attrs in seen.elements if "id" in attrs)
+    assert not [name for name, count in ids.items() if count > 1]
+    referred = {link[1:] for _, attrs in seen.elements for link in (attrs.get("href") or "",) if link.startswith("#")}
+    assert referred <= set(ids)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two runs that differ by their seed, one of which wrote its page at the end."""
+    folder = tmp_path_factory.mktemp("reports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "report_after", reporting.report_after)
+        first = cli.train([*TINY, f"--run_dir={folder / 'a'}"])
+    return first, cli.train([*TINY, "--seed=1", f"--run_dir={folder / 'b'}", "--report=false"])
+
+
+@pytest.fixture(scope="module")
+def seen(pair):
+    return check_safe((pair[0].path / "report.html").read_text())
+
+
+def test_training_writes_its_page_unless_it_is_told_not_to(pair, seen):
+    assert seen.text.startswith("Run a")
+    assert not (pair[1].path / "report.html").exists()
+    assert "report" not in (pair[0].path / "config.yaml").read_text()
+
+
+def test_it_says_what_was_found_and_what_was_set(pair, seen):
+    result = pair[0].result
+    told = contents.belief(contents.Told("a", pair[0], contents.history_of(pair[0].path)))
+    assert f"log p(x) is {result['annealed_log_likelihood']:.2f}".replace("-", "\u2212") in seen.text
+    assert told[1].answer in seen.text
+    assert "--latent_dim 3 50" in seen.text  # here, and by default
+    assert seen.text.index("--latent_dim") < seen.text.index("Settings that are the defaults")
+    assert seen.text.index("Settings that are the defaults") < seen.text.index("--batch_size 256")
+    assert "2 epochs" in seen.text
+
+
+def test_the_table_holds_the_evidence(pair, seen):
+    content, importance = seen.rows(), pair[0].importance
+    by = {column["title"]: column for column in content["columns"]}
+    assert by["image"]["values"] == list(range(60))
+    for title, name in (("log p(x)", "log_px"), ("error", "mc_se"), ("k", "khat"), ("ESS", "ess")):
+        expected = [
+            round(v, by[title]["digits"]) if math.isfinite(v) else None for v in importance[name].values.tolist()
+        ]
+        assert by[title]["values"] == expected
+    drawn = [place for place, value in enumerate(by["annealed"]["values"]) if value is not None]
+    assert drawn == pair[0].annealed["datum"].values.tolist()
+    assert by["class"]["values"] == pair[0].data.test_labels[:60].tolist()
+
+
+def test_the_data_themselves_are_shown(pair, seen):
+    x = pair[0].data.test
+    for place, png in seen.rows()["pictures"].items():
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
+        assert np.array_equal(pixels < 128, x[int(place)].reshape(8, 8).numpy() > 0.5)  # as ink on paper
+    assert len(seen.rows()["pictures"]) == 60
+    log_px = pair[0].importance["log_px"].values
+    shown = re.findall(r"(\d+): log p\(x\) (-[\d.]+), k", seen.text)
+    worst = np.argsort(log_px)[:10]
+    assert [(str(place), f"{log_px[place]:.1f}") for place in worst] == shown[:10]
+    assert [str(place) for place in np.argsort(-log_px)[:10]] == [place for place, _ in shown[10:20]]
+    made = [attrs["alt"] for tag, attrs in seen.elements if tag == "img" and "reconstruction" in attrs["alt"]]
+    assert len(made) == 30
+    labels = " ".join(attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg")
+    for drawn in ("validation ELBO", "Histogram", "reconstructions", "drawn from the prior", "unit", "Posterior means"):
+        assert drawn in labels
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take most of the time of a page: what follows does not look at them."""
+    monkeypatch.setattr(drawing, "drawn", lambda *args: None)
+
+
+# Nothing is executed
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A run of a table whose columns, categories and directory are named like code."""
+    folder = tmp_path_factory.mktemp("evil")
+    generator = np.random.default_rng(0)
+    content = {"path": np.array(EVIL)[generator.integers(5, size=80)]}
+    import pandas as pd
+
+    content = {name: generator.standard_normal(80) for name in EVIL[:4]} | {EVIL[4]: content["path"]}
+    pd.DataFrame(content).to_csv(folder / "evil.csv", index=False)
+    argv = ["--dataset=Table", f"--dataset.path={folder / 'evil.csv'}", *TINY[1:]]
+    run_dir = folder / "<img src=x onerror=alert(3)>"
+    return cli.train([*argv, f"--run_dir={run_dir}", "--evidence.num_images=8", "--evidence.annealed_images=0"])
+
+
+def test_names_are_text_and_never_code(evil):
+    text = runs.report(evil).read_text()
+    seen = check_safe(text)
+    assert "<img src=x" not in text
+    assert [tag for tag, _ in seen.elements].count("script") == 2  # the data of the table, and the page's own
+    content = seen.rows()
+    assert content["names"] == EVIL
+    raw = next(script for attrs, script in seen.scripts if "type" in attrs)
+    assert "<" not in raw
+    assert "\u2028" not in raw
+    assert {row[4] for row in content["values"].values()} <= set(EVIL)
+    for name in EVIL:
+        assert " ".join(name.split()) in seen.text, name
+    assert seen.text.startswith("Run <img src=x onerror=alert(3)>")
+
+
+def test_figures_show_names_as_they_are():
+    def draw(out):
+        with runs.figures.figure(out, 3, 2) as axes:
+            axes.plot([1, 100], [1, 2], label=runs.figures.plain(EVIL[4]))
+            axes.set(xscale="log", title=EVIL[0] + "\x07")
+            axes.legend()
+
+    drawn = svg.drawn("one", draw, EVIL[1])
+    seen = Seen(drawn.svg)
+    assert EVIL[0] in seen.text
+    assert EVIL[4].replace("\\f", "\\f") in seen.text
+    assert not [tag for tag, _ in seen.elements if tag in ("script", "style", "metadata")]
+    assert not [attrs for _, attrs in seen.elements if "style" in attrs or "class" in attrs]
+    assert all(attrs["id"].startswith("one-") for _, attrs in seen.elements if "id" in attrs)
+    assert "currentColor" in drawn.svg
+    assert html.escape(EVIL[1], quote=False) in drawn.svg or "&lt;/script&gt;" in drawn.svg
+
+
+# Whether to believe it
+
+
+def result(**others):
+    known = {"unit": "nats per image, mass", "num_samples": 1000, "num_images": 400, "khat_threshold": 0.67}
+    known |= {"test_elbo": -90.0, "test_log_likelihood": -85.0, "test_log_likelihood_se": 0.3, "mc_se": 0.02}
+    known |= {"share_khat_above_threshold": 0.02, "reliable": True, "num_invalid": 0, "active_units": 5}
+    return known | {"train_seconds": 1.0, "evaluate_seconds": 1.0} | others
+
+
+ANNEALED = {
+    "annealed_images": 100,
+    "annealed_log_likelihood": -84.5,
+    "annealed_mc_se": 0.01,
+    "annealed_share_reliable": 1.0,
+    "annealed_reliable": True,
+}
+
+
+def evidence(size, **fields):
+    usual = {"log_px": np.linspace(-120, -60, size), "mc_se": 0.02, "khat": 0.4, "ess": 100.0} | fields
+    full = {name: ("datum", np.broadcast_to(values, size).copy()) for name, values in usual.items()}
+    return xr.Dataset(full, coords={"datum": np.arange(size)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "believed", "said"),
+    [
+        ({}, True, "few enough for the mean of all"),
+        ({"reliable": False, "share_khat_above_threshold": 0.4}, False, "above 0.67 for 40.0% of the images"),
+        ({"reliable": False}, False, "chains from the prior find more"),
+        ({"reliable": None, "share_khat_above_threshold": None}, None, "too few samples"),
+        ({"reliable": False, "num_not_finite": 3}, False, "3 images is NaN or infinite"),
+        ({**ANNEALED, "reliable": False, "share_khat_above_threshold": 0.4}, True, "does not rest on it"),
+        ({**ANNEALED, "annealed_reliable": False, "annealed_share_reliable": 0.9}, False, "10.0% of the images failed"),
+        ({**ANNEALED, "annealed_reliable": False}, False, "its error is too large"),
+        ({**ANNEALED, "annealed_reliable": None}, None, "did not check it"),
+        ({**ANNEALED, "annealed_log_likelihood": None, "annealed_reliable": False}, False, "made no number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_it_says_whether_to_believe_it_and_why(changed, believed, said):
+    found = words.verdict(result(**changed), {"importance": evidence(400)})
+    assert found.believed is believed
+    assert found.answer.split(":")[0] == {True: "Yes", False: "No", None: "Not known"}[believed]
+    assert said in " ".join(claim.text for claim in found.claims)
+    if believed is False:
+        assert any(claim.good is False for claim in found.claims)
+
+
+@pytest.mark.parametrize(
+    ("above", "said"), [(1.0, "1.00 nats lower"), (0.0, "agrees"), (-1.0, "contradict each other")]
+)
+def test_the_two_estimators_are_held_against_each_other(above, said):
+    importance = evidence(400)
+    annealed = importance.isel(datum=slice(100))
+    annealed["log_px"] = annealed["log_px"] + above
+    found = words.verdict(result(**ANNEALED), {"importance": importance, "annealed": annealed})
+    assert said in " ".join(claim.text for claim in found.claims)
+    assert ("reservation" in found.answer) == (above < 0)
+
+
+@pytest.mark.parametrize(
+    ("d", "said"),
+    [
+        (Difference(1.0, 0.1, 0.01), "b is better than a by 1.000 nats per image (95 % interval +0.804 to +1.196"),
+        (Difference(-1.0, 0.1, 0.01), "a is better than b by 1.000"),
+        (Difference(0.1, 0.1, 0.01), "no difference can be told"),
+        (Difference(math.nan, math.nan, math.nan, 3), "cannot be told apart"),
+    ],
+)
+def test_it_says_which_is_better_and_how_sure_that_is(d, said):
+    assert said in words.better("b", "a", d, "image", []).text
+    doubted = words.better("b", "a", d, "image", ["a"])
+    assert doubted.good is None
+
+
+# Several runs
+
+
+def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
+    seen = check_safe(runs.report(pair, tmp_path / "ab.html").read_text())
+    compared = runs.compare([run.path for run in pair])
+    (d,) = compared.differences
+    assert f"{d.mean:+.3f}" in seen.text
+    assert f"95 % interval {d.mean - 1.96 * d.se:+.3f} to {d.mean + 1.96 * d.se:+.3f}" in seen.text
+    ranked = "ab" if d.mean < 0 else "ba"
+    assert re.search(rf" 1 {ranked[0]} .* 2 {ranked[1]} ", seen.text)
+    assert "--seed 0 1" in seen.text
+    gap = pair[1].importance["log_px"].values - pair[0].importance["log_px"].values
+    assert seen.rows()["columns"][-1]["values"] == [round(each, 2) for each in gap.tolist()]
+
+
+def test_unlike_numbers_are_not_ranked(pair, evil, tmp_path, undrawn):
+    seen = check_safe(runs.report([pair[0], evil, pair[1]], tmp_path / "all.html").read_text())
+    assert "not ranked against each other" in seen.text
+    assert seen.text.count("Leaderboard:") == 2
+    assert "nats per row" in seen.text
+
+
+def test_a_study_has_a_page(pair, tmp_path, undrawn):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    directories = {name: folder / f"{name}-seed0" for name in ("one", "two")}
+    for run, directory in zip(pair, directories.values(), strict=True):
+        shutil.copytree(run.path, directory)
+    summaries = runs.summarize({name: [directory] for name, directory in directories.items()})
+    with pytest.raises(RunError, match="not finished"):
+        runs.report(folder_of(tmp_path, "contenders: {a: ''}"))
+    runs.write_study(folder, "", summaries, {name: [path] for name, path in directories.items()})
+    cli.main(["report", str(folder)])
+    seen = check_safe((folder / "report.html").read_text())
+    (_, second) = summaries
+    assert f"{second.difference:+.3f}" in seen.text
+    assert "one-seed0/report.html" in {attrs.get("href") for _, attrs in seen.elements}
+    assert "one seed alone" in seen.text
+
+
+def folder_of(path, settings):
+    (path / "other").mkdir()
+    (path / "other" / "config.yaml").write_text(settings)
+    return path / "other"
+
+
+# Honest pages, and refusals
+
+
+@pytest.mark.parametrize("name", ["vae", "two_layers"])
+def test_runs_of_the_first_version_have_a_page(name, tmp_path, undrawn):
+    seen = check_safe(runs.report(OLD / name, tmp_path / "old.html", data=name == "vae").read_text())
+    assert "pyro_vae 0.1.0" in seen.text
+    assert "not asked for" in seen.text or name == "vae"
+
+
+def test_an_unfinished_run_has_a_page_without_a_number(tmp_path, undrawn):
+    seen = check_safe(runs.report(OLD / "interrupted", tmp_path / "page.html").read_text())
+    assert "not finished: it has no log-likelihood" in seen.text
+    assert "log p(x) is" not in seen.text
+
+
+def test_without_its_data_it_has_numbers_alone(evil, tmp_path, undrawn):
+    folder = shutil.copytree(evil.path, tmp_path / "moved")
+    memory = json.loads((folder / "data.json").read_text())
+    memory["paths"] = {name: str(tmp_path / "nowhere.csv") for name in memory["paths"]}
+    (folder / "data.json").write_text(json.dumps(memory))
+    config = (folder / "config.yaml").read_text()
+    missing = re.sub(r"path: .*evil.csv", f"path: {tmp_path / 'nowhere.csv'}", config)
+    (folder / "config.yaml").write_text(missing)
+    seen = check_safe(runs.report(folder).read_text())
+    assert "nowhere.csv" in seen.text
+    assert not seen.rows()["values"]
+
+
+def test_of_very_many_data_an_excerpt_says_what_is_left_out():
+    generator = np.random.default_rng(0)
+    importance = evidence(200_000, log_px=generator.standard_normal(200_000), khat=generator.random(200_000))
+    kept, text = contents.excerpt(importance, "row")
+    assert len(kept) == len(set(kept.tolist())) == 10_000
+    assert text.startswith("190,000 of 200,000 rows are left out")
+    log_px = importance["log_px"].values
+    assert set(np.argsort(log_px)[:2000].tolist()) | set(np.argsort(-log_px)[:2000].tolist()) <= set(kept.tolist())
+    assert set(np.argsort(-importance["khat"].values)[:2000].tolist()) <= set(kept.tolist())
+    assert contents.excerpt(evidence(10_000), "row")[1] == ""
+
+
+def test_a_page_that_would_be_too_large_leaves_out_what_is_heaviest():
+    values = np.linspace(0, 1, 10_000).tolist()
+    pictures = dict.fromkeys(range(10_000), "A" * 400)
+    rows = page.Rows("rows", [page.Column(f"c{i}", values, 17) for i in range(3)], "image", pictures)
+    kept = page.Page("title", "", [page.Section("s", [page.Text("kept"), rows])])
+    seen = check_safe(page.render(kept))
+    assert "Left out here" in seen.text
+    assert "kept" in seen.text
+    assert not seen.rows()["pictures"]
+    assert len(seen.rows()["columns"][0]["values"]) == 10_000
+
+
+def test_only_an_earlier_report_is_overwritten(pair, tmp_path, undrawn):
+    other = tmp_path / "mine.html"
+    other.write_text("my own page")
+    with pytest.raises(RunError, match="no report of this command"):
+        runs.report(pair[0], other, data=False)
+    assert other.read_text() == "my own page"
+    own = tmp_path / "own.html"
+    runs.report(OLD / "interrupted", own)
+    (tmp_path / "link.html").symlink_to(own)
+    with pytest.raises(RunError, match="no report of this command"):
+        runs.report(pair[0], tmp_path / "link.html", data=False)
+    runs.report(OLD / "vae", own, data=False)
+    assert "Run vae" in own.read_text()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--runs must be given"),
+        (["nowhere"], "nowhere holds no run"),
+        ([str(OLD / "vae"), str(OLD / "vae")], "named twice"),
+        ([str(OLD / "vae"), str(OLD / "interrupted")], "is not finished"),
+        ([str(OLD / "vae"), "--out=page.txt"], "named .html"),
+        ([str(OLD / "vae"), "--out=no/where/page.html"], "there is no directory"),
+        ([str(OLD / "vae"), "--out=a.html", "--run_dir=b"], "give one of them"),
+    ],
+)
+def test_mistakes_are_one_line(argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *argv])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(told) == 1
+    assert said in told[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_fails_loses_nothing(pair, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(pair[1].path, tmp_path / "run")
+    monkeypatch.setattr(reporting, "write_page", lambda *args: 1 / 0)
+    reporting.report_after(folder, pair[1].model, pair[1].data)
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "no report (ZeroDivisionError" in told
+    assert not (folder / "report.html").exists()
+    assert runs.load(folder).result == pair[1].result
+
+
+def test_drawing_a_page_leaves_random_numbers_alone(pair, tmp_path):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    runs.report(runs.load(pair[0].path), tmp_path / "page.html")  # which makes the model, and draws from it
+    assert torch.equal(torch.get_rng_state(), state)
