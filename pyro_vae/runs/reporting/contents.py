@@ -202,12 +202,13 @@ def data_of(told: Told) -> list[Any]:
     if told.absent:
         blocks.append(Text(f"The data themselves are not shown: {told.absent}"))
     ranks = ranked(importance)
-    shown = None if told.data is None else Shown(told.data, told.vae)
+    slow = told.vae is None or told.data is None or drawing.pixel_by_pixel(told.vae, told.data)
+    shown = None if told.data is None else Shown(told.data, None if slow else told.vae)
     if shown is not None:
         for title, order in ranks.items():
             some = order[:IN_GALLERY]
             about = [f"log p(x) {number(float(log_px[i]), 1)}{_sureness(importance, i)}" for i in some]
-            heading = f"The {title}, each with its reconstruction"
+            heading = f"The {title}" + ", each with its reconstruction" * (not slow)
             blocks.append(Gallery(heading, shown.items([int(places[i]) for i in some], about)))
     columns = columns_of(told, kept)
     first = places[priority(ranks, kept)].tolist()
@@ -299,6 +300,9 @@ def drawn_by(told: Told) -> list[Any]:
         with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
             torch.manual_seed(0)
             found = drawing.latent_map(vae, data)
+            if drawing.pixel_by_pixel(vae, data):
+                text = "Its decoder draws pixel by pixel, which takes too long here: see samples.png of the run."
+                return [Text(text), Figures(found)]
             if isinstance(data, ImageData):
                 found = drawing.images(vae, data) + found
             elif isinstance(data, SequenceData):

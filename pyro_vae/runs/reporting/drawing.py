@@ -10,13 +10,15 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.ticker import NullFormatter, NullLocator
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
-from pyro_vae.infer.trees import data_size, first_tensor, select, tensors
+from pyro_vae.infer.trees import call, data_size, first_tensor, select, tensors
+from pyro_vae.parts.pixels import Autoregressive
 from pyro_vae.runs import figures
 from pyro_vae.runs.columns import draws, marginals
 from pyro_vae.runs.reporting.svg import Drawn, drawn
@@ -123,6 +125,13 @@ def budget(estimates: Sequence[Estimate], noun: str) -> list[Drawn]:
     told = "; ".join(f"{each.name}: {each.value:.2f} in {each.seconds:.2g} s" for each in estimates)
     told = f"Estimates of log p(x) against seconds per {noun}, with two standard errors. {told}."
     return _some(drawn("budget", draw, told))
+
+
+def pixel_by_pixel(vae: Any, data: Data) -> bool:
+    """Whether a model draws an observation entry by entry, which takes too long for a page."""
+    with torch.no_grad():
+        nodes: Any = call(poutine.trace(vae.model).get_trace, select(data.test, slice(1))).nodes
+    return any(site.get("is_observed") and isinstance(site["fn"], Autoregressive) for site in nodes.values())
 
 
 def images(vae: Any, data: ImageData) -> list[Drawn]:

@@ -212,6 +212,8 @@ def errors_of(result: Result) -> list[tuple[str, str, str]]:
         rows.append(("validation", number(result.get("validation_log_likelihood"), 2), how))
     if result.get("bits_per_dim") is not None:
         rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
+    if result.get("kl") is not None:
+        rows.append(("KL divergence", number(result["kl"], 2), "of q(z given x) to the prior: what the latents carry"))
     rows.append(("active units", str(result["active_units"]), f"latent units that vary with the {noun}"))
     seconds = f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}"
     return [*rows, ("seconds", seconds, "training + evaluation")]
