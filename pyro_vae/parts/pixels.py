@@ -215,7 +215,7 @@ class _Neighbours(nn.Module):
         last = nn.Linear(channels, outputs)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.output = nn.Sequential(nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(), last)
+        self.output = nn.Sequential(nn.SiLU(), nn.Linear(channels, channels), nn.SiLU(), last)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Of pixels ``(*, H, W)`` and context ``(*, H, W, C)``, whose leading dimensions broadcast."""
