@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.published.plan import Budget, Plan, measured, plan_table
-from experiments.published.report import Made, check_is_of, conclude
+from experiments.published.report import Made, check_common, check_is_of, conclude
 from experiments.published.rows import TABLES, Row, Schedule, ScheduleName, Table
 from pyro_vae import cli, runs
 from pyro_vae.runs.reading import json_of
@@ -42,6 +42,8 @@ class Settings:
         epochs: of each row, at least 1; null: all of the schedule paper, or as --hours allows.
         hours: of training each row, positive, at most all epochs of the schedule; null: as --epochs says, and if that
             says nothing, 0.2 with the schedule short.
+        common: arguments of pyro-vae train for all rows, in place of those of the schedule, such as '--batch_size 250
+            --lr 5e-3 --precision bfloat16'; not what a row is made of: data, networks, bound.
         seeds: runs of each row, at least 1.
         evidence: how test images are scored.
         finished: by the name of a row, the directory of a run that was trained elsewhere, or by another schedule; it
@@ -61,6 +63,7 @@ class Settings:
     schedule: ScheduleName = "short"
     epochs: int | None = None
     hours: float | None = None
+    common: str = ""
     seeds: int = 1
     evidence: runs.EvidenceSettings = field(
         default_factory=lambda: runs.EvidenceSettings(num_samples=5000, annealed_images=500)
@@ -103,6 +106,8 @@ def main(argv: Sequence[str] | None = None, tables: Mapping[str, Table] = TABLES
     chosen = dict(_chosen(settings, tables))
     elsewhere = _elsewhere(settings, chosen)
     todo = {name: each for name, each in chosen.items() if name not in elsewhere}
+    for each in chosen.values() if settings.common else ():
+        check_common(each.row, each.schedule)
     if settings.estimate:
         print(plan_table(_plans(settings, todo), settings.seeds, settings.workers))
         return None
@@ -112,29 +117,28 @@ def main(argv: Sequence[str] | None = None, tables: Mapping[str, Table] = TABLES
     directories = dict(elsewhere)
     if todo:
         study = runs.StudySettings(
-            {name: each.arguments(settings.schedule, plans[name].epochs) for name, each in todo.items()},
+            {name: each.row.arguments(each.schedule, plans[name].epochs) for name, each in todo.items()},
             shlex.join(_common(settings)),
             settings.seeds,
             workers=settings.workers,
         )
         directories |= run_all(study, run_dir)
     made = [
-        Made(each.row, [check_is_of(each.row, runs.load(path)) for path in directories[name]], each.table)
+        Made(
+            each.row, [check_is_of(each.row, runs.load(path)) for path in directories[name]], each.table, each.schedule
+        )
         for name, each in chosen.items()
     ]
-    return conclude(run_dir, made, settings.schedule, settings.data_dir, elsewhere)
+    return conclude(run_dir, made, settings.data_dir, elsewhere)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row that is to be made, and the table it is of."""
+    """A row that is to be made, the table it is of, and how it is trained."""
 
     row: Row
     table: Table
-
-    def arguments(self, schedule: ScheduleName, epochs: int) -> str:
-        """Arguments of pyro-vae train."""
-        return self.row.arguments(self.table.schedules[schedule], epochs)
+    schedule: Schedule
 
 
 def _chosen(settings: Settings, tables: Mapping[str, Table]) -> Iterator[tuple[str, Chosen]]:
@@ -149,7 +153,21 @@ def _chosen(settings: Settings, tables: Mapping[str, Table]) -> Iterator[tuple[s
     for table in (tables[name] for name in settings.tables):
         for row in table.rows:
             if any(fnmatch.fnmatchcase(row.name, each) for each in patterns or table.usual):
-                yield row.name, Chosen(row, table)
+                yield row.name, Chosen(row, table, _schedule(settings, table))
+
+
+def _schedule(settings: Settings, table: Table) -> Schedule:
+    """The schedule asked for, with ``common`` in place of what it says otherwise."""
+    schedule, common = table.schedules[settings.schedule], settings.common
+    if not common:
+        return schedule
+    try:
+        argv = shlex.split(f"--batch_size {schedule.batch_size} {common}")
+    except ValueError as error:
+        raise runs.RunError(f"--common: {error}") from error
+    batch_size = runs.parse(runs.Settings, argv)[0].batch_size
+    words = *schedule.words, f"In place of what is said here about the schedule: {common}."
+    return Schedule(batch_size, f"{schedule.arguments} {common}", schedule.epochs, schedule.warmup, words)
 
 
 def _elsewhere(settings: Settings, chosen: Mapping[str, Chosen]) -> dict[str, list[Path]]:
@@ -183,8 +201,8 @@ def _plans(settings: Settings, todo: Mapping[str, Chosen]) -> dict[str, Plan]:
     try:
         for name, each in todo.items():
             print(f"timing a few steps of {name}")
-            budget = settings.budget(each.table.schedules[settings.schedule])
-            argv = [*_common(settings), *shlex.split(each.arguments(settings.schedule, 1))]
+            budget = settings.budget(each.schedule)
+            argv = [*_common(settings), *shlex.split(each.row.arguments(each.schedule, budget.epochs or 1))]
             plans[name] = measured(runs.parse(runs.Settings, argv)[0], budget)
     finally:
         torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """What was made beside what was published: table, figure and numbers."""
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 from scipy import stats
 
-from experiments.published.rows import Row, ScheduleName, Table
+from experiments.published.rows import Row, Schedule, Table
 from pyro_vae import importance_sampling, runs
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.images import Dataset, observed
@@ -26,11 +27,12 @@ ONE_BOUND = ("ELBO", "IWAE", "Trace_ELBO", "TraceMeanField_ELBO")
 
 
 class Made(NamedTuple):
-    """A row that has been made: one run for each seed."""
+    """A row that has been made, by one run for each seed, and how."""
 
     row: Row
     finished: list[runs.Run]
     table: Table
+    schedule: Schedule
 
 
 def check_is_of(row: Row, run: runs.Run) -> runs.Run:
@@ -55,6 +57,21 @@ def check_is_of(row: Row, run: runs.Run) -> runs.Run:
     if bounds[0] != bounds[1]:
         raise runs.RunError(f"{row.name}: {run.path} was trained by {' of K = '.join(map(str, bounds[1]))} samples")
     return run
+
+
+def check_common(row: Row, schedule: Schedule) -> None:
+    """Refuse arguments for all rows that would make another row of this one.
+
+    Raises:
+        RunError: naming the first.
+    """
+    wanted, found = (_settings(argv) for argv in (row.given(), shlex.split(row.arguments(schedule, 1))))
+    for name in (*SAME, "dataset", "epochs", "evidence"):
+        before = 1 if name == "epochs" else wanted.get(name)
+        if changed := changed_setting(before, found.get(name), name):
+            raise runs.RunError(f"--common: {changed}: that is what makes {row.name}, or has an option of its own")
+    if _bound(wanted["objective"]) != _bound(found["objective"]):
+        raise runs.RunError(f"--common: --objective is that of {row.name}")
 
 
 def _settings(argv: Sequence[str]) -> dict[str, Any]:
@@ -142,7 +159,6 @@ def redraw_error(run: runs.Run, data_dir: Path | None, num_images: int = 500, nu
 def conclude(
     run_dir: Path,
     made: Sequence[Made],
-    schedule: ScheduleName,
     data_dir: Path | None,
     elsewhere: Mapping[str, Sequence[Path]],
 ) -> Path:
@@ -159,7 +175,7 @@ def conclude(
         mine = [line for line, each in zip(lines, made, strict=True) if each.table is table]
         rows = [each for each in made if each.table is table]
         parts += [f"## {table.title}", _markdown(mine, rows)]
-        remarks = [*table.schedules[schedule].words, *table.words]
+        remarks = [*rows[0].schedule.words, *table.words]
         parts.append("What differs from the published protocol:\n\n" + "\n".join(f"- {each}" for each in remarks))
     if elsewhere:
         told = "\n".join(f"- {name}: {paths[0]}" for name, paths in elsewhere.items())
@@ -167,7 +183,7 @@ def conclude(
     with runs.writing(run_dir):
         _plot(lines, run_dir / "published.png")
     devices = [*dict.fromkeys(run.result["device"] for each in made for run in each.finished)]
-    result = {"schedule": schedule, "rows": lines, "devices": devices}
+    result = {"rows": lines, "devices": devices}
     return runs.conclude(run_dir, "\n\n".join(parts), result, torch.device("cpu"))
 
 

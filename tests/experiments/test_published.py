@@ -13,7 +13,7 @@ from experiments import bound_study
 from experiments.published import __main__ as published
 from experiments.published.parts import AdamNormGrad, ClippedBernoulli, ClippedGaussian
 from experiments.published.plan import Budget, Plan, plan_table
-from experiments.published.report import against, check_is_of
+from experiments.published.report import against, check_common, check_is_of
 from experiments.published.rows import IWAE, TABLES, VAMPPRIOR, Row, Schedule, Table
 from pyro_vae import runs
 
@@ -164,6 +164,22 @@ def test_runs_of_other_data_are_refused(other, message):
     result = {"dataset": "MNIST", "binarization": "dynamic", "data": row.fingerprint} | other
     with pytest.raises(runs.RunError, match=message):
         check_is_of(row, runs.Run(Path("somewhere"), result, {}))
+
+
+@pytest.mark.parametrize("more", ["--dataset.binarization static", "--objective IWAE"])
+def test_what_makes_a_row_is_not_to_be_changed(more, tmp_path):
+    with pytest.raises(runs.RunError, match=f"--common: {more.split()[0]}"):
+        published.main(["--rows=[mnist-1-vae-k5]", f"--common={more}", f"--run_dir={tmp_path / 'none'}"])
+
+
+def test_the_rest_may_be_changed():
+    settings = published.Settings(common="--batch_size 250 --precision bfloat16 --lr 1e-2")
+    schedule = published._schedule(settings, VAMPPRIOR)
+    row = ROWS["vamp-dynamic-normal"]
+    check_common(row, schedule)
+    run = runs.parse(runs.Settings, row.arguments(schedule, 40).split())[0]
+    assert (run.batch_size, run.precision, run.lr) == (250, "bfloat16", 1e-2)
+    assert run.objective().warmup == 4 * 200
 
 
 @pytest.mark.slow
