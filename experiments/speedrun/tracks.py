@@ -1,7 +1,6 @@
 """Tracks of the speedrun, what belongs to each, and the boards on which records stand."""
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -176,11 +175,7 @@ def model_of(settings: runs.Settings) -> Model:
     with torch.random.fork_rng([]):
         model = runs.build(settings, SCHEMA)
         parameters = list(model.parameters())
-        optimizer = runs.make("optimizer", make_optimizer, optimizer_of(settings), parameters, settings.lr)
-    for each in getattr(optimizer, "optimizers", (optimizer,)):
-        closure = inspect.signature(each.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise runs.RunError(f"--optimizer {type(each).__name__} needs a closure, which no engine gives")
+        runs.make("optimizer", make_optimizer, optimizer_of(settings), parameters, settings.lr)
     return model
 
 

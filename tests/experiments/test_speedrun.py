@@ -231,7 +231,7 @@ def test_optimizers_that_need_a_closure_are_refused():
     def needy(parameters, lr):
         return Together(torch.optim.SGD(parameters[:2], lr=lr), Needy(parameters[2:], lr=lr))
 
-    with pytest.raises(runs.RunError, match="--optimizer Needy needs a closure"):
+    with pytest.raises(runs.RunError, match="optimizer needy needs a closure"):
         tracks.reasons_against(replace(PAPER, optimizer=needy))
 
 
