@@ -192,6 +192,7 @@ def train(argv: Sequence[str], directory: Path, threads: int) -> None:
     with tempfile.TemporaryDirectory() as cold:
         environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), f"{threads}")
         environment |= {"TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": str(Path(cold) / "triton")}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("a", encoding="utf-8") as file:
             done = subprocess.run(command, env=os.environ | environment, stdout=file, stderr=file, check=False)
     if done.returncode:
