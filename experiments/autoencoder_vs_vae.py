@@ -20,7 +20,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings, text = runs.parse(Settings, argv)
     dataset = runs.make("dataset", settings.dataset, settings.data_dir or cache_folder())
     name = type(dataset).__name__
-    run_dir = settings.run_dir or Path("runs") / f"autoencoder_vs_vae-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for(f"autoencoder_vs_vae-{name}", settings.run_dir)
     if is_concluded(run_dir, text, settings.resume):
         return run_dir
     device = runs.choose_device(settings.device)

@@ -14,7 +14,6 @@ pixels (scikit-learn ships them). The numbers, fixed beforehand, all on the same
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     settings, text = runs.parse(Settings, argv)
-    run_dir = settings.run_dir or Path("runs") / f"conditions-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("conditions", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     plain, told = (train(settings, condition, run_dir) for condition in (None, "label"))
     classified = runs.classify(told, num_images=settings.num_images, seed=settings.seed)

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     settings, text = runs.parse(Settings, argv)
-    run_dir = settings.run_dir or Path("runs") / f"counts-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("counts", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     torch.manual_seed(settings.seed)
     process = Process(settings.num_columns)

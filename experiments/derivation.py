@@ -17,7 +17,6 @@ Everything is compared with a closed form or with an independent computation, in
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     settings, text = runs.parse(Settings, argv)
-    run_dir = settings.run_dir or Path("runs") / f"derivation-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("derivation", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     torch.manual_seed(settings.seed)
     coin = toss(settings.heads, settings.tosses)

@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     except (DataError, ValueError, TypeError) as error:
         raise runs.RunError(" ".join(str(error).split())) from error
     name = type(dataset).__name__
-    run_dir = settings.run_dir or Path("runs") / f"elbo_comparison-{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = runs.run_dir_for(f"elbo_comparison-{name}", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     print(f"{name} on {device}: {settings.seeds} seeds, {settings.epochs} epochs, run directory {run_dir}")
 

@@ -20,7 +20,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     settings, text = runs.parse(Settings, argv)
     dataset = runs.make("dataset", settings.dataset, settings.data_dir or cache_folder())
     name = type(dataset).__name__
-    run_dir = settings.run_dir or Path("runs") / f"semi_supervised-{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for(f"semi_supervised-{name}", settings.run_dir)
     runs.check_run_dir(run_dir, text, resume=None)
     data = runs.images_of(runs.load_dataset(dataset, torch.device("cpu")))
     if data.encoding != "binary":

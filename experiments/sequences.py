@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     settings, text = runs.parse(Settings, argv)
-    run_dir = settings.run_dir or Path("runs") / f"sequences-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("sequences", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     process, generator = Process(), np.random.default_rng(settings.seed)
     sizes = settings.num_train, settings.num_train // 10, settings.num_test

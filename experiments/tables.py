@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         RunError: for a mistake in ``argv``.
     """
     settings, text = runs.parse(Settings, argv)
-    run_dir = settings.run_dir or Path("runs") / f"tables-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("tables", settings.run_dir)
     runs.open_run(run_dir, text, resume=None)
     with runs.writing(run_dir):
         write_table(run_dir / "table.csv", settings)

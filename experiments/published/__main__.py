@@ -17,7 +17,6 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,7 +110,7 @@ def main(argv: Sequence[str] | None = None, tables: Mapping[str, Table] = TABLES
     if settings.estimate:
         print(plan_table(_plans(settings, todo), settings.seeds, settings.workers))
         return None
-    run_dir = settings.run_dir or Path("runs") / f"published-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = runs.run_dir_for("published", settings.run_dir)
     runs.open_run(run_dir, text, settings.resume or holds(run_dir, text))
     plans = _kept_plans(settings, todo, run_dir)
     directories = dict(elsewhere)

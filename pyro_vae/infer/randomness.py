@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -77,3 +78,10 @@ def own_numbers(key: str, device: torch.device) -> Iterator[None]:
             index = torch.cuda.current_device() if each.index is None else each.index
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
+
+
+def without_effect(batch_size: int | None) -> None:
+    """Tell who gives a function a batch size that its numbers, and so its work, do not depend on it any more."""
+    if batch_size is not None:
+        told = "batch_size has no effect any more: blocks of data are of one size, so that numbers do not depend on it"
+        warnings.warn(told, DeprecationWarning, stacklevel=3)

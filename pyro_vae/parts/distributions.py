@@ -390,12 +390,12 @@ def make_flow(
     """A lazy zuko flow over a standard normal.
 
     Raises:
-        ValueError: if there are fewer than two features, no transform, or a width below 1.
+        ValueError: if there are fewer than two features, no transform or more than 1,000, or a width below 1.
     """
     if features < 2:
         raise ValueError(f"a flow needs at least 2 latent dimensions, got {features}")
-    if transforms < 1:
-        raise ValueError(f"transforms must be at least 1, got {transforms}")
+    if not 1 <= transforms <= 1000:  # zuko makes lists of so many before anything else
+        raise ValueError(f"transforms must be at least 1, and at most 1,000, got {transforms}")
     check_widths("hidden", hidden)
     zuko = import_zuko()
     bins = 8

@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def choose_device(name: str, scores: bool = True) -> torch.device:
             "trained on mps"
         )
     return device
+
+
+def run_dir_for(name: str, chosen: Path | None) -> Path:
+    """The directory that was chosen, or else a new one under runs/, named by what is done and the time."""
+    return chosen or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def open_run(directory: Path, config: str, resume: bool | None, reread: Callable[[Path], str] = text_of) -> None:

@@ -20,8 +20,8 @@ from pyro_vae.runs.reading import yaml_of
 
 LARGEST = 2**31 - 1
 """No count of anything is larger, but for seeds."""
-MOST_ENTRIES, MOST_DEPTH = 10_000, 32
-"""Of a file of settings, where each alias stands for what it names."""
+MOST_ENTRIES, MOST_IN_A_LIST, MOST_DEPTH = 10_000, 1_000, 32
+"""Of a file of settings, where each alias stands for what it names; the parser takes minutes for a list of 10,000."""
 _RELATIVE = ("run_dir", "run", "runs", "file", "out")
 
 
@@ -55,6 +55,8 @@ def check_written(content: Any, where: str) -> None:
             _check_class(each, where)
             waiting += [(inner, depth + 1) for inner in each.values()]
         elif isinstance(each, list | tuple | set):
+            if len(each) > MOST_IN_A_LIST:
+                raise RunError(f"{where}: more than {MOST_IN_A_LIST:,} entries in a list are no settings")
             waiting += [(inner, depth + 1) for inner in each]
 
 

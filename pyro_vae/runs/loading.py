@@ -1,9 +1,11 @@
 """Finished runs, read back from their directories."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +16,7 @@ from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import RunError
 from pyro_vae.infer.evidence.result import Evidence
+from pyro_vae.runs.bounded import bounded_by
 from pyro_vae.runs.build import Model, build, load_dataset, make
 from pyro_vae.runs.directory import check_empty, check_unchanged, choose_device
 from pyro_vae.runs.given import check_trust
@@ -167,10 +170,11 @@ def load_model(directory: Path | str, trust: bool = True) -> Model:
     weights, schema = weights_of(directory)
     settings = load_settings(directory, trust)
     try:
-        vae = build(settings, schema)
+        with nullcontext() if trust else bounded_by(weights, directory):
+            vae = build(settings, schema)
         vae.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = shorten(str(error), 400)
         raise RunError(f"{directory / 'model.safetensors'} is of another model than config.yaml: {reason}") from error
     return vae.eval()
 

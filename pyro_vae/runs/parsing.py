@@ -80,9 +80,10 @@ def parse(
     if "--help.all" in argv or {"-h", "--help"} & set(argv):
         print(options.format_help() if "--help.all" in argv else brief_help(config, options))
         raise SystemExit(0)
+    told, files, contents = argv, [], []
     try:
         _refuse_empty(argv)
-        argv = _joined(argv)
+        argv = told = _joined(argv)
         _check_mappings(argv, config)
         run_dir, resume, files = _preview(argv)
         begins = getattr(config, "BEGINS", False)  # --resume goes on with what is there, or begins
@@ -106,8 +107,20 @@ def parse(
     except RecursionError as error:
         raise RunError("a setting is nested too deeply") from error
     except MISTAKES as error:
-        raise RunError(_one_line(str(error), config, options)) from error
+        raise RunError(_with_file(_one_line(str(error), config, options), told, contents, files)) from error
+    except RunError as error:
+        raise RunError(_with_file(str(error), told, contents, files)) from error
     return result, _kept(text)
+
+
+def _with_file(message: str, argv: Sequence[str], contents: Sequence[dict[str, Any]], files: Sequence[str]) -> str:
+    """A complaint, with the file of settings that has the setting it names, unless that is of the command line."""
+    found = re.match(r"--(\w+)", message)
+    name = found[1] if found else "config"
+    if name == "config" or any(re.match(rf"--{name}\b", word) for word in argv):
+        return message
+    has = [file for file, each in zip(files, contents, strict=False) if name in {str(k).split(".")[0] for k in each}]
+    return f"{has[-1]}: {message}" if has else message
 
 
 def settings_text(settings: Any) -> str:
@@ -421,6 +434,7 @@ def _classes(config: type, setting: str) -> list[str]:
     while waiting:
         cls = waiting.pop(0)
         waiting += cls.__subclasses__()
-        if not inspect.isabstract(cls) and not re.search(r"\b_|<locals>", cls.__qualname__):
+        hidden = inspect.isabstract(cls) or cls in getattr(config, "REFUSED", ())
+        if not hidden and not re.search(r"\b_|<locals>", cls.__qualname__):
             names.append(cls.__name__)
     return sorted(set(names))

@@ -18,7 +18,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -34,6 +33,7 @@ from pyro_vae.runs.directory import (
     check_run_dir,
     noun_of,
     open_run,
+    run_dir_for,
     table,
     write_json,
     write_text,
@@ -201,7 +201,7 @@ def _space_in_one(argv: Sequence[str]) -> list[str]:
 def _run(settings: SearchSettings, text: str) -> Search:
     if settings.search == "optuna":
         need_extra("search", ["optuna"])
-    run_dir = settings.run_dir or Path("runs") / f"search-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = run_dir_for("search", settings.run_dir)
     resume = settings.resume or holds(run_dir, text)
     reread = partial(_reread, text)
     check_run_dir(run_dir, text, resume, reread)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, ReweightedWakeSleep, Trace_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -191,6 +191,8 @@ class Settings:
         *("epochs", "lr", "seed", "device", "run_dir", "resume"),
     )
     """What ``--help`` shows."""
+    REFUSED: ClassVar[tuple[type, ...]] = (ReweightedWakeSleep,)
+    """Losses that :func:`pyro_vae.fit` does not take: of several values."""
 
     model: Literal["VAE", "TwoLayerVAE", "HierarchicalVAE"] = "VAE"
     top: TopSettings = field(default_factory=TopSettings)
@@ -242,6 +244,9 @@ class Settings:
         for name, usual in (("precision", "float32"), ("max_norm", None)):
             if self.engine == "pyro" and getattr(self, name) != usual:
                 raise ValueError(f"--{name} {getattr(self, name)} needs --engine compiled")
+        loss = self.objective.func if isinstance(self.objective, partial) else self.objective
+        if isinstance(loss, type) and issubclass(loss, self.REFUSED):
+            raise ValueError(f"--objective {loss.__name__} has several values; choose one that has one, such as IWAE")
         self._check_condition()
         if self.model == "HierarchicalVAE" and self.latent_dim != Settings.latent_dim:
             raise ValueError(f"--latent_dim {self.latent_dim}: HierarchicalVAE has --levels.latent_dims, of each level")

@@ -14,7 +14,6 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -23,7 +22,7 @@ import yaml
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs.build import make
-from pyro_vae.runs.directory import open_run, writing
+from pyro_vae.runs.directory import open_run, run_dir_for, writing
 from pyro_vae.runs.given import check_made, check_name
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_cluster import Cluster
@@ -169,7 +168,7 @@ def run_study(settings: type[StudySettings], argv: Sequence[str] | None, name: s
 
 
 def _run(settings: StudySettings, text: str, name: str) -> Study:
-    run_dir = settings.run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = run_dir_for(name, settings.run_dir)
     for contender in settings.contenders:  # a mistake in the last one is found now, not after hours
         with _named(contender):
             make("objective", _planned(settings, contender, 0)[0].objective)

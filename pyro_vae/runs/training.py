@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +47,7 @@ from pyro_vae.runs.directory import (
     flat,
     open_run,
     provenance,
+    run_dir_for,
     write_csv,
     write_evidence,
     write_json,
@@ -89,8 +89,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     objective = make("objective", settings.objective)
     with launched(settings.device) as processes:
         check_same(processes, dict(flat(yaml.safe_load(text), "--")))
-        now = Path("runs") / f"{type(dataset).__name__}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path(settings.run_dir or processes.from_first(lambda: now))
+        run_dir = Path(processes.from_first(lambda: run_dir_for(type(dataset).__name__, settings.run_dir)))
         processes.from_first(lambda: check_run_dir(run_dir, text, settings.resume, _reread))
         finished = processes.from_first((run_dir / "result.json").exists)
         if not finished:

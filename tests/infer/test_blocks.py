@@ -1,6 +1,7 @@
 """Estimates by fixed blocks of data: who computes them, when, and in how much memory, changes no digit."""
 
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,17 +14,21 @@ from pyro_vae import (
     annealed_importance_sampling,
     bidirectional_monte_carlo,
     bridge_sampling,
+    estimate_elbo,
     importance_sampling,
     impute,
+    inference_gaps,
     log_conditional,
+    quadrature,
     rate_distortion,
     sandwich,
     smc,
     thermodynamic_integration,
 )
-from pyro_vae.infer import compiling
+from pyro_vae.infer import compiling, diagnostics
 from pyro_vae.infer.evidence import blocks, importance
 from pyro_vae.infer.evidence.distortion import Tempering
+from pyro_vae.infer.evidence.local import local_flow, local_mean_field
 from pyro_vae.infer.evidence.particles import SMC
 from pyro_vae.infer.evidence.posterior import PosteriorChains
 from pyro_vae.infer.evidence.thermodynamic import Thermodynamic
@@ -112,6 +117,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compiling.Compiled.__init__, "__defaults__", (10, lambda *_: False))
     monkeypatch.setattr(importance, "WORTH", 3)
     monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(diagnostics, "BLOCK", 8)
 
 
 QUICK = "importance", "annealed, given temperatures", "bidirectional", "imputation", "smc"
@@ -141,8 +147,16 @@ def test_no_digit_depends_on_who_computes_what(name, small, monkeypatch):
 
 
 UNTOLD = {  # what is said of the data of one block depends on no other
-    "importance": partial(importance_sampling, num_samples=5, num_checked=0),
-    "annealed": partial(annealed_importance_sampling, settings=Annealing(2, 3, num_checked=0), compiled=False),
+    "importance": lambda *given: importance_sampling(*given, num_samples=5, num_checked=0).log_px,
+    "annealed": lambda *given: (
+        annealed_importance_sampling(*given, settings=Annealing(2, 3, num_checked=0), compiled=False).log_px
+    ),
+    "elbo": estimate_elbo,
+    "mean field": lambda *given: local_mean_field(*given, num_steps=2).loc[:, 0],
+    "flow": lambda *given: local_flow(*given, num_steps=2).parameters["steps.0.hyper.0.bias"][:, 0],
+    "gaps": lambda model, guide, x: inference_gaps(
+        model, guide, torch.zeros(len(x)), x, num_steps=1, num_samples=2
+    ).inference_gap()[0],
 }
 
 
@@ -151,16 +165,30 @@ def test_each_block_reads_its_own_data_and_draws_its_own_noise(name, small):
     vae = small_vae()
     x = binary(1).expand(20, -1).clone()
     torch.manual_seed(0)
-    found = UNTOLD[name](vae.model, vae.guide, x).log_px
+    found = UNTOLD[name](vae.model, vae.guide, x)
     assert len(found.unique()) == 20
     x[8:16] = 1 - x[8:16]
     torch.manual_seed(0)
-    other = UNTOLD[name](vae.model, vae.guide, x).log_px
+    other = UNTOLD[name](vae.model, vae.guide, x)
     assert torch.equal(other[:8], found[:8])
     assert torch.equal(other[16:], found[16:])
     assert not (other[8:16] == found[8:16]).any()
     torch.manual_seed(1)
-    assert not (UNTOLD[name](vae.model, vae.guide, x).log_px == other).any()
+    assert not (UNTOLD[name](vae.model, vae.guide, x) == other).any()
+
+
+@pytest.mark.parametrize("estimate", [estimate_elbo, local_mean_field, local_flow, quadrature])
+def test_a_batch_size_changes_no_digit(estimate, small):
+    if estimate in (local_mean_field, local_flow):
+        estimate = partial(estimate, num_steps=2)
+    vae, x, found = small_vae(latent_dim=1), binary(10), []
+    for more in ({}, {"batch_size": 3}):
+        torch.manual_seed(0)
+        with pytest.warns(DeprecationWarning, match="batch_size has no effect") if more else nullcontext():
+            found.append(tensors(estimate(vae.model, vae.guide, x, **more)))
+    for one, other in zip(*found, strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_compiled_is_decided_for_each_part_alone(small):

@@ -9,7 +9,7 @@ from oracles import BinaryLatents, binary, linear_gaussian, small_vae
 from scipy import integrate, optimize, stats
 
 from pyro_vae import MLP, VAE, Bernoulli, Conditional, ContractError, Evidence, Gaussian, MeanField, quadrature
-from pyro_vae.infer.evidence import cubature
+from pyro_vae.infer.evidence import cubature, exact
 from pyro_vae.infer.evidence.exact import enumeration
 from pyro_vae.parts import priors
 
@@ -118,13 +118,13 @@ def test_quadrature_of_a_linear_gaussian(latent_dim, scale):
     check_fields(evidence, 6)
 
 
-def test_quadrature_does_not_depend_on_the_chunks():
+def test_quadrature_in_chunks(monkeypatch):
     vae = linear_gaussian(latent_dim=2)
     x = torch.randn(5, 7, dtype=torch.float64)
-    for batch_size in (100, 3000, 2**18):
-        evidence = quadrature(vae.model, vae.guide, x, num_points=1025, batch_size=batch_size)
-        torch.testing.assert_close(evidence.log_px, vae.log_px(x), rtol=0, atol=1e-9)
-        assert (evidence.mc_se < 1e-4).all()
+    monkeypatch.setattr(exact, "_ROWS", 3000)  # two data, and a part of their points, at a time
+    evidence = quadrature(vae.model, vae.guide, x, num_points=1025)
+    torch.testing.assert_close(evidence.log_px, vae.log_px(x), rtol=0, atol=1e-9)
+    assert (evidence.mc_se < 1e-4).all()
 
 
 def test_quadrature_along_a_narrow_slanting_ridge():
@@ -226,7 +226,7 @@ def test_quadrature_of_a_vae_with_a_uniform_prior():
     x = torch.rand(2, 6, dtype=torch.float64)
     default = quadrature(vae.model, vae.guide, x)
     evidence = quadrature(vae.model, vae.guide, x, num_points=2**16)
-    assert ((default.log_px - evidence.log_px).abs() < default.mc_se).all()
+    assert ((default.log_px - evidence.log_px).abs() < default.mc_se + 1e-9).all()
     assert (default.mc_se < 1e-4).all()
 
     nodes, weights = np.polynomial.legendre.leggauss(200)
@@ -335,8 +335,6 @@ def test_quadrature_refuses_what_it_cannot_integrate():
     x = torch.zeros(2, 7, dtype=torch.float64)
     with pytest.raises(ValueError, match="num_points must be at least 1024, got 10"):
         quadrature(vae.model, vae.guide, x, num_points=10)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        quadrature(vae.model, vae.guide, x, batch_size=0)
     grey = VAE(
         priors.Uniform(1),
         likelihood=Conditional(MLP(1, 6, hidden=[5]), Bernoulli(6)),

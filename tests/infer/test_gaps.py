@@ -22,6 +22,7 @@ from pyro_vae import (
     TwoLayerVAE,
     inference_gaps,
 )
+from pyro_vae.infer.evidence import blocks
 from pyro_vae.infer.evidence.gaps import InferenceGaps
 from pyro_vae.infer.evidence.local import LocalPosterior, local_flow, local_mean_field
 from pyro_vae.parts import priors
@@ -143,7 +144,7 @@ def test_a_flow_starts_as_the_identity():
 @pytest.mark.slow
 def test_inference_gaps_match_the_closed_form():
     oracle = Oracle(7, latent_dim=2)
-    gaps = inference_gaps(oracle.vae.model, oracle.guide, oracle.log_px, oracle.x, num_samples=2000, batch_size=4)
+    gaps = inference_gaps(oracle.vae.model, oracle.guide, oracle.log_px, oracle.x, num_samples=2000)
     truth = oracle.elbo(*oracle.start)
     for (gap, error), expected in (
         (gaps.inference_gap(), oracle.log_px - truth),
@@ -247,12 +248,12 @@ def test_the_programs_are_left_as_they_were():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_chunks_hold_the_same_observations_in_order(batch_size, capsys):
+def test_blocks_hold_the_same_observations_in_order(capsys, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 2)
     oracle = Oracle(3, latent_dim=2)
-    settings = {"num_steps": 150, "batch_size": batch_size, "progress": True}
+    settings = {"num_steps": 150, "progress": True}
     found = local_flow(oracle.vae.model, oracle.guide, oracle.x, num_samples=16, **settings)
-    elbo, error = found.elbo(oracle.vae.model, oracle.guide, oracle.x, batch_size=batch_size)
+    elbo, error = found.elbo(oracle.vae.model, oracle.guide, oracle.x)
     assert ((oracle.log_px - elbo).abs() < 0.2 + 4 * error).all()
     shown = capsys.readouterr().err
     assert "local mean field" in shown
@@ -264,7 +265,6 @@ def test_chunks_hold_the_same_observations_in_order(batch_size, capsys):
     [
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": math.nan}, "lr must be positive"),
     ],

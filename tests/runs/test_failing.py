@@ -70,6 +70,9 @@ SCRIPT = """
 import atexit, os, signal, time
 from pyro_vae import cli
 
+if signal.getsignal(signal.{name}) == signal.SIG_IGN:  # of the process of the tests
+    signal.signal(signal.{name}, signal.SIG_DFL)
+
 def again():
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
         os.kill(os.getpid(), each)

@@ -328,6 +328,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("prior: " + "[" * 1000, "mine.yaml: it is nested too deeply"),
         ("prior: " + "[" * 40 + "]" * 40, "more than 32 levels are no settings"),
         ("prior: &x [*x]", "more than 32 levels are no settings"),
+        ("encoder: {class_path: MLP, init_args: {hidden: [" + "1, " * 1001 + "]}}", "more than 1,000 entries in a"),
         (LAUGHS, "more than 10,000 entries are no settings"),
         (LAUGHS + "prior: {class_path: *k}", "class_path must be an import path"),
         ("#" * 2**21, "more than 1,048,576 bytes are no settings"),
@@ -336,7 +337,22 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )  # fmt: skip
 def test_settings_of_another_kind_are_refused_at_every_depth(content, words, in_folder):
     (in_folder / "mine.yaml").write_text(content + "\n")
-    assert words in complaint("--config=mine.yaml")
+    message = complaint("--config=mine.yaml")
+    assert words in message
+    assert "mine.yaml" in message
+
+
+@pytest.mark.parametrize(
+    "content", ["lr: -1", "epochs: many", "prior: NoPrior", "encoder: {class_path: MLP, init_args: {hiden: [3]}}"]
+)
+def test_a_mistake_names_the_file_that_it_is_in(content, in_folder):
+    (in_folder / "mine.yaml").write_text(content + "\n")
+    (in_folder / "other.yaml").write_text("seed: 3\n")
+    name = content.partition(":")[0]
+    for argv in (["--config=mine.yaml", "--config", "other.yaml"], ["--seed=1", "--config", "mine.yaml"]):
+        assert complaint(*argv).startswith(f"mine.yaml: --{name}")
+    option = f"--{name}={content.partition(': ')[2]}"
+    assert complaint("--config=other.yaml", option).startswith(f"--{name}")
 
 
 @pytest.mark.parametrize(

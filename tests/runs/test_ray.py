@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,20 +195,43 @@ def _workers():
     return [int(pid) for pid, name in names.items() if name.startswith(b"ray::_help")]
 
 
+def _halt(node):
+    """Stop a node as a machine that loses its power: its raylet and its workers, at the same time.
+
+    A worker whose raylet alone has died goes on for a second or so, in which it may finish what it does.
+    """
+    raylet = node.all_processes["raylet"][0].process.pid
+    pids = [raylet]
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[1] == str(raylet):
+                pids.append(int(path.parent.name))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
 @pytest.mark.slow
 def test_a_study_outlives_a_node(cluster, tmp_path):
     """The last test of this module: it kills one of the two nodes when both are in the middle of a run."""
     study, killed = tmp_path / "study", []
 
+    def on_their_way():
+        return [path.parent for path in study.glob("*/metrics.csv") if not (path.parent / "result.json").exists()]
+
     def kill():
         while not killed:
             time.sleep(0.05)
-            on_their_way = [
-                path.parent for path in study.glob("*/metrics.csv") if not (path.parent / "result.json").exists()
-            ]
-            if len(on_their_way) == 2:
-                cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
-                killed.extend(on_their_way)
+            if len(on_their_way()) != 2:
+                continue
+            node = cluster.list_all_nodes()[1]
+            stopped = _halt(node)
+            if len(killing := on_their_way()) == 2:  # neither was finished in between
+                killed.extend(killing)
+                cluster.remove_node(node, allow_graceful=False)
+            for pid in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if killed else signal.SIGCONT)
 
     threading.Thread(target=kill, daemon=True).start()
     done = runs.study({"a": "", "b": "--lr 0.01"}, f"{COMMON} 100", 2, study, ray=cluster.address)

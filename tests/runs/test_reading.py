@@ -369,3 +369,21 @@ def test_settings_by_reference_are_no_repetition(tmp_path):
     settings, _ = runs.parse(runs.Settings, [f"--config={path}"])
     assert settings.evidence.num_samples == 7
     assert settings.decoder.keywords["hidden"] == [3]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"decoder": {"class_path": "pyro_vae.networks.MLP", "init_args": {"hidden": [1_000_000, 1_000_000]}}},
+        {"latent_dim": 2_000_000_000},
+        {"prior": {"class_path": "pyro_vae.priors.VampPrior", "init_args": {"components": 2_000_000_000}}},
+        {"prior": {"class_path": "pyro_vae.priors.Flow", "init_args": {"transforms": 1000, "hidden": [8] * 50}}},
+    ],
+    ids=["wide", "latent", "prior", "flow"],
+)
+def test_a_model_far_larger_than_its_weights_is_refused_before_it_takes_memory(run_dir, settings):
+    content = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(content | settings))
+    line = refused(runs.load_model, run_dir, trust=False)
+    assert re.search(r"config.yaml: a model of these settings is far larger than .*model.safetensors", line)
+    runs.load_model(OLD, trust=False)

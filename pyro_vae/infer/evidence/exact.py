@@ -10,6 +10,7 @@ from torch.distributions import Independent
 
 from pyro_vae.errors import ContractError
 from pyro_vae.infer.checks import check_parts
+from pyro_vae.infer.evidence.blocks import Blocks, Part, joined
 from pyro_vae.infer.evidence.cubature import Mesh, integrate
 from pyro_vae.infer.evidence.frames import Frame, choose, fit_to_cells, log_cosh, prior_frame, unit_grid, zoom
 from pyro_vae.infer.evidence.result import Evidence
@@ -25,12 +26,13 @@ from pyro_vae.infer.programs import (
     site_of,
     traces,
 )
+from pyro_vae.infer.randomness import without_effect
 from pyro_vae.infer.supports import Latents, innermost, unmasked_log_prob
 from pyro_vae.infer.trees import Data, data_size, first_tensor, select, split
 
 
 def quadrature(
-    model: Program, guide: Program, data: Data, num_points: int = 2**14, batch_size: int = 2**15
+    model: Program, guide: Program, data: Data, num_points: int = 2**14, batch_size: int | None = None
 ) -> Evidence:
     """log p(x) by quadrature over all latent variables, of one or two dimensions in all, twice over.
 
@@ -52,7 +54,7 @@ def quadrature(
         data: likewise.
         num_points: points of an observation's grid, at least 1024; with two dimensions, its root in each. Cells may
             take eight times as many.
-        batch_size: pairs of a point and an observation scored at a time.
+        batch_size: has no effect any more; chunks are of one size, so that numbers do not depend on it.
 
     Returns:
         Evidence in nats per datum. ``mc_se`` is the quadrature's own error: of the trapezoidal rule the difference
@@ -66,28 +68,39 @@ def quadrature(
     Raises:
         ContractError: if there are more than two latent dimensions or discrete ones, if the integral diverges or the
             integrand is finite nowhere, or as :func:`pyro_vae.check_program`.
-        ValueError: if ``num_points`` is below 1024 or ``batch_size`` below 1.
+        ValueError: if ``num_points`` is below 1024.
     """
     if num_points < 1024:
         raise ValueError(f"num_points must be at least 1024, got {num_points}")
-    _check_batch_size(batch_size)
+    without_effect(batch_size)
     with scoring(model, guide):
-        check_parts(model, guide, data)
-        latents = Latents(model, guide, data, gaussian=True)
+        blocks = Blocks(data)
+        with blocks.apart("checks"):
+            check_parts(model, guide, data)
+            latents = Latents(model, guide, data, gaussian=True)
         if not 1 <= latents.dim <= 2:
             raise ContractError(
                 f"quadrature is for 1 or 2 latent dimensions, the model has D = {latents.dim}: use "
                 "annealed_importance_sampling"
             )
-        start = prior_frame(latents.prior_draws(1001).double())
-        few = max(1, batch_size // len(unit_grid(num_points // 4, latents.dim, latents.like.device)))
-        results = [_integrals(_Integrand(latents.of(part), batch_size), start, num_points) for part in split(data, few)]
+        with blocks.apart("start"):
+            start = prior_frame(latents.prior_draws(1001).double())
+        few = max(1, _ROWS // len(unit_grid(num_points // 4, latents.dim, latents.like.device)))
+
+        def do(among: slice) -> Part:
+            return _integrals(_Integrand(latents.select(among), max(1, _ROWS // few)), start, num_points)
+
+        found = joined(blocks.of("quadrature", latents.size, do, few))
     count = len(unit_grid(num_points, latents.dim, latents.like.device))
-    return _exact_evidence(count, *(torch.cat(field) for field in zip(*results, strict=True)))
+    return _exact_evidence(count, **found)
 
 
-def _integrals(integrand: "_Integrand", start: Frame, num_points: int) -> tuple[Tensor, ...]:
-    """log p(x), its error, the number of invalid points, whether it is reliable, and evaluations: ``(B,)`` each."""
+_ROWS = 2**15
+"""Pairs of a point and an observation scored at a time."""
+
+
+def _integrals(integrand: "_Integrand", start: Frame, num_points: int) -> Part:
+    """The fields of :func:`_exact_evidence`, ``(B,)`` each."""
     latents = integrand.latents
     dim, device = latents.dim, latents.like.device
     start = Frame(*(part.expand(data_size(latents.data), *part.shape[1:]) for part in start))
@@ -109,7 +122,7 @@ def _integrals(integrand: "_Integrand", start: Frame, num_points: int) -> tuple[
     log_px = torch.where(invalid > 0, math.nan, log_px)
     reliable = agreed & (error < 0.01) & (invalid == 0) & ~_contradicted(latents, log_px)
     evaluations = torch.full_like(log_px, integrand.evaluations + 2 * _PROBES)
-    return log_px, error, invalid, reliable, evaluations
+    return {"log_px": log_px, "error": error, "invalid": invalid, "reliable": reliable, "evaluations": evaluations}
 
 
 def _choose_way(log_px: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,12 +147,12 @@ def _choose_way(log_px: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Integrand:
-    """log p(x, u) |du / dt| of a few data, and how often each was evaluated."""
+    """log p(x, u) |du / dt| of a few data, ``rows`` points at a time, and how often each was evaluated."""
 
-    def __init__(self, latents: Latents, batch_size: int):
+    def __init__(self, latents: Latents, rows: int):
         self.latents = latents
         self.evaluations = 0
-        self._rows = max(1, batch_size // data_size(latents.data))
+        self._rows = rows
 
     def __call__(self, frame: Frame, t: Tensor) -> Tensor:
         """At the points t ``(K, B, D)`` of a frame: ``(K, B)``."""

@@ -1,5 +1,6 @@
 """Inference gaps: what the family of q(z | x), and what amortizing it, cost an ELBO."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,8 +16,9 @@ from pyro_vae.infer.evidence.local import (
     mean_log_weight,
 )
 from pyro_vae.infer.evidence.result import Evidence, mean_and_errors
-from pyro_vae.infer.programs import Program, evaluating, log_weights
-from pyro_vae.infer.trees import Data, data_size, split
+from pyro_vae.infer.programs import Program, log_weights
+from pyro_vae.infer.randomness import without_effect
+from pyro_vae.infer.trees import Data, data_size, select
 
 Family = Literal["mean_field", "flow"]
 
@@ -93,7 +95,7 @@ def inference_gaps(
     flow: LocalPosterior | None = None,
     num_steps: int = 300,
     num_samples: int = 1000,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> InferenceGaps:
     """What the guide's family, and what amortizing it, cost on each observation (Cremer, Li & Duvenaud 2018).
@@ -110,7 +112,7 @@ def inference_gaps(
         flow: local flows, likewise.
         num_steps: steps of each optimization that is left to do.
         num_samples: samples per observation that estimate each bound, at least 2.
-        batch_size: observations at a time.
+        batch_size: has no effect any more; blocks are of one size, so that numbers do not depend on it.
         progress: show progress bars.
 
     Raises:
@@ -123,20 +125,21 @@ def inference_gaps(
         raise ValueError(
             f"log_px must have one value for each of {data_size(data)} observations, got {tuple(values.shape)}"
         )
-    check_positive(num_steps=num_steps, batch_size=batch_size)
+    without_effect(batch_size)
+    check_positive(num_steps=num_steps)
     check_draws(num_samples)
-    settings = {"num_steps": num_steps, "batch_size": batch_size, "progress": progress}
     if mean_field is None:
-        mean_field = local_mean_field(model, guide, data, **settings)
+        mean_field = local_mean_field(model, guide, data, num_steps, progress=progress)
     if flow is None:
-        flow = local_flow(model, guide, data, mean_field, **settings)
-    draws = [partial(log_weights, model, guide, part) for part in split(data, batch_size)]
-    with evaluating(model, guide):
-        of_guide = mean_log_weight(draws, num_samples)
+        flow = local_flow(model, guide, data, mean_field, num_steps, progress=progress)
+
+    def weigh(among: slice) -> Callable[[int], Tensor]:
+        return partial(log_weights, model, guide, select(data, among))
+
     bounds = [
-        of_guide,
-        mean_field.elbo(model, guide, data, num_samples, batch_size),
-        flow.elbo(model, guide, data, num_samples, batch_size),
+        mean_log_weight(model, guide, data, weigh, num_samples),
+        mean_field.elbo(model, guide, data, num_samples),
+        flow.elbo(model, guide, data, num_samples),
     ]
     (elbo, elbo_mean_field, elbo_flow), bound_errors = zip(*bounds, strict=True)
     values = values.to(elbo)

@@ -1,7 +1,7 @@
 """Posteriors of single observations, without amortization: the best of their family."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from pyro_vae.errors import ContractError, check_widths
 from pyro_vae.infer.checks import check_parts
-from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK
+from pyro_vae.infer.evidence.blocks import Blocks, Part, joined, power_of_two
+from pyro_vae.infer.evidence.importance import SAMPLES_PER_CHUNK, rows_per_chunk
 from pyro_vae.infer.flows import import_zuko
 from pyro_vae.infer.programs import Program, evaluating, scoring
+from pyro_vae.infer.randomness import without_effect
 from pyro_vae.infer.supports import Latents
 from pyro_vae.infer.trees import Data, data_size, select
 
@@ -60,7 +62,7 @@ class LocalPosterior(NamedTuple):
         return LocalPosterior(self.loc[among], self.scale[among], self.flow, parameters)
 
     def elbo(
-        self, model: Program, guide: Program, data: Data, num_samples: int = 1000, batch_size: int = 100
+        self, model: Program, guide: Program, data: Data, num_samples: int = 1000, batch_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """E_q[log p(x, u) - log q(u)] from K fresh draws, and its standard error: ``(B,)`` each, nats per datum.
 
@@ -68,21 +70,21 @@ class LocalPosterior(NamedTuple):
             model, guide: those that the posterior was made for.
             data: those that it was made for.
             num_samples: K, at least 2.
-            batch_size: observations at a time.
+            batch_size: has no effect any more; blocks are of one size, so that numbers do not depend on it.
 
         Raises:
             ValueError: if a setting is out of its range, or there are more or fewer than B observations.
         """
-        check_positive(batch_size=batch_size)
+        without_effect(batch_size)
         check_draws(num_samples)
         if data_size(data) != len(self.loc):
             raise ValueError(f"the posterior is one of {len(self.loc)} observations, got {data_size(data)}")
-        draws = []
-        with evaluating(model, guide):
-            for among in _slices(data_size(data), batch_size):
-                part, own = Latents(model, guide, select(data, among)), self.select(among)
-                draws.append(lambda count, part=part, own=own: _log_weights(part, *own.sample(count)))
-            return mean_log_weight(draws, num_samples)
+
+        def weigh(among: slice) -> Callable[[int], Tensor]:
+            part, own = Latents(model, guide, select(data, among)), self.select(among)
+            return lambda count: _log_weights(part, *own.sample(count))
+
+        return mean_log_weight(model, guide, data, weigh, num_samples)
 
 
 def local_mean_field(
@@ -92,7 +94,7 @@ def local_mean_field(
     num_steps: int = 300,
     num_samples: int = 16,
     lr: float = 0.1,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> LocalPosterior:
     """The factorized Gaussian of best ELBO for each observation, over all latent variables on the whole space.
@@ -113,30 +115,30 @@ def local_mean_field(
         num_steps: steps of Adam, at least 1.
         num_samples: samples per observation and step, at least 1.
         lr: learning rate of the first step.
-        batch_size: observations at a time.
+        batch_size: has no effect any more; blocks are of one size, so that numbers do not depend on it.
         progress: show a progress bar.
 
     Raises:
         ValueError: if a setting is out of its range, or as :func:`pyro_vae.check_program`.
         ContractError: if a latent variable is discrete, or draws of the guide do not vary.
     """
-    check_positive(num_steps=num_steps, num_samples=num_samples, batch_size=batch_size)
+    without_effect(batch_size)
+    check_positive(num_steps=num_steps, num_samples=num_samples)
     _check_lr(lr)
 
-    parts = []
-    for latents, _, bar in _chunks(model, guide, data, num_steps, batch_size, progress, "local mean field"):
+    def best(latents: Latents, among: slice, bar: tqdm) -> LocalPosterior:
         u = latents.sample_guide(SAMPLES_OF_START)
         start = LocalPosterior(u.mean(0), u.std(0), None, {})
         if not (u.isfinite().all() and (start.scale > 0).all()):
             raise ContractError("draws of the guide must be finite and vary, to start a local posterior from them")
         loc, log_scale = start.loc.clone(), start.scale.log()
 
-        def objective(parameters: dict[str, Tensor], noise: Tensor, latents=latents, loc=loc, log_scale=log_scale):
+        def objective(parameters: dict[str, Tensor], noise: Tensor) -> Tensor:
             standardized = parameters["shift"] + parameters["log_stretch"].exp() * noise
             # less the present log q(u), but for constants: "shift" and "log_stretch" are zero, and act through u alone
             return sum(latents.log_joint(loc + log_scale.exp() * standardized)) + 0.5 * standardized.square().sum(-1)
 
-        def recentre(parameters: dict[str, Tensor], loc=loc, log_scale=log_scale) -> None:
+        def recentre(parameters: dict[str, Tensor]) -> None:
             loc.add_(log_scale.exp() * parameters["shift"])
             log_scale.add_(parameters["log_stretch"])
             for value in parameters.values():
@@ -144,8 +146,9 @@ def local_mean_field(
 
         parameters = {"shift": torch.zeros_like(loc), "log_stretch": torch.zeros_like(loc)}
         _ascend(objective, parameters, loc.shape, num_steps, num_samples, lr, bar, recentre)
-        parts.append(_better(latents, start, LocalPosterior(loc, log_scale.exp(), None, {})))
-    return _join(parts)
+        return _better(latents, start, LocalPosterior(loc, log_scale.exp(), None, {}))
+
+    return _by_blocks(model, guide, data, best, num_steps, num_samples, progress, "local mean field", None)
 
 
 def local_flow(
@@ -158,7 +161,7 @@ def local_flow(
     lr: float = 0.01,
     transforms: int = 2,
     hidden: Sequence[int] = (64,),
-    batch_size: int = 100,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> LocalPosterior:
     """A flow of good ELBO for each observation, over all latent variables on the whole space.
@@ -182,7 +185,7 @@ def local_flow(
         lr: learning rate of the first step.
         transforms: autoregressive maps one after the other, at least 1.
         hidden: width of each hidden layer of the networks inside.
-        batch_size: observations at a time.
+        batch_size: has no effect any more; blocks are of one size, so that numbers do not depend on it.
         progress: show progress bars.
 
     Raises:
@@ -190,20 +193,20 @@ def local_flow(
             or as :func:`pyro_vae.check_program`.
         ContractError: see :func:`local_mean_field`.
     """
-    check_positive(num_steps=num_steps, num_samples=num_samples, batch_size=batch_size, transforms=transforms)
+    without_effect(batch_size)
+    check_positive(num_steps=num_steps, num_samples=num_samples, transforms=transforms)
     _check_lr(lr)
     check_widths("hidden", hidden)
     if start is None:
-        start = local_mean_field(model, guide, data, num_steps, batch_size=batch_size, progress=progress)
+        start = local_mean_field(model, guide, data, num_steps, progress=progress)
     if len(start.loc) != data_size(data) or start.flow is not None:
         raise ValueError(f"start must be a factorized Gaussian of {data_size(data)} observations")
     flow = _Flow(start.loc.shape[1], transforms, hidden).to(start.loc).requires_grad_(False)
 
-    parts = []
-    for latents, among, bar in _chunks(model, guide, data, num_steps, batch_size, progress, "local flow"):
+    def best(latents: Latents, among: slice, bar: tqdm) -> LocalPosterior:
         base = start.select(among)
 
-        def objective(parameters: dict[str, Tensor], noise: Tensor, latents=latents, base=base) -> Tensor:
+        def objective(parameters: dict[str, Tensor], noise: Tensor) -> Tensor:
             moved, log_det = _transport(flow, parameters, noise)
             return sum(latents.log_joint(base.loc + base.scale * moved)) + log_det
 
@@ -211,9 +214,9 @@ def local_flow(
         identity = {name: value.expand(size, *value.shape) for name, value in flow.named_parameters()}
         parameters = {name: value.clone() for name, value in identity.items()}
         _ascend(objective, parameters, base.loc.shape, num_steps, num_samples, lr, bar)
-        ends = (base._replace(flow=flow, parameters=each) for each in (identity, parameters))
-        parts.append(_better(latents, *ends))
-    return _join(parts)
+        return _better(latents, *(base._replace(flow=flow, parameters=each) for each in (identity, parameters)))
+
+    return _by_blocks(model, guide, data, best, num_steps, num_samples, progress, "local flow", flow)
 
 
 class _Flow(nn.Module):
@@ -301,31 +304,36 @@ def _better(latents: Latents, start: LocalPosterior, end: LocalPosterior) -> Loc
     )
 
 
-def _chunks(
-    model: Program, guide: Program, data: Data, num_steps: int, batch_size: int, progress: bool, name: str
-) -> Iterator[tuple[Latents, slice, tqdm]]:
-    """``batch_size`` observations at a time: their latent variables, their place, and the progress bar of them all."""
+def _by_blocks(
+    model: Program,
+    guide: Program,
+    data: Data,
+    best: Callable[[Latents, slice, tqdm], LocalPosterior],
+    num_steps: int,
+    num_samples: int,
+    progress: bool,
+    name: str,
+    flow: nn.Module | None,
+) -> LocalPosterior:
+    """The best posteriors of all observations, found for a block at a time, with random numbers of its own.
+
+    ``best`` is given the latent variables of a block, its place among the data, and the progress bar.
+    """
+    blocks = Blocks(data)
     bar = tqdm(total=num_steps * data_size(data), disable=not progress, unit="step", unit_scale=True, desc=name)
     with bar, evaluating(model, guide):
-        check_parts(model, guide, data, size=batch_size)
-        for among in _slices(data_size(data), batch_size):
-            yield Latents(model, guide, select(data, among)), among, bar
+        with blocks.apart("checks"):
+            check_parts(model, guide, data)
+            rows = rows_per_chunk(model, guide, data, None)
 
+        def do(among: slice) -> Part:
+            found = best(Latents(model, guide, select(data, among)), among, bar)
+            return {"loc": found.loc, "scale": found.scale} | {f"flow.{k}": v for k, v in found.parameters.items()}
 
-def _slices(size: int, batch_size: int) -> Iterator[slice]:
-    """Where ``batch_size`` observations at a time are among all."""
-    return (slice(start, start + batch_size) for start in range(0, size, batch_size))
-
-
-def _join(parts: list[LocalPosterior]) -> LocalPosterior:
-    """One posterior of all observations from those of some of them."""
-    first = parts[0]
-    return LocalPosterior(
-        torch.cat([part.loc for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        first.flow,
-        {name: torch.cat([part.parameters[name] for part in parts]) for name in first.parameters},
-    )
+        size = power_of_two(min(blocks.size, rows // 3 // num_samples))  # a gradient keeps what would be dropped
+        parts = joined(blocks.of("local", data_size(data), do, size))
+    loc, scale = parts.pop("loc"), parts.pop("scale")
+    return LocalPosterior(loc, scale, flow, {name.removeprefix("flow."): each for name, each in parts.items()})
 
 
 def _log_weights(latents: Latents, u: Tensor, log_q: Tensor) -> Tensor:
@@ -333,12 +341,27 @@ def _log_weights(latents: Latents, u: Tensor, log_q: Tensor) -> Tensor:
     return sum(latents.log_joint(u)) - log_q
 
 
-def mean_log_weight(draws: list[Callable[[int], Tensor]], num_samples: int) -> tuple[Tensor, Tensor]:
-    """The mean of K log-weights, and its standard error, from ``draw(k) -> (k, B_i)``: ``(sum_i B_i,)`` each."""
+def mean_log_weight(
+    model: Program, guide: Program, data: Data, weigh: Callable[[slice], Callable[[int], Tensor]], num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """The mean of K log-weights of each datum, and its standard error, ``(N,)`` each.
+
+    ``weigh`` is given the place of a block among the data, and returns what draws k log-weights of each, ``(k, B)``.
+    """
     counts = [min(SAMPLES_PER_CHUNK, num_samples - done) for done in range(0, num_samples, SAMPLES_PER_CHUNK)]
-    with scoring():
-        log_w = torch.cat([torch.cat([draw(count) for count in counts]).double() for draw in draws], dim=1)
-    return log_w.mean(0), log_w.std(0) / num_samples**0.5
+    with scoring(model, guide):
+        blocks = Blocks(data)
+        with blocks.apart("checks"):
+            rows = rows_per_chunk(model, guide, data, None)
+
+        def do(among: slice) -> Part:
+            draw = weigh(among)
+            log_w = torch.cat([draw(count) for count in counts]).double()
+            return {"mean": log_w.mean(0), "error": log_w.std(0) / num_samples**0.5}
+
+        size = power_of_two(min(blocks.size, rows // SAMPLES_PER_CHUNK))
+        found = joined(blocks.of("bound", data_size(data), do, size))
+    return found["mean"], found["error"]
 
 
 def check_positive(**settings: int) -> None:
