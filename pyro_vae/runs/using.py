@@ -24,6 +24,7 @@ from pyro_vae.infer.programs import evaluating, mean_of, particle_trace, posteri
 from pyro_vae.infer.trees import Data as Tree
 from pyro_vae.infer.trees import call, data_size, select, split, tensors
 from pyro_vae.parts.missing import Incomplete
+from pyro_vae.runs.build import as_options
 
 ESTIMATORS: dict[str, Callable[..., Evidence]] = {
     "annealed": annealed_importance_sampling,
@@ -99,7 +100,7 @@ class Using:
         try:
             check_data(self.vae.model, self.vae.guide, data)
         except ContractError as error:
-            raise RunError(str(error)) from error
+            raise RunError(as_options(error)) from error
         return data
 
     def encode(self, x: Any, num_samples: int | None = None, given: Any = None) -> Latents:

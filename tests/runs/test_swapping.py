@@ -9,6 +9,7 @@ import torch
 
 from pyro_vae import TwoLayerVAE, cli, log_weights, runs
 from pyro_vae.data.fetched import Digits
+from pyro_vae.parts.pixels import PixelDecoder
 from pyro_vae.parts.priors import VampPrior
 
 pytestmark = pytest.mark.slow
@@ -115,6 +116,37 @@ def test_a_run_of_other_parts_loads_without_its_data(tmp_path, argv, monkeypatch
         assert vae.prior.pseudo_inputs.shape == (7, 64)
     assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
     assert -60 < result["test_elbo"] < result["test_log_likelihood"] < -20
+
+
+def test_a_run_whose_pixels_see_their_neighbours(tmp_path):
+    argv = [
+        "--likelihood=PixelDecoder",
+        "--likelihood.receptive_field=2",
+        "--likelihood.channels=2",
+        "--likelihood.layers=1",
+    ]
+    pixel = ["--likelihood.pixel=Categorical", "--likelihood.pixel.levels=17", "--dataset.binarization=integers"]
+    result = run(tmp_path / "run", *argv, *pixel, "--evidence.annealed_images=0", "--evidence.num_images=20")
+    assert result["kl"] == pytest.approx(sum(result["kl_by_site"].values()))
+    assert 0 < result["kl_se"] < 1
+    assert 0 < result["bits_per_dim"] < 5
+    found = runs.load(tmp_path / "run")
+    assert isinstance(found.model.likelihood.head, PixelDecoder)
+    x = found.data.test[:3].reshape(3, 1, 8, 8)
+    images = found.sample(3)
+    assert images.shape == found.reconstruct(x).shape == found.decode(torch.zeros(3, 3)).shape
+    gaps = torch.where(torch.rand(x.shape) < 0.3, math.nan, x)
+    with pytest.raises(runs.RunError, match="PixelDecoder: log p of some entries has no formula") as caught:
+        found.impute(gaps)
+    assert "\n" not in str(caught.value)
+    for options, words in (
+        (["--likelihood.receptive_field=7"], "receptive_field 7 covers the image of 8 x 8 pixels"),
+        (["--likelihood.image_shape=[1, 8, 8]"], "--likelihood.image_shape cannot be given"),
+        (["--likelihood.layers=0"], "layers must be"),
+    ):
+        with pytest.raises(runs.RunError, match=words):
+            run(tmp_path / "other", "--likelihood=PixelDecoder", *options)
+    assert not (tmp_path / "other").exists()
 
 
 def test_compare_pairs_runs_image_by_image(tmp_path, capsys):
