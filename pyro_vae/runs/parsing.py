@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -50,6 +51,8 @@ def parser(config: type, prog: str | None = None) -> ArgumentParser:
     result.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     types = get_type_hints(config)
     for action in result._actions:
+        if isinstance(action.default, partial):  # a class with other options than its own defaults
+            result.set_defaults({action.dest: plain(action.default, f"--{action.dest}")})
         if bool in (kind := types.get(action.dest), *get_args(kind)):
             action.nargs, action.const = "?", True  # --resume alone means --resume true
     return result

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_vae import ELBO, IWAE, MLP, BetaELBO, CompiledSVI, Conditional, ContractError, DReG, PyroSVI, fit, log_weights
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
+from pyro_vae.infer.turns import InTurn
 from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.training import Checkpoint
@@ -580,3 +581,30 @@ def test_free_bits_of_a_latent_that_is_a_matrix_are_those_of_its_numbers(kl):
     x = torch.zeros(5, dtype=torch.float64)
     loss = BetaELBO(free_bits=0.5, kl=kl)(partial(program, observed=True), program, x)
     assert loss.item() == pytest.approx(6 * 0.5 + 0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["PyroSVI", "CompiledSVI"])
+def test_objectives_in_turn_are_one_and_then_the_other(engine):
+    """As two engines that share an optimizer are, for the same noise."""
+    x, found = binary(20), []
+    for both in (True, False):
+        torch.manual_seed(3)
+        vae, last = small_vae(), BetaELBO(warmup=4)
+        optim = torch.optim.Adam(vae.parameters(), lr=0.01)
+        if both:
+            loss, losses = InTurn(IWAE(3), last, 5), []
+            svi = engine(vae.model, vae.guide, optim, loss)
+            for step in range(11):
+                loss.advance(step)
+                losses.append(float(svi.step(x)))
+        else:
+            losses = []
+            for loss, steps in ((IWAE(3), 5), (last, 6)):
+                svi = engine(vae.model, vae.guide, optim, loss)
+                losses += [float(svi.step(x)) for _ in range(steps)]
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    with pytest.raises(ValueError, match="one object"):
+        InTurn(last, last, 3)
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
+        InTurn(IWAE(2), last, 0)

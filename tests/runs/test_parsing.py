@@ -51,7 +51,7 @@ def test_defaults():
     assert saved["dataset"]["class_path"] == "pyro_vae.data.MNIST"
     assert saved["dataset"]["init_args"]["binarization_seed"] == 777
     assert saved["prior"]["class_path"] == "pyro_vae.priors.StandardNormal"
-    assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "tanh", "image_shape": None}
+    assert saved["encoder"]["init_args"] == {"hidden": [200, 200], "activation": "silu", "image_shape": None}
     assert (saved["epochs"], saved["lr"], saved["data_dir"]) == (40, 0.005, None)
     annealing = saved["evidence"].pop("annealing")
     assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1500}
