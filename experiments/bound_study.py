@@ -87,6 +87,7 @@ class Settings(runs.StudySettings):
     def arguments(self) -> list[str]:
         """The paper's settings, then those of ``common``."""
         paper = f"--schedule stages --epochs {self.epochs} --lr 1e-3 --batch_size 20"
+        paper += " --encoder.activation tanh --decoder.activation tanh"
         return [*paper.split(), *super().arguments()]
 
     @property

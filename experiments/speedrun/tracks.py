@@ -75,11 +75,13 @@ class Recipe:
     Args:
         path: of the YAML file.
         settings: what is in it.
+        text: the same, as a run's config.yaml has it.
         tracks: to which it belongs, those of them that were asked for.
     """
 
     path: Path
     settings: runs.Settings
+    text: str
     tracks: tuple[Name, ...]
 
     @property
@@ -89,7 +91,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """A short hash of what makes the recipe, however its file spells it."""
-        return fingerprint(yaml.safe_load(runs.settings_text(self.settings)))
+        return fingerprint(yaml.safe_load(self.text))
 
     @property
     def is_kept(self) -> bool:
@@ -138,7 +140,7 @@ def _read(path: Path, tracks: Sequence[Name] | None) -> Recipe:
     try:
         if not isinstance(yaml_of(path), dict):
             raise runs.RunError("it holds no settings")
-        settings, _ = runs.parse(runs.Settings, [f"--config={path}"])
+        settings, text = runs.parse(runs.Settings, [f"--config={path}"])
         reasons = reasons_against(settings) if tracks is None or tracks else {}
     except (runs.RunError, UnicodeDecodeError) as error:
         raise runs.RunError(f"--recipes: {path} is no recipe: {error}") from error
@@ -149,7 +151,7 @@ def _read(path: Path, tracks: Sequence[Name] | None) -> Recipe:
             raise runs.RunError(f"--recipes: {path.stem} is not of track {track}: {reason}")
     if tracks is None:
         tracks = [track for track, reason in reasons.items() if reason is None]
-    return Recipe(path, settings, tuple(tracks))
+    return Recipe(path, settings, text, tuple(tracks))
 
 
 def reasons_against(settings: runs.Settings) -> dict[Name, str | None]:

@@ -150,7 +150,8 @@ class Settings:
         prior: p(z).
         likelihood: p(x | z), the head of the decoder; of a table, Bernoulli stands for heads by the kinds of columns.
         posterior: q(z | x), the head of the encoder.
-        encoder: network from an image to the posterior's parameters; an MLP that is named has tanh unless told otherwise.
+        encoder: network from an image to the posterior's parameters; one that is named, such as MLP, has its own defaults:
+            tanh, not silu.
         decoder: network from z to the likelihood's parameters.
         missing: what the encoder sees of data with gaps, standardized: zeros in their place, and with mask, for each
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
