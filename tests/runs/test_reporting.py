@@ -291,8 +291,8 @@ def test_the_two_estimators_are_held_against_each_other(above, said):
 @pytest.mark.parametrize(
     ("d", "said"),
     [
-        (Difference(1.0, 0.1, 0.01), "b is better than a by 1.000 nats per image (95 % interval +0.804 to +1.196"),
-        (Difference(-1.0, 0.1, 0.01), "a is better than b by 1.000"),
+        (Difference(1.0, 0.1, 0.01), "b is better than a by 1.000 nats per image (95 % interval +0.804 to +1.196)"),
+        (Difference(-1.0, 0.1, 0.01), "a is better than b by 1.000 nats per image (95 % interval +0.804 to +1.196)"),
         (Difference(0.1, 0.1, 0.01), "no difference can be told"),
         (Difference(math.nan, math.nan, math.nan, 3), "cannot be told apart"),
     ],
@@ -311,7 +311,7 @@ def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
     compared = runs.compare([run.path for run in pair])
     (d,) = compared.differences
     assert f"{d.mean:+.3f}" in seen.text
-    assert f"95 % interval {d.mean - 1.96 * d.se:+.3f} to {d.mean + 1.96 * d.se:+.3f}" in seen.text
+    assert f"95 % interval {abs(d.mean) - 1.96 * d.se:+.3f} to {abs(d.mean) + 1.96 * d.se:+.3f}" in seen.text
     ranked = "ab" if d.mean < 0 else "ba"
     assert re.search(rf" 1 {ranked[0]} .* 2 {ranked[1]} ", seen.text)
     assert "--seed 0 1" in seen.text

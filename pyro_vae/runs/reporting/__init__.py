@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from pyro_vae.data.datasets import Data
-from pyro_vae.errors import NonFiniteError, RunError
+from pyro_vae.errors import RunError
 from pyro_vae.runs.given import check_made, check_trust
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.reading import json_of, yaml_of
@@ -139,22 +139,31 @@ def _page(
             f"{odd[0]} is {'a study' if kind == 'study' else 'not finished'}: several must all be finished runs"
         )
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    return comparison_page([_told(run, name, data, False, trust) for run, name in zip(given, names, strict=True)])
+    told: list[Told] = []
+    for run, name in zip(given, names, strict=True):
+        told.append(_told(run, name, data, False, trust, told))
+    return comparison_page(told)
 
 
 def _name(path: Path) -> str:
     return path.resolve().name or str(path)
 
 
-def _told(given: Run | Path | str, name: str, data: bool, model: bool, trust: bool) -> Told:
-    """A run with its data and its model, if they are asked for and can be had."""
+def _told(
+    given: Run | Path | str, name: str, data: bool, model: bool, trust: bool, others: Sequence[Told] = ()
+) -> Told:
+    """A run with its data and its model, if they are asked for and can be had; data of others are not read again."""
     run = given if isinstance(given, Run) else load(given, trust)
+    told = Told(name, run, history_of(run.path))
     if not data:
-        return Told(name, run, history_of(run.path), absent="they were not asked for")
+        return told._replace(absent="they were not asked for")
+    content = [run.result.get(entry) for entry in ("data", "test_set")]
+    alike = (each.data for each in others if [each.run.result.get(entry) for entry in ("data", "test_set")] == content)
+    known = next(alike, None) if all(content) else None
     try:
-        return Told(name, run, history_of(run.path), run.model if model else None, run.data)
+        return told._replace(vae=run.model if model else None, data=known or run.data)
     except RunError as error:
-        return Told(name, run, history_of(run.path), absent=str(error))
+        return told._replace(absent=str(error))
 
 
 def report_after(run_dir: Path, vae: Any, data: Data) -> None:
@@ -181,7 +190,7 @@ def quietly(write: Callable[[], object], run_dir: Path) -> None:
     """Write a page; whatever goes wrong is told in one line on stderr."""
     try:
         write()
-    except (Exception, NonFiniteError) as error:  # the run itself is finished, and must not be lost to its picture
+    except Exception as error:  # the run itself is finished, and must not be lost to its picture
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         hint = f"the run is finished; pyro-vae report {run_dir} tries again"
         print(f"no report ({type(error).__name__}: {reason}): {hint}", file=sys.stderr)

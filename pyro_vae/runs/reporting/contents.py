@@ -117,7 +117,7 @@ def settings_of(directory: Path) -> list[Any]:
     except RunError as error:
         return [Text(f"The settings cannot be read: {error}")]
     given = {name: _setting(value) for name, value in flat(content, "--")}
-    usual = {name: _setting(value) for name, value in flat(yaml.safe_load(settings_text(Settings())), "--")}
+    usual = _usual()
     changed = [(name, value, usual.get(name, "\u2013")) for name, value in given.items() if value != usual.get(name)]
     same = [(name, value) for name, value in given.items() if value == usual.get(name)]
     blocks: list[Any] = [Grid("Settings that differ from the defaults", ("setting", "here", "default"), changed)]
@@ -127,6 +127,11 @@ def settings_of(directory: Path) -> list[Any]:
         *blocks,
         Folded("Settings that are the defaults", [Grid("Settings that are the defaults", ("setting", "value"), same)]),
     ]
+
+
+def _usual() -> dict[str, str]:
+    """The defaults of all settings, by option."""
+    return {name: _setting(value) for name, value in flat(yaml.safe_load(settings_text(Settings())), "--")}
 
 
 def _setting(value: Any) -> str:
@@ -318,7 +323,7 @@ def drawn_by(told: Told) -> list[Any]:
 
 def settings_that_differ(runs: Sequence[Told]) -> list[Any]:
     """Settings in which runs differ from each other."""
-    contents = []
+    contents, usual = [], _usual()
     for told in runs:
         try:
             contents.append(
@@ -327,7 +332,7 @@ def settings_that_differ(runs: Sequence[Told]) -> list[Any]:
         except RunError:
             contents.append({})
     names = dict.fromkeys(name for content in contents for name in content)
-    rows = [(name, *(content.get(name, "\u2013") for content in contents)) for name in names]
+    rows = [(name, *(content.get(name, usual.get(name, "\u2013")) for content in contents)) for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     if not rows:
         return [Text("Their settings are the same.")]

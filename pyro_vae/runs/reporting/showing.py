@@ -120,7 +120,7 @@ class Shown:
         """Of the texts of a datum."""
         given = [f"given {column.name}" for column in self.schema.condition]
         if len(self.schema.shape) == 2:
-            return [*given, ""]
+            return [*given, "steps"]
         names = [column.name for column in self.schema.columns] or [f"[{i}]" for i in range(self.schema.size)]
         return [*given, *names[:MOST_VALUES]]
 

@@ -24,6 +24,12 @@ class Drawn(NamedTuple):
     alt: str
     caption: str = ""
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it needs a line of its own."""
+        found = re.search(r'width="(\d+)"', self.svg)
+        return found is not None and int(found[1]) > 720
+
 
 def drawn(name: str, draw: Callable[[BytesIO], None], alt: str, caption: str = "") -> Drawn | None:
     """What ``draw`` writes to a buffer as SVG; None of numbers that are NaN or infinite, which cannot be drawn.

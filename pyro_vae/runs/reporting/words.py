@@ -180,16 +180,16 @@ def better(name: str, other: str, d: Difference, noun: str, doubted: Sequence[st
             None,
             f"{name} and {other} cannot be told apart: log p(x) of {_several(d.num_not_finite, noun)} is no number.",
         )
-    low, high = d.mean - 1.96 * d.se, d.mean + 1.96 * d.se
-    interval = f"95 % interval {low:+.3f} to {high:+.3f}"
-    hedge = f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed." if doubted else ""
-    if low <= 0 <= high:
-        return Claim(
-            None, f"{name} and {other}: no difference can be told ({d.mean:+.3f} nats per {noun}, {interval}).{hedge}"
-        )
     first, second = (name, other) if d.mean > 0 else (other, name)
-    told = f"{first} is better than {second} by {abs(d.mean):.3f} nats per {noun} ({interval} for {name} minus {other})"
-    return Claim(not doubted or None, f"{told}.{hedge}")
+    gap, hedge = abs(d.mean), f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed."
+    interval = f"95 % interval {gap - 1.96 * d.se:+.3f} to {gap + 1.96 * d.se:+.3f}"
+    hedge = hedge if doubted else ""
+    if gap <= 1.96 * d.se:
+        told = f"{first} and {second}: no difference can be told, {gap:+.3f} nats per {noun}"
+        return Claim(None, f"{told} ({interval}).{hedge}")
+    return Claim(
+        not doubted or None, f"{first} is better than {second} by {gap:.3f} nats per {noun} ({interval}).{hedge}"
+    )
 
 
 def errors_of(result: Result) -> list[tuple[str, str, str]]:
