@@ -30,7 +30,6 @@ from pyro_vae import (
     importance_sampling,
     log_weights,
     runs,
-    testing,
 )
 from pyro_vae.data.fetched import Digits
 from pyro_vae.hierarchical import HierarchicalVAE, Level, residual_levels
@@ -278,14 +277,6 @@ def test_convolutional_levels():
     x = torch.bernoulli(torch.full((5, 42), 0.4))
     check_program(vae.model, vae.guide, x)
     assert log_weights(vae.model, vae.guide, x, 2).shape == (2, 5)
-
-
-def test_networks_keep_the_contract():
-    for make in (Residual, lambda n, m, image_shape: Residual(n, m, blocks=2, hidden=5, image_shape=image_shape)):
-        testing.check_network(make)
-    testing.check_network(ConvResidual, 112, 56)
-    testing.check_network(ConvResidual, 56, 112)
-    testing.check_network(ConvResidual, 27, 27, (9, 3))
 
 
 def test_a_state_passes_a_level_that_has_learned_nothing():

@@ -10,12 +10,13 @@ from pyro_vae import runs
 
 def test_a_small_comparison(tmp_path):
     argv = ["--sizes=[2x2]", "--num_data=4", "--num_samples=200", f"--run_dir={tmp_path / 'run'}"]
-    run_dir = hierarchies.main([*argv, "--annealing.num_checked=0"])
+    short = ["--annealing.num_temperatures=6", "--annealing.num_checked=0", "--annealing.num_climbs=0"]
+    run_dir = hierarchies.main([*argv, *short])
     rows = json.loads((run_dir / "result.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == ["linear", "curved"]
     for row in rows:
-        assert row["annealed"]["rms"] < 4 * row["annealed"]["stated"] < 1.2
-        assert row["annealed"]["reliable"] == 1
+        assert row["annealed"]["rms"] < 5 * row["annealed"]["stated"] < 1.5
+        assert row["annealed"]["reliable"] > 0.5
         assert abs(row["importance"]["bias"]) < 0.5
     text = (run_dir / "table.md").read_text()
     assert text.count("\n") == 4

@@ -37,6 +37,7 @@ from pyro_vae.parts.networks import ConvDecoder, ConvEncoder, GatedMLP, Network,
 from pyro_vae.parts.pixels import Autoregressive, PixelDecoder
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.parts.priors import DiagonalNormal, GaussianMixture, VampPrior
+from pyro_vae.parts.residual import ConvResidual, Residual
 
 PRIORS = {
     "StandardNormal": StandardNormal,
@@ -131,6 +132,14 @@ def test_network_of_sequences_keeps_the_contract(make, together):
     entries = together * math.prod(SEQUENCE)
     is_decoder = make(27, 27, image_shape=SEQUENCE).start_at.__func__ is not Network.start_at
     testing.check_network(make, *((5, entries) if is_decoder else (entries, 6)), SEQUENCE, [(), (4, 3)])
+
+
+def test_networks_of_hierarchies_keep_the_contract():
+    for make in (Residual, lambda n, m, image_shape: Residual(n, m, blocks=2, hidden=5, image_shape=image_shape)):
+        testing.check_network(make)
+    testing.check_network(ConvResidual, 112, 56)
+    testing.check_network(ConvResidual, 56, 112)
+    testing.check_network(ConvResidual, 27, 27, (9, 3))
 
 
 def test_networks_of_sequences_read_steps_as_torch_does():
