@@ -182,7 +182,8 @@ def recipe(tmp_path, content: str, wanted=None):
 def test_tracks_are_told_from_settings(tmp_path):
     plain = recipe(tmp_path, "epochs: 3\n")
     assert plain.tracks == ("A", "B", "C")
-    spelled = recipe(tmp_path, "epochs: 3\nseed: 7\nlatent_dim: 50\nprior: StandardNormal\nevidence: {num_samples: 7}\n")
+    same = "epochs: 3\nseed: 7\nlatent_dim: 50\nprior: StandardNormal\nevidence: {num_samples: 7}\n"
+    spelled = recipe(tmp_path, same)
     assert spelled.fingerprint == plain.fingerprint
     relu = recipe(tmp_path, "epochs: 3\nencoder: {class_path: MLP, init_args: {activation: relu}}\n", ["A", "B"])
     assert relu.tracks == ("A", "B")
