@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if is_concluded(run_dir, written, settings.resume):
         return run_dir
     vae, data, device, _ = runs.open_finished(
-        settings.run, run_dir, "few_labels", settings.device, settings.seed, settings.resume
+        settings.run, run_dir, "few_labels", settings.device, settings.seed, settings.resume, may_be_deep=False
     )
     rarest = int(classes(data)[0].bincount().min())
     if max(settings.labels) > rarest:

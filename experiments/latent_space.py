@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             another run is on another data set.
     """
     settings, _ = runs.parse(Settings, argv, first="run")
-    opened = runs.open_finished(settings.run, settings.run_dir, "latent_space", settings.device, settings.seed)
+    opened = runs.open_finished(
+        settings.run, settings.run_dir, "latent_space", settings.device, settings.seed, may_be_deep=False
+    )
     vae, data, device, run_dir = opened
     space = Space(vae.model, vae.guide, data)
     if settings.manifold and space.dim != 2:
@@ -152,7 +154,7 @@ def open_other(directory: Path, data: ImageData) -> Space:
     Raises:
         RunError: if it is unfinished, or on other images.
     """
-    vae, its_data = runs.load_finished(directory, data.device, may_be_told=False)
+    vae, its_data = runs.load_finished(directory, data.device, may_be_told=False, may_be_deep=False)
     its_data = runs.images_of(its_data)
     if not (its_data.train_pixels.shape == data.train_pixels.shape and its_data.train_pixels.equal(data.train_pixels)):
         raise runs.RunError(f"--others: {directory} was trained on other images")

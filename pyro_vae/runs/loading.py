@@ -15,6 +15,7 @@ from pyro_vae.data.datasets import Data, Schema, Source, names_of
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.data.images import Dataset, ImageData
 from pyro_vae.errors import RunError
+from pyro_vae.hierarchical import HierarchicalVAE
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.bounded import bounded_by
 from pyro_vae.runs.build import Model, build, load_dataset, make
@@ -226,19 +227,25 @@ class Finished(NamedTuple):
 
 
 def open_finished(
-    directory: Path, run_dir: Path | None, name: str, device: str, seed: int, resume: bool = False
+    directory: Path,
+    run_dir: Path | None,
+    name: str,
+    device: str,
+    seed: int,
+    resume: bool = False,
+    may_be_deep: bool = True,
 ) -> Finished:
     """Open the finished run in ``directory``, with torch seeded, to be studied in ``run_dir``, or ``name`` there.
 
     Raises:
-        RunError: if there is no finished run, or one of other data than images, no such device, or anything in
-            ``run_dir`` already, unless it is resumed.
+        RunError: if there is no finished run, or one of other data than images, or a hierarchy and may be none, no such
+            device, or anything in ``run_dir`` already, unless it is resumed.
     """
     chosen = choose_device(device)
     run_dir = run_dir or directory / name
     if not resume:
         check_empty(run_dir)
-    vae, data = load_finished(directory, chosen, may_be_told=False)
+    vae, data = load_finished(directory, chosen, may_be_told=False, may_be_deep=may_be_deep)
     torch.manual_seed(seed)
     return Finished(cast(VAE | TwoLayerVAE, vae), images_of(data), chosen, run_dir)
 
@@ -255,16 +262,19 @@ def images_of(data: Data) -> ImageData:
 
 
 def load_finished(
-    directory: Path, device: torch.device, may_be_told: bool = True, trust: bool = True
+    directory: Path, device: torch.device, may_be_told: bool = True, trust: bool = True, may_be_deep: bool = True
 ) -> tuple[Model, Data]:
     """Model and data of a finished run, on ``device``; for ``trust``, see :func:`load`.
 
     Raises:
-        RunError: if ``directory`` holds none, or the data cannot be had, or it is told a condition and may not be.
+        RunError: if ``directory`` holds none, or the data cannot be had, or it is told a condition and may not be, or
+            has the levels of a hierarchy and may not.
     """
     check_trust(trust)
     result_of(directory)
     vae, data = load_model(directory, trust).to(device), load_data(directory, device, trust)
     if data.schema.condition and not may_be_told:
         raise RunError(f"this is made for models of p(x), {directory} is told {names_of(data.schema.condition)}")
+    if isinstance(vae, HierarchicalVAE) and not may_be_deep:
+        raise RunError(f"this is made for one code of each image, {directory} has {len(vae.levels)} levels of them")
     return vae, data

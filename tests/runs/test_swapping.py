@@ -109,6 +109,9 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, argv, words):
 def test_a_run_of_other_parts_loads_without_its_data(tmp_path, argv, monkeypatch):
     result = run(tmp_path / "run", *argv)
     x = Digits("unused").load().test[:5]
+    if "--model=HierarchicalVAE" in argv:
+        with pytest.raises(runs.RunError, match=r"made for one code of each image, .* has 3 levels of them"):
+            runs.load_finished(tmp_path / "run", torch.device("cpu"), may_be_deep=False)
     monkeypatch.setattr(Digits, "load", None)
     vae = runs.load_model(tmp_path / "run")
     assert isinstance(vae, TwoLayerVAE) == ("--model=TwoLayerVAE" in argv)
