@@ -174,9 +174,9 @@ def test_two_levels_from_below_are_a_two_layer_vae():
 @pytest.mark.parametrize(
     ("inference", "loss"),
     [
-        ("top_down", lambda: BetaELBO(warmup=5, free_bits=0.1)),
+        pytest.param("top_down", lambda: BetaELBO(warmup=5, free_bits=0.1), marks=pytest.mark.slow),
         ("precision_weighted", lambda: ELBO(2, kl="analytic")),
-        ("bottom_up", lambda: DReG(3)),
+        pytest.param("bottom_up", lambda: DReG(3), marks=pytest.mark.slow),
         ("top_down", lambda: None),
     ],
 )
@@ -242,6 +242,7 @@ def test_what_the_encoder_sees_is_standardized():
     assert (seen.std(0) - 1).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_estimators_take_it():
     vae, x = hierarchy(), binary(3)
     annealed = annealed_importance_sampling(vae.model, vae.guide, x, QUICK, compiled=False)
@@ -252,6 +253,7 @@ def test_estimators_take_it():
     assert bounds.lower.log_px.isfinite().all()
 
 
+@pytest.mark.slow
 def test_many_levels_start_calm_and_learn():
     torch.manual_seed(0)
     levels = residual_levels(MLP(PIXELS, 16, [16]), [2] * 12, [16])

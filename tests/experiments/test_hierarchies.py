@@ -8,6 +8,7 @@ from experiments import hierarchies
 from pyro_vae import runs
 
 
+@pytest.mark.slow
 def test_a_small_comparison(tmp_path):
     argv = ["--sizes=[2x2]", "--num_data=4", "--num_samples=200", f"--run_dir={tmp_path / 'run'}"]
     short = ["--annealing.num_temperatures=6", "--annealing.num_checked=0", "--annealing.num_climbs=0"]
