@@ -114,6 +114,7 @@ def test_class_posteriors_by_annealing():
     assert ((found.log_prob - wanted).abs() < 4 * found.mc_se).all()
 
 
+@pytest.mark.slow
 def test_training_with_labels_separates_them():
     torch.manual_seed(0)
     c = torch.eye(2)[torch.arange(256) % 2]

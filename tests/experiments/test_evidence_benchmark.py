@@ -111,6 +111,7 @@ def test_brownian_motion():
     )
 
 
+@pytest.mark.slow
 def test_brownian_motion_of_unknown_scales():
     task = exact.brownian_motion_of_unknown_scales()
     y, seen = task.data[0].tolist(), {*range(10), *range(20, 30)}

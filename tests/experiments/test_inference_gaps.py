@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
         cli.train(
             [
                 *("--dataset", "Digits", "--encoder.hidden", "[32]", "--decoder.hidden", "[32]", "--latent_dim", "2"),
-                *("--epochs", "25", "--device", "cpu", "--run_dir", str(run_dir)),
+                *("--epochs", "10", "--device", "cpu", "--run_dir", str(run_dir)),
                 *("--evidence.num_samples=10", "--evidence.num_images=2", "--evidence.annealed_images=0"),
             ]
         )

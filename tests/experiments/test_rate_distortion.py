@@ -14,7 +14,7 @@ from pyro_vae.runs import figures
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ["--num_images=6", "--betas=[0.03, 0.1, 0.3, 1, 3]", "--tempering.num_temperatures=60", "--device=cpu"]
+SETTINGS = ["--num_images=6", "--betas=[0.03, 0.1, 0.3, 1, 3]", "--tempering.num_temperatures=30", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
         for dim in ("2", "4"):
             run_dir = tmp_path_factory.mktemp("runs") / f"of_{dim}"
             sizes = ("--encoder.hidden", "[32]", "--decoder.hidden", "[32]", "--latent_dim", dim)
-            short = ("--epochs", "15", "--evidence.num_samples", "10", "--device", "cpu", "--run_dir", str(run_dir))
+            short = ("--epochs", "6", "--evidence.num_samples", "10", "--device", "cpu", "--run_dir", str(run_dir))
             cli.train(["--dataset", "Digits", *sizes, *short])
             found.append(run_dir)
     return found

@@ -749,7 +749,7 @@ def test_a_grey_pixel_is_refused_and_simulated_ones_are_not():
 # ---- bidirectional Monte Carlo
 
 
-@pytest.mark.parametrize("start", ["guide", "prior"])
+@pytest.mark.parametrize("start", [pytest.param("guide", marks=pytest.mark.slow), "prior"])
 def test_the_sandwich_encloses_the_exact_evidence_and_narrows(start):
     vae = mild_linear_gaussian(5)[0]
     x, widths = torch.zeros(60, 15).double(), []

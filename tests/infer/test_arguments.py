@@ -427,7 +427,7 @@ def test_rows_on_their_own_are_not_refused(inside):
         check_program(vae.model, vae.guide, part)
 
 
-@pytest.mark.parametrize("noisy", [nn.BatchNorm1d(5).double(), nn.Dropout(0.5)])
+@pytest.mark.parametrize("noisy", [nn.BatchNorm1d(5).double(), pytest.param(nn.Dropout(0.5), marks=pytest.mark.slow)])
 def test_estimators_run_programs_in_evaluation_mode_and_leave_the_mode(noisy):
     vae, x = Neighbours(noisy), torch.randn(30, 5, dtype=F64)
     vae.inside(x)  # running means

@@ -76,7 +76,7 @@ def test_twenty_dimensions_that_are_skewed():
     assert error.square().mean().sqrt() < 2
 
 
-@pytest.mark.parametrize("program", [Fold, Funnel])
+@pytest.mark.parametrize("program", [Fold, pytest.param(Funnel, marks=pytest.mark.slow)])
 def test_several_modes_and_funnels_are_right_or_not_reliable(program):
     x = torch.tensor([0.0, 0.2, 1.0, 2.0], dtype=torch.float64)
     found = bridge_sampling(program.model, program.guide, x, QUICK)
@@ -86,6 +86,7 @@ def test_several_modes_and_funnels_are_right_or_not_reliable(program):
         assert reliable(found).tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_draws_of_the_prior_tell_of_a_mode_that_no_chain_has_found(monkeypatch):
     monkeypatch.setattr("pyro_vae.infer.evidence.posterior._dispersed_starts", lambda path, num: path.draw(num))
     x = torch.tensor([0.2, 1.0], dtype=torch.float64)
@@ -124,6 +125,7 @@ def test_an_improper_prior_is_refused():
         bridge_sampling(model, guide, torch.ones(2), QUICK)
 
 
+@pytest.mark.slow
 def test_whole_programs():
     def model(y, weight=-1.0):
         z = pyro.sample("z", dist.Normal(y.new_zeros(2), 1.0).to_event(1))

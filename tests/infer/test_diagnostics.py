@@ -180,6 +180,7 @@ def test_mutual_information_of_a_linear_gaussian():
     assert parts.kl == pytest.approx(parts.mutual_information + parts.kl_aggregated, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_data_sets():
     vae = LinearGaussianVAE(torch.randn(4, 1).double(), torch.zeros(4).double(), scale=1.0)
     runs = [mutual_information(vae.model, vae.guide, from_model(vae, 150)) for _ in range(150)]

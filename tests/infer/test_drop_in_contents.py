@@ -73,7 +73,10 @@ def _scaled(m, t):
         return m + pyro.sample("e", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
 
 
-@pytest.mark.parametrize("how", treatments())
+FEW = "if", "math", "type", "text", "dictionary", "distribution", "scale"
+
+
+@pytest.mark.parametrize("how", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in treatments()])
 def test_numbers_that_change(how):
     """A weight that falls from 1 to 0 in fifths, and begins again."""
 

@@ -110,6 +110,7 @@ def test_log_conditional_is_that_of_the_normal(whose):
     assert found.log_px[2] == 0
 
 
+@pytest.mark.slow
 def test_log_conditional_of_a_few_rows():
     model, x, _ = data_with_gaps(rows=2)
     target = torch.tensor([True, False, False, False, False])

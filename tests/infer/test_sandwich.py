@@ -34,7 +34,7 @@ def test_temperatures_stand_at_equal_lengths_and_where_they_are_asked_for():
     torch.testing.assert_close(steps[:, 0], (placed * 100).ceil().float())
 
 
-@pytest.mark.parametrize("start", ["laplace", "guide", "prior"])
+@pytest.mark.parametrize("start", ["laplace", *(pytest.param(k, marks=pytest.mark.slow) for k in ("guide", "prior"))])
 def test_thermodynamic_integration_of_skewed_posteriors(start):
     separable = SeparableBernoulli()
     x = torch.bernoulli(torch.full((6, 20), 0.4, dtype=torch.float64))
@@ -79,6 +79,7 @@ def test_several_modes_and_funnels_are_right_or_not_reliable(program):
         assert not (((each.log_px - truth).abs() > 4 * each.mc_se + 0.01) & each.reliable).any()
 
 
+@pytest.mark.slow
 def test_a_sandwich_of_real_data():
     separable = SeparableBernoulli()
     x = torch.bernoulli(torch.full((8, 20), 0.4, dtype=torch.float64))

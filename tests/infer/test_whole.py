@@ -212,7 +212,9 @@ def trained(guide, *data):
     return guide
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDelta])
+@pytest.mark.parametrize(
+    "kind", [AutoNormal, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (AutoMultivariateNormal, AutoDelta))]
+)
 def test_automatic_guides(kind):
     data = regression_data()
     pyro.set_rng_seed(1)

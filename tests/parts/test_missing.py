@@ -94,6 +94,7 @@ def test_exact_posterior_gives_exact_marginal_of_what_was_seen():
     torch.testing.assert_close(-IWAE(3)(model.model, model.guide, (x, seen)), wanted.mean(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_quadrature_of_a_vae_with_gaps_is_exact():
     torch.manual_seed(0)
     vae, mean, covariance = linear_vae()
@@ -147,7 +148,7 @@ def test_gradients_are_finite_where_the_filler_stands():
     assert vae.likelihood.head.is_density
 
 
-@pytest.mark.parametrize("compiler", ["eager", "graph"])
+@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.slow), "graph"])
 def test_training_with_gaps_reaches_the_maximum_likelihood(compiler):
     """Of a normal with missing entries, by the observed-data likelihood: the ELBO ends near the truth's."""
     torch.manual_seed(0)

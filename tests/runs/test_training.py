@@ -221,6 +221,7 @@ def test_evidence_is_that_of_the_result(finished):
         assert -0.1 < difference.mean() < 1
 
 
+@pytest.mark.slow
 def test_the_annealed_estimate_can_be_left_out_or_serve_all_images(tmp_path, capsys):
     run_dir = run(tmp_path / "none", "--evidence.annealed_images", "0")
     found = result(run_dir)

@@ -71,6 +71,7 @@ def test_its_log_likelihood_is_found_again(old):
     assert np.corrcoef(evidence.log_px.numpy(), run.importance["log_px"].values)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_again(tmp_path):
     scored = runs.score(OLD / "vae", estimator="annealed", num_images=100, device="cpu", run_dir=tmp_path / "again")
     result = runs.load(OLD / "vae").result
