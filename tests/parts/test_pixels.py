@@ -12,12 +12,14 @@ from torch import nn
 from pyro_vae import (
     MLP,
     VAE,
+    Annealing,
     Bernoulli,
     Conditional,
     ContractError,
     Incomplete,
     MeanField,
     StandardNormal,
+    annealed_importance_sampling,
     check_program,
     importance_sampling,
 )
@@ -74,11 +76,11 @@ def test_probabilities_of_all_images_sum_to_one_and_draws_have_them(kind):
     p = made.log_prob(x[:, None]).exp().detach()  # (512, 2)
     torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]), rtol=0, atol=1e-12)
     torch.manual_seed(1)
-    draws = made.sample((20_000,))
-    assert draws.shape == (20_000, 2, 9)
+    draws = made.sample((5_000,))
+    assert draws.shape == (5_000, 2, 9)
     place = (draws * 2.0 ** torch.arange(8, -1, -1)).sum(-1).long()
     found = torch.stack([place[:, i].bincount(minlength=512) for i in range(2)], -1)
-    expected = 20_000 * p
+    expected = 5_000 * p
     often = expected > 5
     chi2 = (((found - expected).square() / expected) * often).sum(0)
     rest = torch.stack([(each * ~often).sum(0) for each in (found, expected)])
@@ -140,13 +142,16 @@ def test_a_vae_of_it_is_normalized_and_estimated_like_any_other():
     assert exact.exp().sum().item() == pytest.approx(1, abs=1e-6)
     found = importance_sampling(vae.model, vae.guide, x[::9], 500, compiled=False, num_checked=0)
     assert ((found.log_px - exact[::9]).abs() < 6 * found.mc_se + 1e-3).all()
+    settings = Annealing(num_temperatures=20, num_checked=0)
+    found = annealed_importance_sampling(vae.model, vae.guide, x[::9], settings, compiled=False)
+    assert ((found.log_px - exact[::9]).abs() < 6 * found.mc_se + 1e-3).all()
 
 
 def test_kl_by_datum_is_that_of_the_data():
     vae, x = vae_of(head_of((2, 3), **KINDS["window"]), latent_dim=2), every_image(6)
-    each = kl_by_datum(vae.model, vae.guide, x, 1000)["z"]
+    each = kl_by_datum(vae.model, vae.guide, x, 400)["z"]
     exact = torch.distributions.kl_divergence(vae.posterior(x), vae.prior()).detach()
-    torch.testing.assert_close(each, exact, rtol=0, atol=0.2)
+    torch.testing.assert_close(each, exact, rtol=0, atol=0.3)
     whole = kl_divergence(vae.model, vae.guide, x, 1000)["z"].sum()
     assert each.mean().item() == pytest.approx(whole.item(), abs=0.05)
 
