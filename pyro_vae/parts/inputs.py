@@ -109,7 +109,7 @@ def heads_of(head: Likelihood, columns: Tensor) -> list[tuple[Likelihood, Tensor
 
 
 def calm(network: Network, sizes: tuple[int, ...], features: Tensor) -> None:
-    """Shrink the last layer of an untrained encoder until its second output, the log scale of most posteriors, is
+    """Shrink the outputs of an untrained encoder until its second output, the log scale of most posteriors, is
     within +-1 on ``features``, shape ``(N, C)``: so that no start overflows, whatever the data."""
     some = features[:: max(1, len(features) // 5000)]
     with torch.no_grad(), evaluating(network):
@@ -118,7 +118,5 @@ def calm(network: Network, sizes: tuple[int, ...], features: Tensor) -> None:
         except Exception:  # of a network of the user's: a look at the program tells what is wrong, and where
             return
         largest = outputs[min(1, len(outputs) - 1)].abs().max()
-        last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
         if largest > 0.9 and largest.isfinite():
-            for p in (p for layer in last for p in layer.parameters()):
-                p.mul_(0.9 / largest)
+            network.shrink(float(0.9 / largest))

@@ -69,6 +69,9 @@ class Incomplete(Network):
     def start_at(self, output: Tensor) -> None:
         self.network.start_at(output)
 
+    def shrink(self, factor: float) -> None:
+        self.network.shrink(factor)
+
 
 def check_features(features: int | None, event_size: int) -> None:
     """Refuse a number of features that does not divide the entries of a sequence.

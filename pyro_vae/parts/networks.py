@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -44,6 +44,17 @@ class Network(nn.Module, ABC):
 
     def start_at(self, output: Tensor) -> None:
         """Make the untrained network's output lie around ``output``, shape ``(out_features,)``. Default: nothing."""
+
+    def shrink(self, factor: float) -> None:
+        """Make the untrained network's outputs ``factor`` as large: by default its last affine layer."""
+        scale([module for module in self.modules() if isinstance(module, nn.Linear)][-1:], factor)
+
+
+def scale(layers: Iterable[nn.Module], factor: float) -> None:
+    """Scale the parameters of layers."""
+    with torch.no_grad():
+        for p in (p for layer in layers for p in layer.parameters()):
+            p.mul_(factor)
 
 
 class MLP(Network):
@@ -171,6 +182,9 @@ class Told(Network):
 
     def start_at(self, output: Tensor) -> None:
         self.network.start_at(output)
+
+    def shrink(self, factor: float) -> None:
+        self.network.shrink(factor)
 
 
 class _Activation(nn.Module):

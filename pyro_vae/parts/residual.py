@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import check_at_least_one
-from pyro_vae.parts.networks import Activation, Network, _Activation, _Grid
+from pyro_vae.parts.networks import Activation, Network, _Activation, _Grid, scale
 
 
 class Residual(Network):
@@ -59,6 +60,9 @@ class Residual(Network):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.blocks(self.passes(features))
+
+    def shrink(self, factor: float) -> None:
+        _shrink(self.passes, self.blocks, factor)
 
 
 class ConvResidual(Network):
@@ -112,6 +116,9 @@ class ConvResidual(Network):
         made = self.made.flatten(self.blocks(self.passes(self.read.spread(features))))
         return made.reshape(*features.shape[:-1], self.out_features)
 
+    def shrink(self, factor: float) -> None:
+        _shrink(self.passes, self.blocks, factor)
+
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 
@@ -129,6 +136,11 @@ class _Block(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.second(self.activate(self.first(self.activate(features))))
+
+
+def _shrink(passes: nn.Module, blocks: nn.Sequential, factor: float) -> None:
+    """What passes and what is added, smaller; where widths agree, all of the input passes still."""
+    scale([passes, *(cast(_Block, block).second for block in blocks)], factor)
 
 
 def _glorot(layer: Layer) -> None:

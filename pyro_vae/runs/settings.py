@@ -190,8 +190,8 @@ class Settings:
     """
 
     MAIN: ClassVar[tuple[str, ...]] = (
-        *("dataset", "condition", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim", "objective"),
-        *("epochs", "lr", "seed", "device", "run_dir", "resume"),
+        *("model", "dataset", "condition", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim"),
+        *("objective", "epochs", "lr", "seed", "device", "run_dir", "resume"),
     )
     """What ``--help`` shows."""
     REFUSED: ClassVar[tuple[type, ...]] = (ReweightedWakeSleep,)

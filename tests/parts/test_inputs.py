@@ -35,6 +35,7 @@ from pyro_vae import (
 from pyro_vae.parts.inputs import Inputs
 from pyro_vae.parts.mixed import LogNormal, Mixed, Ordinal, Scaled
 from pyro_vae.parts.pixels import PixelDecoder
+from pyro_vae.parts.residual import ConvResidual, Residual
 
 SHAPE = (1, 8, 8)
 POSTERIORS = {
@@ -49,6 +50,7 @@ ENCODERS = {
     "gated": networks.GatedMLP,
     "conv": networks.ConvEncoder,
     "residual": partial(networks.ConvEncoder, blocks=1),
+    "residual of states": Residual,
     "recurrent": networks.RecurrentEncoder,
     "sequences": lambda size, out, image_shape: networks.ConvEncoder(size, out, image_shape=SHAPE[1:]),
     "sequences, recurrent": lambda size, out, image_shape: networks.RecurrentEncoder(size, out, image_shape=SHAPE[1:]),
@@ -147,8 +149,9 @@ def test_all_parts_are_here():
     assert {type(module) for head in made for module in head.modules()} & concrete(Likelihood) == concrete(Likelihood)
     decoders = {networks.ConvDecoder, networks.RecurrentDecoder}
     told = {networks.Told}  # a network of these, and a condition
+    maps = {ConvResidual}  # from images to images
     encoders = {type(encoder(64, 10, image_shape=SHAPE)) for encoder in ENCODERS.values()}
-    assert encoders == concrete(Network) - decoders - told
+    assert encoders == concrete(Network) - decoders - told - maps
     assert {type(make(5)) for make in POSTERIORS.values()} == concrete(Posterior)
 
 
