@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -169,7 +170,7 @@ def test_the_data_themselves_are_shown(pair, seen):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def without_figures(monkeypatch):
     """Figures take most of the time of a page: what follows does not look at them."""
     monkeypatch.setattr(drawing, "drawn", lambda *args: None)
 
@@ -182,10 +183,8 @@ def evil(tmp_path_factory):
     """A run of a table whose columns, categories and directory are named like code."""
     folder = tmp_path_factory.mktemp("evil")
     generator = np.random.default_rng(0)
-    content = {"path": np.array(EVIL)[generator.integers(5, size=80)]}
-    import pandas as pd
-
-    content = {name: generator.standard_normal(80) for name in EVIL[:4]} | {EVIL[4]: content["path"]}
+    words = np.array(EVIL)[generator.integers(5, size=80)]
+    content = {name: generator.standard_normal(80) for name in EVIL[:4]} | {EVIL[4]: words}
     pd.DataFrame(content).to_csv(folder / "evil.csv", index=False)
     argv = ["--dataset=Table", f"--dataset.path={folder / 'evil.csv'}", *TINY[1:]]
     run_dir = folder / "<img src=x onerror=alert(3)>"
@@ -319,14 +318,14 @@ def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
     assert seen.rows()["columns"][-1]["values"] == [round(each, 2) for each in gap.tolist()]
 
 
-def test_unlike_numbers_are_not_ranked(pair, evil, tmp_path, undrawn):
+def test_unlike_numbers_are_not_ranked(pair, evil, tmp_path, without_figures):
     seen = check_safe(runs.report([pair[0], evil, pair[1]], tmp_path / "all.html").read_text())
     assert "not ranked against each other" in seen.text
     assert seen.text.count("Leaderboard:") == 2
     assert "nats per row" in seen.text
 
 
-def test_a_study_has_a_page(pair, tmp_path, undrawn):
+def test_a_study_has_a_page(pair, tmp_path, without_figures):
     folder = tmp_path / "study"
     folder.mkdir()
     directories = {name: folder / f"{name}-seed0" for name in ("one", "two")}
@@ -354,19 +353,19 @@ def folder_of(path, settings):
 
 
 @pytest.mark.parametrize("name", ["vae", "two_layers"])
-def test_runs_of_the_first_version_have_a_page(name, tmp_path, undrawn):
+def test_runs_of_the_first_version_have_a_page(name, tmp_path, without_figures):
     seen = check_safe(runs.report(OLD / name, tmp_path / "old.html", data=name == "vae").read_text())
     assert "pyro_vae 0.1.0" in seen.text
     assert "not asked for" in seen.text or name == "vae"
 
 
-def test_an_unfinished_run_has_a_page_without_a_number(tmp_path, undrawn):
+def test_an_unfinished_run_has_a_page_without_a_number(tmp_path, without_figures):
     seen = check_safe(runs.report(OLD / "interrupted", tmp_path / "page.html").read_text())
     assert "not finished: it has no log-likelihood" in seen.text
     assert "log p(x) is" not in seen.text
 
 
-def test_without_its_data_it_has_numbers_alone(evil, tmp_path, undrawn):
+def test_without_its_data_it_has_numbers_alone(evil, tmp_path, without_figures):
     folder = shutil.copytree(evil.path, tmp_path / "moved")
     memory = json.loads((folder / "data.json").read_text())
     memory["paths"] = {name: str(tmp_path / "nowhere.csv") for name in memory["paths"]}
@@ -377,6 +376,33 @@ def test_without_its_data_it_has_numbers_alone(evil, tmp_path, undrawn):
     seen = check_safe(runs.report(folder).read_text())
     assert "nowhere.csv" in seen.text
     assert not seen.rows()["values"]
+
+
+def test_of_numbers_that_are_none_it_says_so(pair, tmp_path):
+    importance = pair[0].importance.copy(deep=True).drop_vars("ess")
+    importance["log_px"].values[[3, 7]] = math.nan, -math.inf
+    none = dict.fromkeys(("test_log_likelihood", "test_log_likelihood_se", "mc_se", "test_elbo"))
+    result = (
+        pair[0].result
+        | none
+        | {"num_not_finite": 2, "reliable": False, "annealed_images": 0, "annealed_log_likelihood": None}
+    )
+    run = runs.Run(pair[0].path, result, {"importance": importance})
+    seen = check_safe(runs.report(run, tmp_path / "page.html", data=False).read_text())
+    assert "log p(x) is no number" in seen.text
+    assert "No: do not believe this number" in seen.text
+    assert "2 images is NaN or infinite" in seen.text
+    columns = {column["title"]: column["values"] for column in seen.rows()["columns"]}
+    assert [place for place, value in enumerate(columns["log p(x)"]) if value is None] == [3, 7]
+    assert set(columns["ESS"]) == {None}
+
+
+def test_estimates_are_shown_against_their_budget(pair, tmp_path):
+    folder = shutil.copytree(pair[0].path, tmp_path / "run")
+    scored = runs.score(folder, estimator="importance", num_samples=20, num_images=20, device="cpu", workers=1).result
+    seen = check_safe(runs.report(folder, tmp_path / "page.html", data=False).read_text())
+    assert f"importance-test, 20 of 60 {scored['log_likelihood']:.3f} {scored['mc_se']:.3f}" in seen.text
+    assert any("log p(x) against" in attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg")
 
 
 def test_of_very_many_data_an_excerpt_says_what_is_left_out():
@@ -403,7 +429,7 @@ def test_a_page_that_would_be_too_large_leaves_out_what_is_heaviest():
     assert len(seen.rows()["columns"][0]["values"]) == 10_000
 
 
-def test_only_an_earlier_report_is_overwritten(pair, tmp_path, undrawn):
+def test_only_an_earlier_report_is_overwritten(pair, tmp_path, without_figures):
     other = tmp_path / "mine.html"
     other.write_text("my own page")
     with pytest.raises(RunError, match="no report of this command"):
@@ -442,7 +468,7 @@ def test_mistakes_are_one_line(argv, said, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_that_fails_loses_nothing(pair, tmp_path, monkeypatch, capsys):
+def test_a_report_that_fails_loses_nothing(pair, tmp_path, monkeypatch, capsys, without_figures):
     folder = shutil.copytree(pair[1].path, tmp_path / "run")
     monkeypatch.setattr(reporting, "write_page", lambda *args: 1 / 0)
     reporting.report_after(folder, pair[1].model, pair[1].data)
@@ -453,7 +479,7 @@ def test_a_report_that_fails_loses_nothing(pair, tmp_path, monkeypatch, capsys):
     assert runs.load(folder).result == pair[1].result
 
 
-def test_drawing_a_page_leaves_random_numbers_alone(pair, tmp_path):
+def test_drawing_a_page_leaves_random_numbers_alone(pair, tmp_path, without_figures):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     runs.report(runs.load(pair[0].path), tmp_path / "page.html")  # which makes the model, and draws from it

@@ -209,6 +209,8 @@ def data_of(told: Told) -> list[Any]:
     ranks = ranked(importance)
     slow = told.vae is None or told.data is None or drawing.pixel_by_pixel(told.vae, told.data)
     shown = None if told.data is None else Shown(told.data, None if slow else told.vae)
+    if shown is not None and shown.left_out:
+        blocks.append(Text(shown.left_out))
     if shown is not None:
         for title, order in ranks.items():
             some = order[:IN_GALLERY]
@@ -230,13 +232,13 @@ def data_of(told: Told) -> list[Any]:
 
 def _sureness(importance: xr.Dataset, place: int) -> str:
     """Pareto k and effective sample size of a datum, as far as they are known."""
-    k, ess = (float(importance[name].values[place]) for name in ("khat", "ess"))
+    k, ess = (float(drawing.field(importance, name)[place]) for name in ("khat", "ess"))
     return f", k {k:.2f}" * math.isfinite(k) + f", ESS {ess:.0f}" * math.isfinite(ess)
 
 
 def ranked(importance: xr.Dataset) -> dict[str, np.ndarray]:
     """Rows in the order of what is wrong with them: worst first, best first, least sure first."""
-    log_px, khat, error = (importance[name].values for name in ("log_px", "khat", "mc_se"))
+    log_px, khat, error = (drawing.field(importance, name) for name in ("log_px", "khat", "mc_se"))
     sure = np.where(np.isfinite(khat), khat, np.where(np.isneginf(khat), -1.0, error))
     sure = np.where(np.isfinite(log_px), sure, np.inf)  # of what is no number nothing is sure
     by = {"worst": np.nan_to_num(log_px, nan=np.inf), "best": -np.nan_to_num(log_px, nan=-np.inf), "least sure": -sure}
@@ -278,7 +280,7 @@ def columns_of(told: Told, kept: np.ndarray) -> list[Column]:
         ("khat", "k", 2, "Pareto k: above the threshold, not to be trusted"),
         ("ess", "ESS", 0, "effective sample size"),
     ):
-        columns.append(Column(title, rounded(importance[name].values[kept], digits), digits, about))
+        columns.append(Column(title, rounded(drawing.field(importance, name)[kept], digits), digits, about))
     if annealed is not None:
         known = dict(zip(annealed["datum"].values.tolist(), annealed["log_px"].values.tolist(), strict=True))
         values = np.array([known.get(place, math.nan) for place in places.tolist()])

@@ -36,6 +36,11 @@ class Estimate(NamedTuple):
     error: float
 
 
+def field(evidence: xr.Dataset, name: str) -> np.ndarray:
+    """A diagnostic of each datum; NaN where the file has none of this name."""
+    return evidence[name].values if name in evidence else np.full(evidence.sizes["datum"], np.nan)
+
+
 def curves(history: Sequence[Epoch], noun: str) -> list[Drawn]:
     """The bound against epochs."""
     known = [row for row in history if math.isfinite(row.validation_elbo)]
@@ -60,6 +65,7 @@ def several_curves(histories: Mapping[str, Sequence[Epoch]]) -> list[Drawn]:
                 low, high = np.quantile(finals, 0.05), max(finals)
                 axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
             axes.set(xlabel="epoch", ylabel="nats per datum", title="Validation ELBO")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(loc="lower right")
 
     ends = ", ".join(f"{name} {history[-1].validation_elbo:.2f}" for name, history in histories.items() if history)
@@ -68,7 +74,7 @@ def several_curves(histories: Mapping[str, Sequence[Epoch]]) -> list[Drawn]:
 
 def evidence(importance: xr.Dataset, result: Mapping[str, Any], noun: str) -> list[Drawn]:
     """Histogram of log p(x) over data, and Pareto k against effective sample size."""
-    log_px, ess, khat = (importance[name].values for name in ("log_px", "ess", "khat"))
+    log_px, ess, khat = (field(importance, name) for name in ("log_px", "ess", "khat"))
     finite = log_px[np.isfinite(log_px)]
 
     def histogram(out: BytesIO) -> None:

@@ -40,6 +40,14 @@ class Shown:
         self.data, self.schema = data, data.schema
         self.using = None if vae is None else Using(vae, data.schema, told=lambda line: None)
 
+    @property
+    def left_out(self) -> str:
+        """A line on entries of a datum that are not shown, if there are."""
+        size = self.schema.size
+        if isinstance(self.data, ImageData) or len(self.schema.shape) != 1 or size <= MOST_VALUES:
+            return ""
+        return f"Of {size:,} columns the first {MOST_VALUES} are shown."
+
     def pictures(self, places: Sequence[int], most: int = PICTURES) -> dict[int, str]:
         """The first of these test images, as many as take so many characters, as base64 of PNG by place."""
         found: dict[int, str] = {}

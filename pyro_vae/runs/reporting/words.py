@@ -44,6 +44,7 @@ def verdict(result: Result, evidence: Mapping[str, xr.Dataset], history: Sequenc
         history: of its training, as far as it is known.
     """
     value, annealed = best(dict(result)), bool(result.get("annealed_images"))
+    value = math.nan if value is None else value  # JSON has null for it
     believed = result.get("annealed_reliable" if annealed else "reliable")
     believed = False if not math.isfinite(value) else believed
     claims = _of_numbers(result)
