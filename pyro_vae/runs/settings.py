@@ -139,8 +139,8 @@ class Settings:
     """Settings of one run.
 
     Args:
-        model: VAE, or HierarchicalVAE with several levels of z, whose prior is that of the top, or TwoLayerVAE with two
-            as in the IWAE paper.
+        model: VAE, or HierarchicalVAE with several levels of z, of --levels.latent_dims dimensions, whose prior is that
+            of the top, or TwoLayerVAE with two as in the IWAE paper.
         top: the upper layer of TwoLayerVAE.
         levels: those of HierarchicalVAE.
         condition: what the model is told beside x, so that it is p(x given c): label, or the name of a column of a
@@ -157,7 +157,7 @@ class Settings:
         decoder: network from z to the likelihood's parameters.
         missing: what the encoder sees of data with gaps, standardized: zeros in their place, and with mask, for each
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
-        latent_dim: dimensions of z, at least 1; those of HierarchicalVAE are --levels.latent_dims.
+        latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
             recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
