@@ -31,6 +31,8 @@ GROUP = 8
 """Observations that are tried together."""
 WAVE = 256
 """Observations at most that are tried before it is asked how far the budget goes."""
+CHEAP = 512
+"""How many z must fit into a chunk, so that the thousands of a grid take neither gigabytes nor hours."""
 MANY_WRONG = 0.05
 """Share of the observations tried on which the second opinion may differ without doubt falling on all the others."""
 
@@ -67,10 +69,11 @@ class Opinion(NamedTuple):
 def decided(latents: Latents, evidence: Evidence, rows: int) -> Opinion:
     """What another way says of p(x), and whether it contradicts.
 
-    With one or two latent dimensions it is quadrature, otherwise sequential Monte Carlo from the prior, of which more
-    particles are asked as long as it is in doubt.
+    With one or two latent dimensions it is quadrature, if the programs are cheap enough for its grid, otherwise
+    sequential Monte Carlo from the prior, of which more particles are asked as long as it is in doubt.
     """
-    log_z, error, cost = second_opinion(latents, rows, 128) if latents.dim > 2 else _by_quadrature(latents, rows)
+    by_quadrature = latents.dim <= 2 and rows >= CHEAP
+    log_z, error, cost = _by_quadrature(latents, rows) if by_quadrature else second_opinion(latents, rows, 128)
     exact = error < EXACT
     for num_particles in (512, 2048, 8192):
         differs = contradicts(evidence.log_px, evidence.mc_se, log_z, error)
