@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,10 +21,12 @@ import xarray as xr
 from PIL import Image
 
 from pyro_vae import cli, runs
+from pyro_vae.data.datasets import Column, Schema
+from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import RunError
 from pyro_vae.runs import reporting, training
 from pyro_vae.runs.comparing import Difference
-from pyro_vae.runs.reporting import contents, drawing, page, svg, words
+from pyro_vae.runs.reporting import contents, drawing, page, showing, svg, words
 
 OLD = Path(__file__).parent / "data" / "0.1.0"
 EVIL = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "a\"b'c", "x\u2028y", "$\\frac{a$ & b"]
@@ -223,6 +226,18 @@ def test_figures_show_names_as_they_are():
     assert all(attrs["id"].startswith("one-") for _, attrs in seen.elements if "id" in attrs)
     assert "currentColor" in drawn.svg
     assert html.escape(EVIL[1], quote=False) in drawn.svg or "&lt;/script&gt;" in drawn.svg
+
+
+def test_tokens_and_conditions_are_those_of_the_data():
+    some, seen = np.zeros((4, 3, 1), np.float32), [[[1], [0], [math.nan]], [[0], [1], [1]]]
+    data = SequenceData(some, some, np.array(seen, np.float32), "binary")
+    assert showing.Shown(data).values([1, 0]) == (["steps"], {1: ["0 1 1"], 0: ["1 0"]})
+    told = (Column("job", "categorical", ("<b>", "smith")), Column("age", "real", loc=40.0, scale=10.0))
+    schema = Schema((2,), "row", (Column("x", "real"), Column("y", "binary", ("no", "yes"))), condition=told)
+    shown = showing.Shown(SimpleNamespace(schema=schema))
+    x, c = torch.tensor([math.nan, 1.0]), torch.tensor([0.0, 1.0, -0.5])
+    assert shown._names() == ["given job", "given age", "x", "y"]
+    assert shown._texts(x, c) == ["smith", "35", "missing", "yes"]
 
 
 # Whether to believe it
