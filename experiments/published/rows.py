@@ -37,6 +37,7 @@ class Row:
         dataset, binarization: of the data; log p(x) of others means something else.
         fingerprint: of the content of the data; None: not known.
         num_train: training images.
+        num_test: test images.
         data, model, objective: arguments of pyro-vae train.
     """
 
@@ -47,6 +48,7 @@ class Row:
     binarization: str
     fingerprint: str | None
     num_train: int
+    num_test: int
     data: str
     model: str
     objective: str
@@ -123,8 +125,8 @@ IWAE_FIGURES = {
 
 def _iwae_rows() -> list[Row]:
     data = {
-        "mnist": ("MNIST", "dynamic", MNIST, 59_600, "--dataset MNIST --dataset.num_validation 400"),
-        "omniglot": ("Omniglot", "dynamic", None, 23_000, "--dataset Omniglot --dataset.num_validation 1345"),
+        "mnist": ("MNIST", "dynamic", MNIST, 59_600, 10_000, "--dataset MNIST --dataset.num_validation 400"),
+        "omniglot": ("Omniglot", "dynamic", None, 23_000, 8_070, "--dataset Omniglot --dataset.num_validation 1345"),
     }
     rows = []
     for (name, layers), figures in IWAE_FIGURES.items():
@@ -199,7 +201,7 @@ def _vamp_rows() -> list[Row]:
         data = f"--dataset {dataset} --dataset.binarization {binarization} --dataset.num_validation 10000"
         model = f"{VAMP} {PRIORS[prior]}"
         name = f"vamp-{binarization}-{prior}"
-        rows.append(Row(name, value, "", dataset, binarization, known, 50_000, data, model, "--objective ELBO"))
+        rows.append(Row(name, value, "", dataset, binarization, known, 50_000, 10_000, data, model, "--objective ELBO"))
     return rows
 
 

@@ -97,6 +97,8 @@ def test_the_interval_covers_one_more_run():
     assert one.difference == pytest.approx(-0.24)
     assert not one.seeds
     assert one.half_width == pytest.approx(1.959964 * math.sqrt(2 * 0.03**2 + 2 * 0.04**2))
+    some = against(-86.76, [-87.0], mc_se=0.03, redraw_se=0.04, others_se=0.5)
+    assert some.half_width == pytest.approx(1.959964 * math.sqrt(2 * 0.03**2 + 2 * 0.04**2 + 0.5**2))
     rng = np.random.default_rng(0)
     inside = []
     for _ in range(1000):  # seeds differ by 0.1, draws of the test images by 0.05
@@ -139,7 +141,7 @@ SMALL = "--latent_dim 3 --encoder.hidden [8] --decoder.hidden [8]"
 DIGITS = Table(
     "A table of digits",
     [
-        Row("digits", -20.0, "3", "Digits", "dynamic", None, 1200, "--dataset Digits", SMALL, "--objective IWAE"),
+        Row("digits", -20.0, "3", "Digits", "dynamic", None, 1200, 397, "--dataset Digits", SMALL, "--objective IWAE"),
     ],
     ("digits",),
     {"short": Schedule(200, "--schedule one_cycle --lr 1e-2", None, 0.0, ("Nobody has published it.",))},
