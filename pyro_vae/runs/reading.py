@@ -27,7 +27,6 @@ from pyro_vae.runs.seals import checksum, metadata_in, without_weights
 Is = Callable[[Any], bool]
 """Whether a value read from a file is what it must be."""
 
-
 MOST_SETTINGS = 2**20
 """Bytes of a file of settings."""
 
@@ -180,9 +179,9 @@ RESULT: dict[str, Is] = {
 """What ``result.json`` of every run holds, whatever version wrote it."""
 
 LATER: dict[str, Is] = {
-    **dict.fromkeys(("bits_per_dim", "annealed_log_likelihood", "median_ess"), or_null(is_number)),
+    **dict.fromkeys(("bits_per_dim", "annealed_log_likelihood", "median_ess", "kl"), or_null(is_number)),
     **dict.fromkeys(("validation_elbo", "validation_log_likelihood"), or_null(is_number)),
-    **dict.fromkeys(("annealed_mc_se", "annealed_shortfall", "annealed_seconds"), or_null(is_error)),
+    **dict.fromkeys(("annealed_mc_se", "annealed_shortfall", "annealed_seconds", "kl_se"), or_null(is_error)),
     **dict.fromkeys(("validation_log_likelihood_se", "validation_mc_se"), or_null(is_error)),
     **dict.fromkeys(("annealed_share_reliable", "annealed_acceptance", "share_khat_above_0_7"), or_null(is_share)),
     **dict.fromkeys(("reliable", "annealed_reliable", "validation_reliable"), or_null(is_flag)),
@@ -193,8 +192,6 @@ LATER: dict[str, Is] = {
     "versions": dict_of(is_text),
     "densities": or_null(list_of(lambda value: isinstance(value, str))),  # names of columns, whatever is in them
     "active_units_by_site": dict_of(is_count),
-    "kl": or_null(is_number),
-    "kl_se": or_null(is_error),
     "kl_by_site": dict_of(or_null(is_number)),
 }
 """What it may hold beside that."""
