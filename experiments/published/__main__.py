@@ -16,13 +16,13 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from experiments.published.plan import Budget, Plan, measured, plan_table
+from experiments.published.plan import Budget, Plan, in_turn, measured, plan_table
 from experiments.published.report import Made, check_common, check_is_of, conclude
 from experiments.published.rows import TABLES, Row, Schedule, ScheduleName, Table
 from pyro_vae import cli, runs
@@ -37,7 +37,8 @@ class Settings:
     Args:
         tables: iwae, vampprior, or both.
         rows: names of rows of these tables, or patterns such as mnist-1-* or *-k50; null: a few of each table.
-        schedule: paper: as published; short: a constant rate that falls linearly at the end.
+        schedule: paper: as published; short: a constant rate that falls linearly at the end; turns: the same, of iwae
+            alone, with the ELBO of one sample in place of bounds of several for the first 80 % of the epochs.
         epochs: of each row, at least 1; null: all of the schedule paper, or as --hours allows.
         hours: of training each row, positive, at most all epochs of the schedule; null: as --epochs says, and if that
             says nothing, 0.2 with the schedule short.
@@ -157,6 +158,8 @@ def _chosen(settings: Settings, tables: Mapping[str, Table]) -> Iterator[tuple[s
 
 def _schedule(settings: Settings, table: Table) -> Schedule:
     """The schedule asked for, with ``common`` in place of what it says otherwise."""
+    if settings.schedule not in table.schedules:
+        raise runs.RunError(f"--schedule {settings.schedule}: {table.title} has {', '.join(table.schedules)}")
     schedule, common = table.schedules[settings.schedule], settings.common
     if not common:
         return schedule
@@ -166,7 +169,7 @@ def _schedule(settings: Settings, table: Table) -> Schedule:
         raise runs.RunError(f"--common: {error}") from error
     batch_size = runs.parse(runs.Settings, argv)[0].batch_size
     words = *schedule.words, f"In place of what is said here about the schedule: {common}."
-    return Schedule(batch_size, f"{schedule.arguments} {common}", schedule.epochs, schedule.warmup, words)
+    return schedule._replace(batch_size=batch_size, arguments=f"{schedule.arguments} {common}", words=words)
 
 
 def _elsewhere(settings: Settings, chosen: Mapping[str, Chosen]) -> dict[str, list[Path]]:
@@ -200,12 +203,19 @@ def _plans(settings: Settings, todo: Mapping[str, Chosen]) -> dict[str, Plan]:
     try:
         for name, each in todo.items():
             print(f"timing a few steps of {name}")
-            budget = settings.budget(each.schedule)
-            argv = [*_common(settings), *shlex.split(each.row.arguments(each.schedule, budget.epochs or 1))]
-            plans[name] = measured(runs.parse(runs.Settings, argv)[0], budget)
+            plans[name] = _plan(settings, each.row, each.schedule)
+            if each.schedule.first and each.row.takes_turns:
+                cheap = _plan(settings, replace(each.row, objective="--objective ELBO"), each.schedule)
+                plans[name] = in_turn(cheap, plans[name], each.schedule.first, settings.budget(each.schedule))
     finally:
         torch.set_num_threads(threads)
     return plans
+
+
+def _plan(settings: Settings, row: Row, schedule: Schedule) -> Plan:
+    budget = settings.budget(schedule)
+    argv = [*_common(settings), *shlex.split(row.arguments(schedule._replace(first=0.0), budget.epochs or 1))]
+    return measured(runs.parse(runs.Settings, argv)[0], budget)
 
 
 def _kept_plans(settings: Settings, todo: Mapping[str, Chosen], run_dir: Path) -> dict[str, Plan]:

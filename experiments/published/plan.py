@@ -91,6 +91,12 @@ def measured(settings: runs.Settings, budget: Budget, seconds: float = 1.0) -> P
     return Plan(budget.allows(epoch), steps, step, epoch, scoring)
 
 
+def in_turn(first: Plan, then: Plan, share: float, budget: Budget) -> Plan:
+    """The plan of a run whose epochs are of one kind in this share of them, and of another in the rest: means."""
+    step, epoch = (share * a + (1 - share) * b for a, b in ((first.step, then.step), (first.epoch, then.epoch)))
+    return Plan(budget.allows(epoch), then.steps, step, epoch, then.scoring)
+
+
 def _timed_epoch(settings: runs.Settings, data: Data, num_steps: int, seconds: float) -> tuple[Model, float, float]:
     """A model after some steps, the seconds of one of a training of so many, and those of an epoch."""
     objective = runs.make("objective", settings.objective)

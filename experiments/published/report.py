@@ -79,10 +79,12 @@ def _settings(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _bound(objective: Any) -> tuple[str, int]:
-    """The name of a bound, and its number of samples; a warm-up makes no other."""
+    """The name of a bound, and its number of samples; a warm-up makes no other. Of several in turn, the last one's."""
     given: dict[str, Any] = objective if isinstance(objective, dict) else {"class_path": str(objective)}
     name = given["class_path"].rpartition(".")[-1]
     arguments = given.get("init_args") or {}
+    if name == "InTurn":
+        return _bound(arguments["then"])
     k = int(arguments.get("num_particles", 1))
     if name == "BetaELBO" and arguments.get("beta", 1.0) == 1.0 and not arguments.get("free_bits"):
         name = "ELBO"

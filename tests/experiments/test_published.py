@@ -12,7 +12,7 @@ import torch
 from experiments import bound_study
 from experiments.published import __main__ as published
 from experiments.published.parts import AdamNormGrad, ClippedBernoulli, ClippedGaussian
-from experiments.published.plan import Budget, Plan, plan_table
+from experiments.published.plan import Budget, Plan, in_turn, plan_table
 from experiments.published.report import against, check_common, check_is_of
 from experiments.published.rows import IWAE, TABLES, VAMPPRIOR, Row, Schedule, Table
 from pyro_vae import runs
@@ -182,6 +182,21 @@ def test_the_rest_may_be_changed():
     run = runs.parse(runs.Settings, row.arguments(schedule, 40).split())[0]
     assert (run.batch_size, run.precision, run.lr) == (250, "bfloat16", 1e-2)
     assert run.objective().warmup == 4 * 200
+
+
+def test_bounds_take_turns():
+    schedule = IWAE.schedules["turns"]
+    run = settings_of("mnist-1-iwae-k50", "turns", 20)
+    objective = run.objective()
+    assert [type(each).__name__ for each in (objective.first, objective.then)] == ["ELBO", "IWAE"]
+    assert objective.then.num_particles == 50
+    assert objective.steps == 16 * 596
+    check_common(ROWS["mnist-1-iwae-k50"], schedule)  # the bound of the row is the last one
+    assert "InTurn" not in ROWS["mnist-1-vae-k1"].arguments(schedule, 20)
+    cheap, dear = (Plan(1, 596, step, 600 * step, 60.0) for step in (0.01, 0.1))
+    found = in_turn(cheap, dear, 0.8, Budget(None, 1.0, None))
+    assert found.epoch == pytest.approx(0.8 * 6 + 0.2 * 60)
+    assert found.epochs == int(3600 / 16.8)
 
 
 @pytest.mark.slow
