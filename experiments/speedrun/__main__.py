@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import NullFormatter
 
 from experiments.speedrun import records
 from experiments.speedrun.records import HOME, ROOT, Entry, Record, Verdict, pair
@@ -283,6 +284,7 @@ def plot(
         if curves:
             late = [elbo for points in curves.values() for _, elbo in points[len(points) // 4 :]]
             panels[1].set(xscale="log", xlabel="seconds of training", ylabel="validation ELBO on the way, seed 0")
+            panels[1].xaxis.set_minor_formatter(NullFormatter())
             panels[1].set_ylim(min(late) - 0.5, max(late) + 0.5)
             panels[1].legend(fontsize=7)
 
