@@ -151,7 +151,9 @@ def test_help_shows_what_matters_first(capsys, word):
 
 
 @pytest.mark.parametrize(
-    "settings", [runs.EvaluationSettings, runs.ComparisonSettings, runs.StudySettings], ids=lambda each: each.__name__
+    "settings",
+    [runs.EvaluationSettings, runs.ComparisonSettings, runs.ReportSettings, runs.StudySettings],
+    ids=lambda each: each.__name__,
 )
 def test_help_of_every_command_is_short(capsys, settings):
     with pytest.raises(SystemExit):
