@@ -22,7 +22,7 @@ from pyro_vae.data.datasets import Kind, Schema
 from pyro_vae.errors import RunError, reason_of
 from pyro_vae.files import bytes_in
 from pyro_vae.infer.evidence.result import Evidence
-from pyro_vae.runs.seals import checksum, metadata_in, without_weights
+from pyro_vae.runs.seals import check_hdf5, checksum, metadata_in, without_weights
 
 Is = Callable[[Any], bool]
 """Whether a value read from a file is what it must be."""
@@ -31,12 +31,11 @@ MOST_SETTINGS = 2**20
 """Bytes of a file of settings."""
 
 
-def bytes_of(path: Path, most: int = -1) -> bytes:
+def bytes_of(path: Path) -> bytes:
     """What a file holds.
 
     Args:
         path: of the file.
-        most: so many bytes of it; -1: all.
 
     Raises:
         RunError: if there is none, or it is a folder, a pipe or a device, or cannot be read.
@@ -288,6 +287,7 @@ def groups_of(path: Path) -> dict[str, xr.Dataset]:
     if not path.is_file():
         bytes_of(path)
     try:
+        check_hdf5(path)
         with xr.open_datatree(path, engine="h5netcdf") as tree:
             return {name: tree[name].to_dataset().load() for name in tree.children}
     except Exception as error:  # of whichever of the libraries, at the bytes of a stranger

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -65,3 +66,16 @@ def without_weights(directory: Path) -> str:
     return (
         f": checkpoint.pt is there, so {first}pyro-vae train --run_dir {shlex.quote(str(directory))} --resume writes it"
     )
+
+
+def check_hdf5(path: Path) -> None:
+    """Open each object of an HDF5 file; h5netcdf, which cannot open one, leaves a traceback on stderr beside its error.
+
+    Raises:
+        OSError, KeyError, RuntimeError: whatever HDF5 makes of damaged bytes.
+    """
+    names: list[str] = []
+    with h5py.File(path) as file:
+        file.visit(names.append)
+        for name in ["/", *names]:
+            dict(file[name].attrs)

@@ -1,5 +1,6 @@
 """Files of strangers: what is not what it must be is told in one line, and nothing of theirs is imported or called."""
 
+import gc
 import json
 import os
 import re
@@ -387,3 +388,15 @@ def test_a_model_far_larger_than_its_weights_is_refused_before_it_takes_memory(r
     line = refused(runs.load_model, run_dir, trust=False)
     assert re.search(r"config.yaml: a model of these settings is far larger than .*model.safetensors", line)
     runs.load_model(OLD, trust=False)
+
+
+@pytest.mark.parametrize("place", [64, 96, 200])
+def test_a_flipped_bit_of_evidence_is_told_in_one_line_and_no_more(run_dir, place, monkeypatch):
+    path, unraisable = run_dir / "evidence.nc", []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert "evidence.nc is damaged: no readable netCDF" in refused(runs.load, run_dir)
+    gc.collect()
+    assert not unraisable
