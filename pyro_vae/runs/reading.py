@@ -107,7 +107,7 @@ def yaml_of(path: Path) -> dict[str, Any]:
     Raises:
         RunError: as :func:`text_of`, and if it is something else.
     """
-    content = bytes_of(path, MOST_SETTINGS + 1)
+    content = bytes_of(path)
     if len(content) > MOST_SETTINGS:
         raise RunError(f"{path}: more than {MOST_SETTINGS:,} bytes are no settings")
     try:
