@@ -199,10 +199,10 @@ def decode(
 ) -> Tensor:
     """Mean, or a draw, of x for ``size`` observations ``(size, X)``, given their latents or else draws of the prior.
 
-    A model that is told a condition takes one of each, ``(size, C)``. A mean without a formula is that of 100 draws.
+    A model that is told a condition takes one of each, ``(size, C)``. A mean without a formula is that of 20 draws.
     """
     observed = _observed(model, size, like, latents, condition)
-    return observed["value"] if draw else mean_of(observed["fn"])
+    return observed["value"] if draw else mean_of(observed["fn"], 20)
 
 
 def _observed(model: Program, size: int, like: Tensor, latents: Latents | None, condition: Tensor | None) -> Any:
