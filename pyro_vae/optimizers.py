@@ -169,8 +169,8 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
     """The optimizer of a short name or factory; on a GPU capturable, if it can be, for CUDA graphs.
 
     Raises:
-        ValueError: for another name, or where the factory refuses what it is given.
-        TypeError: if it is not a factory, or returns no optimizer, or one that needs a closure.
+        ValueError: for another name, where the factory refuses what it is given, or if the optimizer needs a closure.
+        TypeError: if it is not a factory, or returns no optimizer.
     """
     if not parameters:
         raise ValueError("the module has no parameters to train")
@@ -183,7 +183,7 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
         raise ValueError(f"optimizer {name_of(optimizer)}: its lr is that of fit(..., lr=), give it there")
     made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
     if any(map(_needs_closure, getattr(made, "optimizers", (made,)))):
-        raise TypeError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
+        raise ValueError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
     for group in made.param_groups:
         if on_gpu and "capturable" in group:
             group["capturable"] = True

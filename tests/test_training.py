@@ -39,7 +39,7 @@ from pyro_vae import (
 from pyro_vae import fit as plain_fit
 from pyro_vae.errors import CheckpointError
 from pyro_vae.infer.checks import check_program
-from pyro_vae.infer.diagnostics import estimate_elbo
+from pyro_vae.infer.diagnostics import mean_log_weights
 from pyro_vae.infer.retreat import Retreat
 from pyro_vae.optimizers import Muon, Together, Trapezoid
 from pyro_vae.training import (
@@ -717,8 +717,8 @@ class Plain:
             seen.append(batch)
             rate = self.scheduler.get_last_lr()[0]
             self.scheduler.step()
-        validated = estimate_elbo(self.vae.model, self.vae.guide, validation).mean().item()
-        trained = estimate_elbo(self.vae.model, self.vae.guide, torch.cat(seen)).mean().item()
+        validated = mean_log_weights(self.vae.model, self.vae.guide, validation).mean().item()
+        trained = mean_log_weights(self.vae.model, self.vae.guide, torch.cat(seen)).mean().item()
         self.rows.append((len(self.rows) + 1, -float(total) / size, trained, validated, rate, 1.0))
         if validated > self.best[0]:
             self.best = validated, len(self.rows), state(self.vae)
@@ -961,7 +961,7 @@ def test_a_schedule_of_ones_own():
             "SGD: its lr is that of fit(..., lr=), give it th",
         ),
         ({"optimizer": torch.optim.Muon}, ValueError, "optimizer Muon: Muon only supports 2D parameters"),
-        ({"optimizer": torch.optim.LBFGS}, TypeError, "optimizer LBFGS needs a closure"),
+        ({"optimizer": torch.optim.LBFGS}, ValueError, "optimizer LBFGS needs a closure"),
         ({"schedule": 3}, TypeError, "called as schedule(optimizer, steps_per_epoch, epochs), got an object: int"),
         ({"schedule": lambda *args, **kwargs: 0.1}, TypeError, "must return a torch LRScheduler, it returned float"),
         ({"schedule": torch.optim.lr_scheduler.LinearLR}, TypeError, "unexpected keyword argument 'steps_per_epoch'"),

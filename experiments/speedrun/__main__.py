@@ -42,10 +42,11 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.speedrun import records
 from experiments.speedrun.records import HOME, ROOT, Entry, Record, Verdict, pair
-from experiments.speedrun.tracks import BOARDS, CUSTOMARY, TEST_SET, Name, Recipe, fingerprint, recipes
+from experiments.speedrun.tracks import BOARDS, CUSTOMARY, TEST_SET, Name, Recipe, fingerprint, model_of, recipes
 from pyro_vae import cli, runs
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.runs import figures
+from pyro_vae.runs.build import load_dataset
 from pyro_vae.runs.reading import json_of, text_of, yaml_of
 from pyro_vae.runs.studies import do_all
 from pyro_vae.runs.workers import Shared
@@ -118,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     known = [] if settings.records is None else records.load(settings.records)
     run_dir = settings.run_dir or Path("runs") / f"speedrun-{date.today()}"
     for recipe in found:  # what is fetched, is now
-        runs.make("dataset", recipe.settings.dataset, recipe.settings.data_dir or cache_folder()).load()
+        source = runs.make("dataset", recipe.settings.dataset, recipe.settings.data_dir or cache_folder())
+        data = load_dataset(source, "cpu", recipe.settings.conditions)
+        model_of(recipe.settings, data.schema)  # which refuses what would fail after other trainings
     runs.open_run(run_dir, text, settings.resume)
     trainings = {_name(recipe, seed): (recipe, seed) for seed in range(settings.seeds) for recipe in found}
     print(f"{len(trainings)} trainings in {run_dir}, one after the other")

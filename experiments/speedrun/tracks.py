@@ -145,7 +145,8 @@ def _read(path: Path, tracks: Sequence[Name] | None) -> Recipe:
     except (runs.RunError, UnicodeDecodeError) as error:
         raise runs.RunError(f"--recipes: {path} is no recipe: {error}") from error
     if tracks is None and all(reasons.values()):
-        raise runs.RunError(f"--recipes: {path.stem} is of no track: {reasons['C']}")
+        told = f"{path.stem} is of no track: {reasons['C']}; to look at it, without records: --tracks '[]'"
+        raise runs.RunError(f"--recipes: {told}")
     for track in tracks or ():
         if (reason := reasons[track]) is not None:
             raise runs.RunError(f"--recipes: {path.stem} is not of track {track}: {reason}")
@@ -168,16 +169,17 @@ def reasons_against(settings: runs.Settings) -> dict[Name, str | None]:
     return {"A": factorized or _of_the_paper(settings, model), "B": factorized, "C": None}
 
 
-def model_of(settings: runs.Settings) -> Model:
-    """The untrained model of a recipe; no random number is consumed.
+def model_of(settings: runs.Settings, schema: Schema = SCHEMA) -> Model:
+    """The untrained model of a recipe, for data of this schema; no random number is consumed.
 
     Raises:
-        RunError: if it cannot be built, or its optimizer needs a closure.
+        RunError: if it cannot be built, or its objective, or its optimizer needs a closure.
     """
     with torch.random.fork_rng([]):
-        model = runs.build(settings, SCHEMA)
+        model = runs.build(settings, schema)
         parameters = list(model.parameters())
         runs.make("optimizer", make_optimizer, optimizer_of(settings), parameters, settings.lr)
+        runs.make("objective", settings.objective)
     return model
 
 

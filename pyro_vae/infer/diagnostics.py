@@ -146,6 +146,7 @@ def estimate_elbo(
         ContractError: as :func:`pyro_vae.check_program`.
     """
     without_effect(batch_size)
+    data_size(data)  # refuses what is none
     seed, device = int(torch.randint(2**62, (), device="cpu")), first_tensor(data).device
     with own_numbers(f"{seed}/checks", device):
         check_data(model, guide, data)

@@ -19,11 +19,16 @@ class InTurn(Objective):
         steps: gradient steps of the first, at least 1.
 
     Raises:
+        TypeError: if one of them is no objective of this library; losses of Pyro are none.
         ValueError: if ``steps`` is below 1, or both are the same object.
     """
 
     def __init__(self, first: Objective, then: Objective, steps: int):
         check_at_least_one(steps=steps)
+        for name, each in (("first", first), ("then", then)):
+            if not isinstance(each, Objective):
+                what = each.__name__ if isinstance(each, type) else type(each).__name__
+                raise TypeError(f"{name}: {what} is no objective of pyro_vae, such as ELBO() or DReG(4)")
         if first is then:
             raise ValueError("first and then are one object, whose steps would be counted twice")
         self.first, self.then, self.steps = first, then, steps

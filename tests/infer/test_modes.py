@@ -47,7 +47,7 @@ from pyro_vae import (
     thermodynamic_integration,
 )
 from pyro_vae.infer.batches import Watch, _all_in
-from pyro_vae.infer.diagnostics import kl_divergence, mutual_information
+from pyro_vae.infer.diagnostics import kl_by_datum, kl_divergence, mutual_information
 from pyro_vae.infer.evidence import (
     SMC,
     PosteriorChains,
@@ -66,6 +66,7 @@ HALF = torch.arange(6) < 3
 ESTIMATORS = {
     "elbo": estimate_elbo,
     "kl": kl_divergence,
+    "kl by datum": kl_by_datum,
     "mutual information": mutual_information,
     "importance": partial(importance_sampling, num_samples=30, num_checked=0, compiled=False),
     "laplace": partial(importance_sampling, num_samples=30, proposal="laplace", num_checked=0, compiled=False),

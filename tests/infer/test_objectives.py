@@ -608,3 +608,5 @@ def test_objectives_in_turn_are_one_and_then_the_other(engine):
         InTurn(last, last, 3)
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
         InTurn(IWAE(2), last, 0)
+    with pytest.raises(TypeError, match="then: Trace_ELBO is no objective of pyro_vae"):
+        InTurn(last, pyro.infer.Trace_ELBO(), 3)
