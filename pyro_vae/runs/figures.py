@@ -1,8 +1,9 @@
 """Figures. A model is drawn through traces of (model, guide), so any amortized Pyro program is drawn alike."""
 
+import math
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +13,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from pyro import poutine
+from scipy.special import stdtrit
 from torch import Tensor
 
 from pyro_vae.callbacks import Epoch
@@ -141,21 +143,21 @@ def evidence(importance: Evidence, result: dict[str, Any], run_dir: Path) -> Non
         )
 
 
-def paired_differences(differences: dict[str, np.ndarray], path: Place, title: str) -> None:
-    """Mean differences of log p(x) as a forest plot of ArviZ: its intervals, of 50 and 95 %, say how sure they are.
+def paired_differences(differences: Mapping[str, tuple[float, float, float]], path: Place, title: str) -> None:
+    """Mean differences of log p(x) as a forest plot of ArviZ: the thick bars are intervals of 50 %, the thin of 95 %.
 
-    They are those of the Bayesian bootstrap over data (Rubin 1981), whose draws are means with Dirichlet weights.
+    They are those of Student's t, whose quantiles ArviZ is given as draws.
 
     Args:
-        differences: by name, nats, each ``(B,)``.
+        differences: by name: the mean, nats, its standard error, and degrees of freedom.
         path: of the PNG, or a buffer for SVG.
         title: above the plot.
     """
-    generator = np.random.default_rng(0)
     draws = np.empty((1, 2000, len(differences)))
-    for column, values in enumerate(differences.values()):
-        weights = generator.standard_exponential((draws.shape[1], len(values)))
-        draws[0, :, column] = weights @ values / weights.sum(1)
+    places = (np.arange(draws.shape[1]) + 0.5) / draws.shape[1]
+    for column, (mean, error, freedom) in enumerate(differences.values()):
+        error = error if freedom > 0 and math.isfinite(error) else 0.0  # one datum has no interval
+        draws[0, :, column] = mean + error * stdtrit(min(max(freedom, 1.0), 1e9), places)
     dims = "chain", "draw", "run"  # names of runs are no names of variables, since paths have slashes
     sample = xr.Dataset({"difference": (dims, draws)}, coords={"run": [plain(name) for name in differences]})
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():

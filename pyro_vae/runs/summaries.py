@@ -11,7 +11,7 @@ import numpy as np
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
-from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
+from pyro_vae.runs.comparing import MUST_AGREE, Gaps, annealed_alike, gaps_of
 from pyro_vae.runs.directory import table, write_json, write_text, writing
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.reading import LATER_SUMMARY, SUMMARY, check_entries, json_of
@@ -144,16 +144,16 @@ class PairedDifference(NamedTuple):
 
 def difference(pairs: Sequence[tuple[Run, Run]], estimator: str) -> PairedDifference:
     """How much better the first runs are than the second, which have the same seeds."""
-    differences = [difference_of(run, other, estimator).mean for run, other in pairs]
-    log_px = (tuple(run.evidence[estimator]["log_px"].values for run in pair) for pair in pairs)
-    with np.errstate(invalid="ignore"):  # of infinities there is no difference, which is NaN
-        per_image = np.mean([ours - theirs for ours, theirs in log_px], axis=0)
-    return PairedDifference(
-        differences,
-        statistics.fmean(differences),
-        standard_error(differences),
-        float(per_image.std(ddof=1)) / math.sqrt(len(per_image)),
-    )
+    gaps = [gaps_of(run, other, estimator) for run, other in pairs]
+    differences = [each.difference().mean for each in gaps]
+    with np.errstate(invalid="ignore"):  # of infinities there is no mean, which is NaN
+        values = [np.mean(each, axis=0) for each in ([g.rough for g in gaps], [g.fine for g in gaps])]
+        errors = [
+            np.linalg.norm(each, axis=0) / len(gaps)
+            for each in ([g.rough_error for g in gaps], [g.fine_error for g in gaps])
+        ]
+    over_images = Gaps(values[0], errors[0], values[1], errors[1], gaps[0].among).difference().se
+    return PairedDifference(differences, statistics.fmean(differences), standard_error(differences), over_images)
 
 
 def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]] | None = None) -> str:

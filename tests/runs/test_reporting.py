@@ -19,13 +19,14 @@ import pytest
 import torch
 import xarray as xr
 from PIL import Image
+from scipy import stats
 
 from pyro_vae import cli, runs
 from pyro_vae.data.datasets import Column, Schema
 from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import RunError
 from pyro_vae.runs import reporting, training
-from pyro_vae.runs.comparing import Difference
+from pyro_vae.runs.comparing import Difference, Gaps
 from pyro_vae.runs.reporting import contents, drawing, page, showing, svg, words
 
 OLD = Path(__file__).parent / "data" / "0.1.0"
@@ -305,9 +306,18 @@ def test_the_two_estimators_are_held_against_each_other(above, said):
 @pytest.mark.parametrize(
     ("d", "said"),
     [
-        (Difference(1.0, 0.1, 0.01), "b is better than a by 1.000 nats per image (95 % interval +0.804 to +1.196)"),
-        (Difference(-1.0, 0.1, 0.01), "a is better than b by 1.000 nats per image (95 % interval +0.804 to +1.196)"),
+        (
+            Difference(1.0, 0.1, 0.01),
+            "b minus a: +1.000 nats per image (95 % interval +0.804 to +1.196): b is better.",
+        ),
+        (Difference(-1.0, 0.1, 0.01), "(95 % interval -1.196 to -0.804): a is better."),
+        (
+            Difference(-1.0, 0.1, 0.01, 0, 60, 3, 2),
+            "(95 % interval -1.430 to -0.570; n = 60 images, 3 of them annealed)",
+        ),
         (Difference(0.1, 0.1, 0.01), "no difference can be told"),
+        (Difference(1.0, 0.1, 0.01, 0, 2, 2, 1), "interval -0.271 to +2.271; n = 2 images): no difference can be told"),
+        (Difference(1.0, math.nan, 0.01, 0, 1, 0, 0), "interval unknown; n = 1 image): no difference can be told"),
         (Difference(math.nan, math.nan, math.nan, 3), "cannot be told apart"),
     ],
 )
@@ -320,12 +330,55 @@ def test_it_says_which_is_better_and_how_sure_that_is(d, said):
 # Several runs
 
 
+def test_intervals_of_three_data_cover():
+    generator, held = np.random.default_rng(0), 0
+    for values in generator.normal(0.5, 2.0, size=(4000, 3)):
+        d = Gaps(values, np.zeros(3), values[:0], values[:0], np.arange(0)).difference()
+        held += abs(d.mean - 0.5) < d.margin()
+    assert abs(held / 4000 - 0.95) < 4 * (0.05 * 0.95 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(("num", "low"), [(2, 0.94), (4, 0.94), (30, 0.93)])
+def test_importance_sampling_of_all_is_corrected_by_the_annealed(num, low):
+    """A known difference of -1, of which importance sampling of one run misses 3 nats."""
+    generator, found = np.random.default_rng(num), []
+    for _ in range(1000):
+        true = generator.normal(-1.0, 1.5, size=60)
+        rough = true + generator.normal(3.0, 0.8, size=60)
+        among = np.sort(generator.choice(60, num, replace=False))
+        fine = true[among] + generator.normal(0, 0.05, size=num)
+        gaps = Gaps(rough, np.full(60, 0.1), fine, np.full(num, 0.05), among)
+        d = gaps.difference()
+        assert (d.size, d.annealed, d.freedom) == (60, num, num - 1)
+        found.append((d.mean, abs(d.mean + 1.0) < d.margin()))
+    mean, covered = np.mean(found, axis=0)
+    assert abs(mean + 1.0) < 0.1
+    assert low < covered <= 1
+
+
+def test_hopeless_importance_sampling_is_left_out():
+    generator = np.random.default_rng(0)
+    fine = generator.normal(2.0, 1.0, size=12)
+    rough = generator.normal(-500.0, 300.0, size=60)
+    d = Gaps(rough, np.full(60, 9.0), fine, np.full(12, 0.1), np.arange(0, 60, 5)).difference()
+    assert d.mean == pytest.approx(fine.mean())
+    assert d.se == pytest.approx(fine.std(ddof=1) / 12**0.5, rel=0.02)
+
+
 def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
     seen = check_safe(runs.report(pair, tmp_path / "ab.html").read_text())
     compared = runs.compare([run.path for run in pair])
     (d,) = compared.differences
     assert f"{d.mean:+.3f}" in seen.text
-    assert f"95 % interval {abs(d.mean) - 1.96 * d.se:+.3f} to {abs(d.mean) + 1.96 * d.se:+.3f}" in seen.text
+    half = stats.t.ppf(0.975, 19) * d.se
+    assert (
+        f"95 % interval {d.mean - half:+.3f} to {d.mean + half:+.3f}; n = 60 images, 20 of them annealed" in seen.text
+    )
+    for run in pair:  # what the leaderboard says is what is said of the run itself
+        assert seen.text.count(f" {run.result['annealed_log_likelihood']:.3f} ") >= 1
+    text = compared.table()
+    assert d.sentence(str(pair[1].path), str(pair[0].path), "image") in text
+    assert f"{pair[1].result['annealed_log_likelihood']:.3f}" in text
     ranked = "ab" if d.mean < 0 else "ba"
     assert re.search(rf" 1 {ranked[0]} .* 2 {ranked[1]} ", seen.text)
     assert "--seed 0 1" in seen.text

@@ -159,7 +159,7 @@ def test_a_run_is_compared_scored_again_and_resumed(finished, tmp_path):
     other = train(path, tmp_path / "other", "--missing=zeros", *ANNEALED)
     assert not other.model.posterior.network.mask
     assert finished.model.posterior.network.mask
-    assert "4 test rows, annealed" in runs.compare([finished, other]).table()
+    assert "corrected by the 4 annealed ones" in runs.compare([finished, other]).table()
     changed = finished.result | {"densities": ["height", "change", "visits"]}
     shutil.copytree(finished.path, tmp_path / "changed")
     (tmp_path / "changed" / "result.json").write_text(json.dumps(changed))

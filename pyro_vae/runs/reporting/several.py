@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
-from pyro_vae.runs.comparing import MUST_AGREE, annealed_alike, difference_of
+from pyro_vae.runs.comparing import MUST_AGREE, Difference, annealed_alike, difference_of
 from pyro_vae.runs.loading import load
 from pyro_vae.runs.reporting import drawing
 from pyro_vae.runs.reporting.contents import (
@@ -80,10 +78,13 @@ def _group(group: Sequence[Told]) -> list[Any]:
     doubtful = {told.name: verdict(told.run.result, told.run.evidence).believed is False for told in group}
     runs = [told.run for told in group]
     estimator = "annealed" if annealed_alike(runs) else "importance"
-    how = f"{estimator if estimator == 'annealed' else 'importance sampling'}, "
-    how += f"{first.run.evidence[estimator].sizes['datum']:,} test {first.noun}s, paired; {first.run.result['unit']}"
+    size, noun = first.run.importance.sizes["datum"], first.noun
+    annealed = first.run.evidence["annealed"].sizes["datum"] if estimator == "annealed" else 0
+    how = "annealed" if annealed == size else "importance sampling"
+    how += f", corrected by the {annealed:,} that are annealed" * (0 < annealed < size)
+    how = f"differences are paired over {size:,} test {noun}s, {how}; {first.run.result['unit']}"
     if not others:
-        return [Text("There is nothing to compare it with."), _board([(first, None)], estimator, how)]
+        return [Text("There is nothing to compare it with."), _board([(first, None)], how)]
     claims, found, told_of = [], {}, {}
     for told in others:
         try:
@@ -96,19 +97,15 @@ def _group(group: Sequence[Told]) -> list[Any]:
         told_of[told.name] = claims[-1].text
     order = [(first, None), *((told, found[told.name]) for told in others if told.name in found)]
     order.sort(key=lambda pair: -_or(pair[1].mean, -math.inf) if pair[1] else 0.0)
-    good = {
-        told.name: (told.run.evidence[estimator]["log_px"] - first.run.evidence[estimator]["log_px"]).values
-        for told, d in order
-        if d is not None and not d.num_not_finite
-    }
+    good = {told.name: (d.mean, d.se, d.freedom) for told, d in order if d is not None and not d.num_not_finite}
     blocks: list[Any] = [Verdicts(None, _answer(order), claims)]
     if good:
-        draw = partial(_forest_of, good, f"nats per {first.noun} above {first.name}")
+        draw = partial(_forest_of, good, f"log p(x) minus that of {first.name}, nats per {first.noun}")
         blocks.append(Figures(drawing.forest(draw, list(good), list(told_of.values()))))
-    return [*blocks, _board(order, estimator, how)]
+    return [*blocks, _board(order, how)]
 
 
-def _forest_of(differences: dict[str, np.ndarray], title: str, out: Any) -> None:
+def _forest_of(differences: dict[str, tuple[float, float, float]], title: str, out: Any) -> None:
     figures.paired_differences(differences, out, title)
 
 
@@ -116,33 +113,45 @@ def _or(value: float, other: float) -> float:
     return value if math.isfinite(value) else other
 
 
-def _answer(order: Sequence[tuple[Told, Any]]) -> str:
-    """Which run is first of those that were ranked, or that they cannot be told apart."""
-    first = order[0][0].name
-    if len(order) == 1:
+def _answer(order: Sequence[tuple[Told, Difference | None]]) -> str:
+    """Which runs are better than the reference, which are worse, and of which that cannot be told."""
+    reference = next(told.name for told, d in order if d is None)
+    found = [(told.name, d) for told, d in order if d is not None]
+    if not found:
         return "They cannot be compared."
-    return f"The highest log-likelihood is that of {first}; below is how sure that is."
+    better_ones = [name for name, d in found if d.is_told and d.mean > 0]
+    worse = [name for name, d in found if d.is_told and d.mean < 0]
+    same = [name for name, d in found if not d.is_told]
+    kinds = (("Better than", better_ones), ("Worse than", worse), ("No difference can be told to", same))
+    return " ".join(f"{kind} {reference}: {', '.join(names)}." for kind, names in kinds if names)
 
 
-def _board(order: Sequence[tuple[Told, Any]], estimator: str, how: str) -> Grid:
+def _board(order: Sequence[tuple[Told, Difference | None]], how: str) -> Grid:
     """The leaderboard of runs that can be compared."""
     rows = []
     for rank, (told, d) in enumerate(order):
-        result, mean = told.run.result, float(told.run.evidence[estimator]["log_px"].values.mean())
-        difference = ("reference", "", "") if d is None else (_signed(d.mean), number(d.se), number(d.mc_se))
-        believed = BELIEVED[verdict(result, told.run.evidence).believed]
+        result = told.run.result
+        found = verdict(result, told.run.evidence)
+        difference = ("reference", "", "", "", "")
+        if d is not None:
+            known = math.isfinite(d.mean)
+            difference = (_signed(d.mean), d.interval if known else "\u2013", d.count(told.noun), number(d.se))
+            difference += (number(d.mc_se),)
+        believed = BELIEVED[found.believed]
         more = (
             number(result.get("validation_log_likelihood"), 2),
             str(result["active_units"]),
             f"{result['train_seconds']:.0f}",
         )
-        rows.append((f"{rank + 1}", told.name, number(mean), *difference, believed, *more))
-    noun = order[0][0].noun
+        rows.append((f"{rank + 1}", told.name, number(found.value), *difference, believed, *more))
+    noun, reference = order[0][0].noun, next(told.name for told, d in order if d is None)
     header = (
         "rank",
         "run",
         "log p(x)",
-        "difference",
+        f"minus {reference}",
+        "95 % interval",
+        "of",
         f"± over {noun}s",
         "± Monte Carlo",
         "believed",

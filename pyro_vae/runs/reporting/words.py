@@ -176,21 +176,11 @@ def better(name: str, other: str, d: Difference, noun: str, doubted: Sequence[st
         noun: what a datum is called.
         doubted: names of runs whose own number is not to be believed.
     """
-    if not math.isfinite(d.mean):
-        return Claim(
-            None,
-            f"{name} and {other} cannot be told apart: log p(x) of {_several(d.num_not_finite, noun)} is no number.",
-        )
-    first, second = (name, other) if d.mean > 0 else (other, name)
-    gap, hedge = abs(d.mean), f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed."
-    interval = f"95 % interval {gap - 1.96 * d.se:+.3f} to {gap + 1.96 * d.se:+.3f}"
-    hedge = hedge if doubted else ""
-    if gap <= 1.96 * d.se:
-        told = f"{first} and {second}: no difference can be told, {gap:+.3f} nats per {noun}"
-        return Claim(None, f"{told} ({interval}).{hedge}")
-    return Claim(
-        not doubted or None, f"{first} is better than {second} by {gap:.3f} nats per {noun} ({interval}).{hedge}"
-    )
+    told = d.sentence(name, other, noun)
+    if not d.is_told:
+        return Claim(None, told)
+    hedge = f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed." if doubted else ""
+    return Claim(not doubted or None, told + hedge)
 
 
 def errors_of(result: Result) -> list[tuple[str, str, str]]:
