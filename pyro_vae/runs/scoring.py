@@ -278,6 +278,11 @@ def bits_per_dim(log_likelihood: float, data: Data, head: Likelihood) -> float |
 def report_run(run_dir: Path) -> None:
     """Print the result in ``run_dir`` as a short table."""
     result = result_of(run_dir)
+    print(f"\n{table([('test', result['unit'], ''), *rows_of(result)])}\n\n{run_dir}")
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each number of a run with its meaning and with what speaks against it: name, number, and what it says."""
     noun = noun_of(result)
     tests = f"{result['num_images']:,} test {noun}s"
     samples = f"{result['num_samples']:,} samples from the guide, {tests}: the customary number"
@@ -288,7 +293,6 @@ def report_run(run_dir: Path) -> None:
         believe = BY_ROUNDING if share is None else believe
         believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe
     rows = [
-        ("test", result["unit"], ""),
         ("ELBO", number(result["test_elbo"], 2), "the evidence lower bound, E_q[log p(x, z) - log q(z given x)]"),
         ("log p(x), importance sampling", number(result["test_log_likelihood"], 2), samples),
         ("  Monte Carlo error", number(result["mc_se"]), believe),
@@ -327,9 +331,9 @@ def report_run(run_dir: Path) -> None:
     if result.get("bits_per_dim") is not None:
         rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
     rows += lost_rows(result)
-    if result["num_invalid"]:
+    if result.get("num_invalid"):
         rows.append(("invalid weights", str(result["num_invalid"]), "log-weights that are NaN or infinite"))
-    print(f"\n{table(rows)}\n\n{run_dir}")
+    return rows
 
 
 def lost_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -274,7 +274,12 @@ def evidence(size, **fields):
         ({"reliable": False}, False, "chains from the prior find more"),
         ({"reliable": None, "share_khat_above_threshold": None}, None, "too few samples"),
         ({"reliable": False, "num_not_finite": 3}, False, "3 images is NaN or infinite"),
-        ({**ANNEALED, "reliable": False, "share_khat_above_threshold": 0.4}, True, "does not rest on it"),
+        ({**ANNEALED, "reliable": False, "share_khat_above_threshold": 0.4}, True, "100 of 400 images were annealed"),
+        (
+            {**ANNEALED, "num_images": 100, "reliable": False, "share_khat_above_threshold": 0.4},
+            True,
+            "does not rest on it",
+        ),
         ({**ANNEALED, "annealed_reliable": False, "annealed_share_reliable": 0.9}, False, "10.0% of the images failed"),
         ({**ANNEALED, "annealed_reliable": False}, False, "its error is too large"),
         ({**ANNEALED, "annealed_reliable": None}, None, "did not check it"),
@@ -289,6 +294,37 @@ def test_it_says_whether_to_believe_it_and_why(changed, believed, said):
     assert said in " ".join(claim.text for claim in found.claims)
     if believed is False:
         assert any(claim.good is False for claim in found.claims)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"annealed_images": 10, "annealed_mc_se": 7.3},
+            "Only within its error of \u00b1 7.300: 10 of 400 images were",
+        ),
+        ({"annealed_images": 10}, "Only within its error of \u00b1 0.010: 10 of 400 images were annealed."),
+        ({"annealed_mc_se": 1.5}, "100 of 400 images were annealed, and their correction is that uncertain."),
+        ({"annealed_images": 10, "num_images": 10}, "Yes: it may be believed"),
+        ({"annealed_images": 10, "annealed_reliable": False}, "No: do not believe"),
+    ],
+)
+def test_where_few_are_annealed_it_is_believed_only_within_its_error(changed, said):
+    found = words.verdict(result(**ANNEALED | {"share_khat_above_threshold": 1.0, "reliable": False} | changed), {})
+    assert said in found.answer
+    assert found.guarded == said.startswith(("Only", "100 of"))
+    (against,) = (claim for claim in found.claims if claim.of == "importance sampling")
+    assert (against.good, "100.0% of the images" in against.text) == (False, True)
+
+
+def test_the_table_of_a_page_warns_as_the_terminal_does(pair, seen, capsys):
+    runs.report_run(pair[0].path)
+    told = capsys.readouterr().out.split("\n\n")[0].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told][2:]
+    assert {"low by about", "KL divergence"} <= {row[0] for row in rows}
+    assert any(row[0].startswith("images with k >") for row in rows)
+    for row in rows:
+        assert " ".join(" ".join(row).split()) in seen.text
 
 
 @pytest.mark.parametrize(

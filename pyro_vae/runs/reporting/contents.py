@@ -23,8 +23,8 @@ from pyro_vae.runs.reading import evaluation_of, text_of, yaml_of
 from pyro_vae.runs.reporting import drawing
 from pyro_vae.runs.reporting.page import Column, Figures, Folded, Gallery, Grid, Page, Rows, Section, Text, Verdicts
 from pyro_vae.runs.reporting.showing import Shown
-from pyro_vae.runs.reporting.words import errors_of, verdict
-from pyro_vae.runs.scoring import number
+from pyro_vae.runs.reporting.words import verdict
+from pyro_vae.runs.scoring import number, rows_of
 from pyro_vae.runs.settings import Settings
 
 MOST_ROWS = 10_000
@@ -105,7 +105,7 @@ def belief(told: Told) -> list[Any]:
         Grid(
             f"All numbers, in {told.run.result['unit']}; larger is better",
             ("number", "value", "what it is"),
-            errors_of(told.run.result),
+            [(name.replace("  ", "\u2003"), *others) for name, *others in rows_of(told.run.result)],
         ),
     ]
 

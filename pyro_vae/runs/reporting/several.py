@@ -30,7 +30,6 @@ from pyro_vae.runs.summaries import Summary, choice, estimators, forest, load_st
 
 MOST_RUNS = 8
 """That a sortable table has columns for, the first ones."""
-BELIEVED = {True: "yes", False: "no", None: "not known"}
 
 
 def comparison_page(runs: Sequence[Told]) -> Page:
@@ -137,13 +136,12 @@ def _board(order: Sequence[tuple[Told, Difference | None]], how: str) -> Grid:
             known = math.isfinite(d.mean)
             difference = (_signed(d.mean), d.interval if known else "\u2013", d.count(told.noun), number(d.se))
             difference += (number(d.mc_se),)
-        believed = BELIEVED[found.believed]
         more = (
             number(result.get("validation_log_likelihood"), 2),
             str(result["active_units"]),
             f"{result['train_seconds']:.0f}",
         )
-        rows.append((f"{rank + 1}", told.name, number(found.value), *difference, believed, *more))
+        rows.append((f"{rank + 1}", told.name, number(found.value), *difference, found.short, *more))
     noun, reference = order[0][0].noun, next(told.name for told, d in order if d is None)
     header = (
         "rank",
@@ -284,7 +282,7 @@ def _runs_of(paths: Sequence[Path], directory: Path, beside: Path) -> list[Any]:
         found, page = verdict(run.result, run.evidence), path / "report.html"
         linked = page.exists() and beside.resolve() == directory.resolve()
         name = (path.name, f"{quote(path.name)}/report.html") if linked else path.name
-        rows.append((name, number(found.value, 2), number(found.error), BELIEVED[found.believed]))
+        rows.append((name, number(found.value, 2), number(found.error), found.short))
         histories[path.name] = history_of(path)
     blocks: list[Any] = [Grid("Each run", ("run", "log p(x)", "± Monte Carlo", "believed"), rows)]
     text = "pyro-vae report on the directory of a run makes a page of it, with its data and pictures."

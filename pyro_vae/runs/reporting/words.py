@@ -14,22 +14,36 @@ from pyro_vae.runs.comparing import Difference
 from pyro_vae.runs.directory import noun_of
 from pyro_vae.runs.scoring import BY_ROUNDING, FEW_DOUBTED, MANY, MORE_ELSEWHERE, best, number, unreliable
 
+FEW_ANNEALED = 20
+"""Annealed data below which the error of a mean over others, which they correct, is itself hardly known."""
+MOST_ERROR = 1.0
+"""Nats, the error of a mean above which it is called no more than that."""
+
 
 class Claim(NamedTuple):
-    """One sentence: whether it speaks for the number, or against it, or, None, neither."""
+    """One sentence: whether it speaks for the number, or against it, or, None, neither; ``of`` names another number."""
 
     good: bool | None
     text: str
+    of: str = "it"
 
 
 class Verdict(NamedTuple):
-    """Whether a number is to be believed: None, if nobody knows."""
+    """Whether a number is to be believed: None, if nobody knows, or, ``guarded``, only within a large error."""
 
     believed: bool | None
     value: float
     error: float | None
     answer: str
     claims: list[Claim]
+    guarded: bool = False
+
+    @property
+    def short(self) -> str:
+        """In a word or three."""
+        if self.guarded:
+            return "only within its error"
+        return {True: "yes", False: "no", None: "not known"}[self.believed]
 
 
 Result = Mapping[str, Any]
@@ -56,9 +70,20 @@ def verdict(result: Result, evidence: Mapping[str, xr.Dataset], history: Sequenc
         False: "No: do not believe this number.",
         None: "Not known: this run does not say whether its number may be believed.",
     }[believed]
-    if any(claim.good is False for claim in claims) and believed:
+    if any(claim.good is False and claim.of == "it" for claim in claims) and believed:
         answer = "Yes, with a reservation: read what speaks against it."
-    return Verdict(believed, value, error, answer, claims)
+    few = _is_little(result, error) if annealed and believed else ""
+    answer = f"Only within its error of \u00b1 {number(error)}: {few}." if few else answer
+    return Verdict(None if few else believed, value, error, answer, claims, bool(few))
+
+
+def _is_little(result: Result, error: float | None) -> str:
+    """Why little speaks for a mean that annealed data correct; empty if enough does."""
+    size, whole, noun = result["annealed_images"], result["num_images"], noun_of(dict(result))
+    told = f"{size:,} of {_several(whole, noun)} {'was' if size == 1 else 'were'} annealed"
+    if size < min(FEW_ANNEALED, whole):
+        return told
+    return "" if error is not None and error <= MOST_ERROR else f"{told}, and their correction is that uncertain"
 
 
 def _of_numbers(result: Result) -> list[Claim]:
@@ -78,7 +103,8 @@ def _of_annealing(result: Result) -> list[Claim]:
     """The estimate by annealed importance sampling, which corrects the other one."""
     noun, believed = noun_of(dict(result)), result.get("annealed_reliable")
     share, size = result.get("annealed_share_reliable"), result["annealed_images"]
-    of = f"Annealed importance sampling of {_several(size, noun)}"
+    whole = result["num_images"]
+    of = f"Annealed importance sampling of {f'{size:,} of ' * (size < whole)}{_several(whole, noun)}"
     if result.get("annealed_log_likelihood") is None:
         return [Claim(False, f"{of} made no number.")]
     if believed is None:
@@ -125,8 +151,12 @@ def _of_both(result: Result, evidence: Mapping[str, xr.Dataset]) -> list[Claim]:
 def _of_importance(result: Result, annealed: bool) -> list[Claim]:
     """Pareto k and effective sample size of importance sampling."""
     noun, share = noun_of(dict(result)), result["share_khat_above_threshold"]
-    elsewhere = " The annealed number does not rest on it." if annealed else ""
-    bad: bool | None = None if annealed else False
+    elsewhere = ""
+    if annealed:
+        size, whole = result["annealed_images"], result["num_images"]
+        corrected = f" {size:,} of {_several(whole, noun)} were annealed: their mean difference stands in for that."
+        elsewhere = corrected if size < whole else " The annealed number does not rest on it."
+    of = "importance sampling" if annealed else "it"
     claims = []
     if share is None:
         claims.append(
@@ -137,12 +167,12 @@ def _of_importance(result: Result, annealed: bool) -> list[Claim]:
         told = f"Pareto k of the importance weights is above {threshold:.2f} for {share:.1%} of the {noun}s"
         if share > MANY:
             why = "there the estimate is too low by an unknown amount, and so is its error"
-            claims.append(Claim(bad, f"{told}: {why}.{elsewhere}"))
+            claims.append(Claim(False, f"{told}: {why}.{elsewhere}", of))
         else:
             claims.append(Claim(True, f"{told}: few enough for the mean of all."))
     if result.get("reliable") is False and not result.get("num_not_finite") and (share is None or share <= MANY):
         why = BY_ROUNDING if share is None else MORE_ELSEWHERE
-        claims.append(Claim(bad, f"Importance sampling is {why}.{elsewhere}"))
+        claims.append(Claim(False, f"Importance sampling is {why}.{elsewhere}", of))
     if result.get("median_ess") is not None:
         told = f"Half of the {noun}s have an effective sample size below {result['median_ess']:,.0f}"
         claims.append(Claim(None, f"{told}, of {result['num_samples']:,} importance samples."))
@@ -181,33 +211,6 @@ def better(name: str, other: str, d: Difference, noun: str, doubted: Sequence[st
         return Claim(None, told)
     hedge = f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed." if doubted else ""
     return Claim(not doubted or None, told + hedge)
-
-
-def errors_of(result: Result) -> list[tuple[str, str, str]]:
-    """Each number of a run with its meaning: name, number, and what it says."""
-    result = dict(result)
-    noun, annealed = noun_of(result), result.get("annealed_images")
-    rows = [("ELBO", number(result["test_elbo"], 2), "the evidence lower bound")]
-    how = f"{result['num_samples']:,} samples from the guide, {_several(result['num_images'], 'test ' + noun)}"
-    rows.append(("log p(x), importance sampling", number(result["test_log_likelihood"], 2), how))
-    rows.append(("its Monte Carlo error", number(result["mc_se"]), "another run of the estimator would differ by this"))
-    if annealed:
-        how = f"of {_several(annealed, noun)}; their mean difference corrects the number above"
-        rows.append(("log p(x), annealed", number(result.get("annealed_log_likelihood"), 2), how))
-        how = f"another draw of these {noun}s, and another run, would differ by this"
-        rows.append(("its Monte Carlo error", number(result.get("annealed_mc_se")), how))
-    how = f"another test set of as many {noun}s would differ by this"
-    rows.append((f"error over {noun}s", number(result["test_log_likelihood_se"]), how))
-    if result.get("num_validation_images"):
-        how = f"{_several(result['num_validation_images'], noun)}, importance sampling: choose models by this"
-        rows.append(("validation", number(result.get("validation_log_likelihood"), 2), how))
-    if result.get("bits_per_dim") is not None:
-        rows.append(("bits per dimension", number(result["bits_per_dim"]), "of the image as stored; smaller is better"))
-    if result.get("kl") is not None:
-        rows.append(("KL divergence", number(result["kl"], 2), "of q(z given x) to the prior: what the latents carry"))
-    rows.append(("active units", str(result["active_units"]), f"latent units that vary with the {noun}"))
-    seconds = f"{result['train_seconds']:.0f} + {result['evaluate_seconds']:.0f}"
-    return [*rows, ("seconds", seconds, "training + evaluation")]
 
 
 def _several(count: int, noun: str) -> str:
