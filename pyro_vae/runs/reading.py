@@ -213,7 +213,7 @@ SUMMARY: dict[str, Is] = {
 
 LATER_SUMMARY: dict[str, Is] = {
     **dict.fromkeys(("importance_sampled", "validation"), or_null(is_number)),
-    "validation_seed_error": or_null(is_error),
+    **dict.fromkeys(("validation_seed_error", "validation_error"), or_null(is_error)),
     "estimator": lambda value: value in ("annealed", "importance"),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
@@ -43,6 +44,8 @@ class Summary(NamedTuple):
         validation: log-likelihood of validation data by importance sampling, mean over seeds: what to choose by. NaN in
             studies of earlier versions.
         validation_seed_error: of ``validation``, over seeds.
+        validation_error: of ``validation`` minus that of the reference, over validation data, foretold from the test
+            data, and of its Monte Carlo error. NaN in studies of earlier versions.
     """
 
     name: str
@@ -63,6 +66,18 @@ class Summary(NamedTuple):
     bits_per_dim: float | None
     validation: float = math.nan
     validation_seed_error: float | None = None
+    validation_error: float = math.nan
+
+    def margin(self) -> float:
+        """Half the width of the 95 % interval of ``difference``, over seeds (by Student's t) and images."""
+        return math.hypot(
+            _of_seeds(self.difference_seed_error, len(self.differences)), 1.96 * self.difference_image_error
+        )
+
+
+def _of_seeds(error: float | None, seeds: int) -> float:
+    """Half the width of a 95 % interval by Student's t; 0 of a single seed, of which nothing is known."""
+    return 0.0 if error is None or seeds < 2 else float(stdtrit(seeds - 1, 0.975)) * error
 
 
 def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
@@ -97,9 +112,22 @@ def summarize(directories: dict[str, list[Path]]) -> list[Summary]:
                 bits_per_dim=None if results[0]["bits_per_dim"] is None else _mean(results, "bits_per_dim"),
                 validation=statistics.fmean(chosen),
                 validation_seed_error=standard_error(chosen),
+                validation_error=_validation_error(results, paired.difference_image_error),
             )
         )
     return summaries
+
+
+def _validation_error(results: Sequence[dict[str, Any]], over_images: float) -> float:
+    """The error of a validation log-likelihood, against the reference: of as many data as there are, and Monte Carlo's.
+
+    What each validation datum has is not kept: differences vary over them as over the test data.
+    """
+    size = results[0].get("num_validation_images")
+    errors = [error for each in results if (error := each.get("validation_mc_se")) is not None]
+    if not size or len(errors) < len(results):
+        return math.nan
+    return math.hypot(over_images * math.sqrt(results[0]["num_images"] / size), *(e / len(errors) for e in errors))
 
 
 def best_by_validation(summaries: Sequence[Summary]) -> Summary:
@@ -122,7 +150,26 @@ def choice(summaries: Sequence[Summary]) -> list[str]:
     best = best_by_validation(summaries)
     told = f" {', '.join(lost)}: not reliable, it is NaN or infinite." if lost else ""
     spread = "" if best.validation_seed_error is None else f" +- {best.validation_seed_error:.2f} over seeds"
-    return ["", f"The validation data choose {best.name}: log p(x) {best.validation:.2f}{spread}.{told}"]
+    how = f"log p(x) {best.validation:.2f}{spread}, by importance sampling"
+    return ["", f"The validation data choose {best.name}: {how}.{_lead(best, summaries)}{told}"]
+
+
+def _lead(best: Summary, summaries: Sequence[Summary]) -> str:
+    """By how much the chosen one leads, and whether that is more than its error."""
+    others = [s for s in summaries if s.reference == best.reference and s is not best and math.isfinite(s.validation)]
+    if not others:
+        return ""
+    second = max(others, key=lambda s: s.validation)
+    gap, both = best.validation - second.validation, (best, second)
+    over_data = math.hypot(*(1.96 * s.validation_error for s in both))
+    over_seeds = math.hypot(*(_of_seeds(s.validation_seed_error, len(s.differences)) for s in both))
+    if not math.isfinite(over_data):
+        over_data = 0.0 if over_seeds else math.nan  # an earlier version's
+    margin = math.hypot(over_data, over_seeds)
+    told = f" {second.name} is {gap:.2f} nats lower"
+    if not math.isfinite(margin):
+        return f"{told}; how sure that is was not kept."
+    return f"{told}, +- {margin:.2f} (95 %)" + (": that is within its error." if gap <= margin else ".")
 
 
 def estimators(summaries: Sequence[Summary]) -> str:
@@ -183,18 +230,18 @@ def summary_table(summaries: Sequence[Summary], more: Mapping[str, Sequence[str]
 
 
 def forest(summaries: Sequence[Summary], path: figures.Place, title: str) -> None:
-    """Differences of log p(x) to the reference: each seed, their mean and its standard error over seeds."""
+    """Differences of log p(x) to the reference: each seed, their mean and its 95 % interval over seeds and data."""
     others = [s for s in summaries if s.name != s.reference]
     others = [s for s in others if math.isfinite(s.difference)] or others  # what is not finite is in the table
     with figures.figure(path, 6.4, 1.2 + 0.4 * len(others)) as axes:
         for row, s in enumerate(others):
             axes.scatter(s.differences, [row] * len(s.differences), s=12, color="0.6", zorder=2)
-            axes.errorbar(s.difference, row, xerr=s.difference_seed_error, fmt="o", color="C0", capsize=3, zorder=3)
+            axes.errorbar(s.difference, row, xerr=s.margin(), fmt="o", color="C0", capsize=3, zorder=3)
         axes.axvline(0, color="C3", lw=1)
         axes.set_yticks(range(len(others)), [figures.plain(s.name) for s in others])
         axes.set_ylim(len(others) - 0.5, -0.5)
         reference = figures.plain(others[0].reference)
-        axes.set(xlabel=f"log p(x) minus that of {reference}, nats per datum", title=title)
+        axes.set(xlabel=f"minus {reference}, nats per datum; bars: 95 %", title=title)
 
 
 def write_study(

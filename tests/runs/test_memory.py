@@ -16,7 +16,7 @@ from pyro_vae.data.images import fingerprint
 from pyro_vae.data.own import Npz
 from pyro_vae.errors import RunError
 from pyro_vae.runs import memory
-from pyro_vae.runs.studies import Summary, best_by_validation, summary_table
+from pyro_vae.runs.studies import Summary, best_by_validation, choice, summary_table
 
 QUICK = [
     *("--encoder.hidden=[4]", "--decoder.hidden=[4]", "--latent_dim=2", "--epochs=2", "--device=cpu"),
@@ -161,6 +161,13 @@ def test_contenders_are_chosen_by_validation_data():
     known = [summary("first", -3.0, test=9.0), summary("second", -2.0, test=-9.0), summary("other", 5.0, 0.0, "other")]
     assert best_by_validation(known).name == "second"
     assert "validation" in summary_table(known[:2]).splitlines()[0]
+    of_three = {"differences": [0.0] * 3, "validation_seed_error": 0.1, "validation_error": 0.0}
+    three = [each._replace(**of_three) for each in known[:2]]  # the t quantile of two degrees of freedom is 4.303
+    assert "first is 1.00 nats lower, +- 0.61 (95 %)." in choice(three)[1]
+    near = [three[0], three[1]._replace(validation=-2.5)]
+    assert "first is 0.50 nats lower, +- 0.61 (95 %): that is within its error." in choice(near)[1]
+    assert "was not kept" in choice(known[:2])[1]
+    assert three[0].margin() == pytest.approx(math.hypot(0.4303, 0.196), abs=1e-3)
     old = [summary("first", math.nan)]
     assert "validation" not in summary_table(old)
     with pytest.raises(RunError, match="no run of this study has validation numbers"):

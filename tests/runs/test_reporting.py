@@ -442,6 +442,10 @@ def test_a_study_has_a_page(pair, tmp_path, without_figures):
     cli.main(["report", str(folder)])
     seen = check_safe((folder / "report.html").read_text())
     (_, second) = summaries
+    order = sorted(summaries, key=lambda each: -each.log_likelihood)
+    assert re.search(rf" 1 {order[0].name} {order[0].log_likelihood:.2f} .* 2 {order[1].name} ", seen.text)
+    assert "The validation data choose" in seen.text
+    assert "nats lower, +-" in seen.text
     assert f"{second.difference:+.3f}" in seen.text
     assert "one-seed0/report.html" in {attrs.get("href") for _, attrs in seen.elements}
     assert "one seed alone" in seen.text

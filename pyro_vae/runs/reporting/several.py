@@ -10,6 +10,7 @@ from urllib.parse import quote
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
 from pyro_vae.runs.comparing import MUST_AGREE, Difference, annealed_alike, difference_of
+from pyro_vae.runs.directory import noun_of
 from pyro_vae.runs.loading import load
 from pyro_vae.runs.reporting import drawing
 from pyro_vae.runs.reporting.contents import (
@@ -220,8 +221,10 @@ def _contenders(group: Sequence[Summary]) -> list[Any]:
         names = [each.name for each in group if each.name != reference]
         draw = partial(forest, group, title=f"log p(x) minus that of {figures.plain(reference)}")
         blocks.append(Figures(drawing.forest(draw, names, [claim.text for claim in claims])))
-    order = sorted(group, key=lambda each: -_or(each.difference if each.name != reference else 0.0, -math.inf))
-    rows = [_row(rank, each, reference) for rank, each in enumerate(order)]
+    alike = len({each.estimator for each in group}) == 1  # else importance sampling is what all have
+    values = {each.name: each.log_likelihood if alike else each.importance_sampled for each in group}
+    order = sorted(group, key=lambda each: -_or(values[each.name], -math.inf))
+    rows = [_row(rank, each, values[each.name], reference) for rank, each in enumerate(order)]
     header = (
         "rank",
         "contender",
@@ -234,7 +237,9 @@ def _contenders(group: Sequence[Summary]) -> list[Any]:
         "bad k",
         "validation",
     )
-    caption = f"Leaderboard: {estimators(group)}; {group[0].unit}; means over seeds, larger is better"
+    how = "" if alike else "log p(x) by importance sampling, which all have; differences "
+    caption = f"Leaderboard by log p(x) of the test data: {how}{estimators(group)}; {group[0].unit}; means over seeds, "
+    caption += "larger is better; models are chosen by the validation column"
     return [*blocks, Grid(caption, (*header, "active units", "train s"), rows)]
 
 
@@ -242,20 +247,20 @@ def _difference_of(each: Summary) -> Claim:
     """How much better a contender is than its reference, and how sure that is."""
     if not math.isfinite(each.difference):
         return Claim(None, f"{each.name} cannot be compared with {each.reference}: log p(x) is not finite.")
-    error = math.hypot(each.difference_seed_error or 0.0, each.difference_image_error)
+    margin, noun = each.margin(), noun_of({"unit": each.unit})
     seeds = (
         "one seed alone: others may differ by more"
         if each.difference_seed_error is None
-        else (f"± {each.difference_seed_error:.3f} over {len(each.differences)} seeds")
+        else f"over {len(each.differences)} seeds and over data"
     )
-    told = f"{abs(each.difference):.3f} nats per datum ({seeds}, ± {each.difference_image_error:.3f} over data)"
-    if abs(each.difference) <= 2 * error:
-        return Claim(None, f"{each.name} and {each.reference}: no difference can be told, {told}.")
-    first, second = (each.name, each.reference) if each.difference > 0 else (each.reference, each.name)
-    return Claim(True, f"{first} is better than {second} by {told}.")
+    interval = f"95 % interval {each.difference - margin:+.3f} to {each.difference + margin:+.3f}, {seeds}"
+    told = f"{each.name} minus {each.reference}: {each.difference:+.3f} nats per {noun} ({interval})"
+    if not abs(each.difference) > margin:
+        return Claim(None, f"{told}: no difference can be told.")
+    return Claim(True, f"{told}: {each.name if each.difference > 0 else each.reference} is better.")
 
 
-def _row(rank: int, each: Summary, reference: str) -> tuple[str, ...]:
+def _row(rank: int, each: Summary, value: float, reference: str) -> tuple[str, ...]:
     difference = ("reference", "", "")
     if each.name != reference:
         difference = _signed(each.difference), number(each.difference_seed_error), number(each.difference_image_error)
@@ -267,7 +272,7 @@ def _row(rank: int, each: Summary, reference: str) -> tuple[str, ...]:
         number(each.active_units, 1),
         number(each.seconds, 0),
     )
-    return (f"{rank + 1}", each.name, number(each.log_likelihood, 2), number(each.seed_error, 2), *difference, *numbers)
+    return (f"{rank + 1}", each.name, number(value, 2), number(each.seed_error, 2), *difference, *numbers)
 
 
 def _runs_of(paths: Sequence[Path], directory: Path, beside: Path) -> list[Any]:
