@@ -161,11 +161,13 @@ def test_the_data_themselves_are_shown(pair, seen):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L"))
         assert np.array_equal(pixels < 128, x[int(place)].reshape(8, 8).numpy() > 0.5)  # as ink on paper
     assert len(seen.rows()["pictures"]) == 60
-    log_px = pair[0].importance["log_px"].values
-    shown = re.findall(r"(\d+): log p\(x\) (-[\d.]+), k", seen.text)
-    worst = np.argsort(log_px)[:10]
-    assert [(str(place), f"{log_px[place]:.1f}") for place in worst] == shown[:10]
-    assert [str(place) for place in np.argsort(-log_px)[:10]] == [place for place, _ in shown[10:20]]
+    log_px, annealed = pair[0].importance["log_px"].values.astype(float), pair[0].annealed
+    log_px[annealed["datum"].values] = annealed["log_px"].values
+    shown = re.findall(r"(\d+): log p\(x\) (-[\d.]+), (k|annealed)", seen.text)
+    worst, drawn = np.argsort(log_px)[:10], set(annealed["datum"].values.tolist())
+    expected = [(str(place), f"{log_px[place]:.1f}", "annealed" if place in drawn else "k") for place in worst]
+    assert expected == shown[:10]
+    assert [str(place) for place in np.argsort(-log_px)[:10]] == [each[0] for each in shown[10:20]]
     made = [attrs["alt"] for tag, attrs in seen.elements if tag == "img" and "reconstruction" in attrs["alt"]]
     assert len(made) == 30
     labels = " ".join(attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg")
@@ -523,6 +525,27 @@ def test_of_very_many_data_an_excerpt_says_what_is_left_out():
     assert set(np.argsort(log_px)[:2000].tolist()) | set(np.argsort(-log_px)[:2000].tolist()) <= set(kept.tolist())
     assert set(np.argsort(-importance["khat"].values)[:2000].tolist()) <= set(kept.tolist())
     assert contents.excerpt(evidence(10_000), "row")[1] == ""
+
+
+def test_the_annealed_are_ranked_by_what_annealing_found_and_stay():
+    importance, places = evidence(11_000, khat=2.0), np.arange(5000, 5100)
+    annealed = importance.isel(datum=places).assign(reliable=("datum", np.arange(100) > 0))
+    annealed["log_px"] = annealed["log_px"] - 50.0
+    known = contents.best_known(SimpleNamespace(importance=importance, annealed=annealed))
+    ranks = contents.ranked(known)
+    assert ranks["worst"][:3].tolist() == [5000, 5001, 5002]
+    assert ranks["least sure"][0] == 5000  # which failed a check; the others are the surest
+    assert set(ranks["least sure"][-99:].tolist()) == set(range(5001, 5100))
+    middle = importance.isel(datum=places)
+    same = contents.best_known(SimpleNamespace(importance=importance, annealed=middle))
+    kept, text = contents.excerpt(same, "row")
+    assert len(kept) == contents.MOST_ROWS
+    assert set(places.tolist()) <= set(kept.tolist())
+    assert "the 100 annealed" in text
+    assert contents._warning(same, np.arange(4995, 5005), 0.67).startswith("5 of these 10 have a Pareto k above 0.67")
+    assert contents._warning(same, places, 0.67) == ""
+    rows = page.Rows("rows", [page.Column("row", list(range(1000)))], keep=frozenset(range(1, 100, 2)))
+    assert page._halved(rows).columns[0].values == [i for i in range(1000) if i % 2 == 0 or i < 100]
 
 
 def test_a_page_that_would_be_too_large_leaves_out_what_is_heaviest():

@@ -200,13 +200,13 @@ def estimates(told: Told) -> list[drawing.Estimate]:
 
 def data_of(told: Told) -> list[Any]:
     """The worst, the best and the least sure data, and a sortable table of all."""
-    importance, noun = told.run.importance, told.noun
-    places, log_px = importance["datum"].values, importance["log_px"].values
-    kept, text = excerpt(importance, noun)
+    importance, noun, known = told.run.importance, told.noun, best_known(told.run)
+    places = importance["datum"].values
+    kept, text = excerpt(known, noun)
     blocks: list[Any] = [Text(text)] if text else []
     if told.absent:
         blocks.append(Text(f"The data themselves are not shown: {told.absent}"))
-    ranks = ranked(importance)
+    ranks, threshold = ranked(known), told.run.result["khat_threshold"] or 0.7
     slow = told.vae is None or told.data is None or drawing.pixel_by_pixel(told.vae, told.data)
     shown = None if told.data is None else Shown(told.data, None if slow else told.vae)
     if shown is not None and shown.left_out:
@@ -214,9 +214,10 @@ def data_of(told: Told) -> list[Any]:
     if shown is not None:
         for title, order in ranks.items():
             some = order[:IN_GALLERY]
-            about = [f"log p(x) {number(float(log_px[i]), 1)}{_sureness(importance, i)}" for i in some]
+            about = [f"log p(x) {number(float(known['log_px'].values[i]), 1)}{_sureness(known, i)}" for i in some]
             heading = f"The {title}" + ", each with its reconstruction" * (not slow)
-            blocks.append(Gallery(heading, shown.items([int(places[i]) for i in some], about)))
+            items = shown.items([int(places[i]) for i in some], about)
+            blocks.append(Gallery(heading, items, _warning(known, some, threshold)))
     columns = columns_of(told, kept)
     first = places[priority(ranks, kept)].tolist()
     pictures, (names, values) = {}, ([], {})
@@ -226,38 +227,79 @@ def data_of(told: Told) -> list[Any]:
             number_shown = len(pictures) + len(values)
             blocks.append(Text(f"The {number_shown:,} worst, best and least sure {noun}s are shown themselves."))
     caption = f"Test {noun}s, by importance sampling: nats, larger is better; a button in the head sorts"
-    blocks.append(Rows(caption, columns, noun, pictures, names, values))
+    annealed = frozenset(places[known["annealed"].values].tolist())
+    blocks.append(Rows(caption, columns, noun, pictures, names, values, keep=annealed))
     return blocks
 
 
-def _sureness(importance: xr.Dataset, place: int) -> str:
-    """Pareto k and effective sample size of a datum, as far as they are known."""
-    k, ess = (float(drawing.field(importance, name)[place]) for name in ("khat", "ess"))
+def best_known(run: Run) -> xr.Dataset:
+    """What is known best of each datum: ``log_px`` and ``mc_se`` annealed where they are, ``annealed`` tells where.
+
+    ``reliable`` is false where an annealed datum failed a check.
+    """
+    importance, annealed = run.importance, run.annealed
+    fields = {name: drawing.field(importance, name).astype(float) for name in ("log_px", "mc_se", "khat", "ess")}
+    is_annealed = np.zeros(importance.sizes["datum"], bool)
+    reliable = ~is_annealed
+    if annealed is not None:
+        among = np.searchsorted(importance["datum"].values, annealed["datum"].values)
+        is_annealed[among] = True
+        for name in ("log_px", "mc_se"):
+            fields[name][among] = annealed[name].values
+        passed = drawing.field(annealed, "reliable")
+        reliable[among] = np.where(np.isfinite(passed.astype(float)), passed.astype(float), 1.0) > 0
+    content = {name: ("datum", values) for name, values in (fields | {"annealed": is_annealed}).items()}
+    return xr.Dataset(content | {"reliable": ("datum", reliable)}, coords={"datum": importance["datum"].values})
+
+
+def _sureness(known: xr.Dataset, place: int) -> str:
+    """How a datum was estimated: annealed; or else its Pareto k and effective sample size, as far as they are known."""
+    if known["annealed"].values[place]:
+        failed = ", not reliable" * (not known["reliable"].values[place])
+        return f", annealed \u00b1 {number(float(known['mc_se'].values[place]), 2)}{failed}"
+    k, ess = (float(drawing.field(known, name)[place]) for name in ("khat", "ess"))
     return f", k {k:.2f}" * math.isfinite(k) + f", ESS {ess:.0f}" * math.isfinite(ess)
 
 
-def ranked(importance: xr.Dataset) -> dict[str, np.ndarray]:
-    """Rows in the order of what is wrong with them: worst first, best first, least sure first."""
-    log_px, khat, error = (drawing.field(importance, name) for name in ("log_px", "khat", "mc_se"))
+def _warning(known: xr.Dataset, some: np.ndarray, threshold: float) -> str:
+    """A line on those of a gallery whose log p(x) is not to be trusted; empty if there are none."""
+    bad = int(((known["khat"].values > threshold) & ~known["annealed"].values)[some].sum())
+    if not bad:
+        return ""
+    told = f"{bad:,} of these {len(some):,} have a Pareto k above {threshold:.2f} and are not annealed"
+    return f"{told}: their log p(x) is too low by an unknown amount, so that their order is not known."
+
+
+def ranked(known: xr.Dataset) -> dict[str, np.ndarray]:
+    """Rows in the order of what is wrong with them: worst first, best first, least sure first.
+
+    Where a datum is annealed, ``known`` has that of it, and k says nothing of how sure it is.
+    """
+    log_px, khat, error = (drawing.field(known, name) for name in ("log_px", "khat", "mc_se"))
     sure = np.where(np.isfinite(khat), khat, np.where(np.isneginf(khat), -1.0, error))
+    if "annealed" in known:
+        of_annealed = np.where(known["reliable"].values, -1.0 + np.tanh(error), np.inf)
+        sure = np.where(known["annealed"].values, of_annealed, sure)
     sure = np.where(np.isfinite(log_px), sure, np.inf)  # of what is no number nothing is sure
     by = {"worst": np.nan_to_num(log_px, nan=np.inf), "best": -np.nan_to_num(log_px, nan=-np.inf), "least sure": -sure}
     return {name: np.argsort(values, kind="stable") for name, values in by.items()}
 
 
-def excerpt(importance: xr.Dataset, noun: str) -> tuple[np.ndarray, str]:
+def excerpt(known: xr.Dataset, noun: str) -> tuple[np.ndarray, str]:
     """Rows of a sortable table, all or ``MOST_ROWS`` of them, and a line that says how many are left out."""
-    size = importance.sizes["datum"]
+    size = known.sizes["datum"]
     if size <= MOST_ROWS:
         return np.arange(size), ""
     each = MOST_ROWS // 5
-    ends = np.unique(np.concatenate([order[:each] for order in ranked(importance).values()]))
+    ends = np.unique(np.concatenate([order[:each] for order in ranked(known).values()]))
+    annealed = np.flatnonzero(known["annealed"].values) if "annealed" in known else np.arange(0)
+    room = len(annealed) <= each
+    ends = np.union1d(ends, annealed) if room else ends
     others = np.setdiff1d(np.arange(size), ends)
     drawn = np.random.default_rng(0).choice(others, MOST_ROWS - len(ends), replace=False)
     text = f"{size - MOST_ROWS:,} of {size:,} {noun}s are left out of the table: it has the {each:,} worst, best and "
-    return np.sort(
-        np.concatenate([ends, drawn])
-    ), text + f"least sure, and {len(drawn):,} drawn at random. evidence.nc has all."
+    text += "least sure, " + f"the {len(annealed):,} annealed, " * (room and len(annealed) > 0)
+    return np.sort(np.concatenate([ends, drawn])), text + f"and {len(drawn):,} drawn at random. evidence.nc has all."
 
 
 def priority(ranks: Mapping[str, np.ndarray], kept: np.ndarray) -> np.ndarray:

@@ -74,6 +74,7 @@ class Gallery(NamedTuple):
 
     title: str
     items: Sequence[Item]
+    note: str = ""
     kind = "gallery"
 
 
@@ -97,6 +98,7 @@ class Rows(NamedTuple):
         names: of what ``values`` has.
         values: texts by place, of some.
         sorted_by: the place of the column that it is sorted by at first, ascending.
+        keep: places whose rows stay where every second one is left out, unless they are most.
     """
 
     caption: str
@@ -106,6 +108,7 @@ class Rows(NamedTuple):
     names: Sequence[str] = ()
     values: Mapping[int, Sequence[str]] = {}
     sorted_by: int = 1
+    keep: frozenset[int] = frozenset()
     kind = "rows"
 
     def content(self) -> dict[str, Any]:
@@ -202,7 +205,12 @@ def _told(block: Any) -> str:
 
 
 def _halved(block: Rows) -> Rows:
-    return block._replace(columns=[each._replace(values=each.values[::2]) for each in block.columns])
+    places = block.columns[0].values
+    keep = block.keep if len(block.keep) <= len(places) // 4 else frozenset()
+    kept = [row for row, place in enumerate(places) if row % 2 == 0 or place in keep]
+    return block._replace(
+        columns=[each._replace(values=[each.values[row] for row in kept]) for each in block.columns], keep=keep
+    )
 
 
 def check_page(out: Path) -> None:

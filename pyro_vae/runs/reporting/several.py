@@ -16,6 +16,7 @@ from pyro_vae.runs.reporting import drawing
 from pyro_vae.runs.reporting.contents import (
     Told,
     belief,
+    best_known,
     excerpt,
     history_of,
     priority,
@@ -170,7 +171,8 @@ def _rows(group: Sequence[Told]) -> list[Any]:
     first, *others = group
     others = [told for told in others if told.run.importance.sizes == first.run.importance.sizes][: MOST_RUNS - 1]
     importance, noun = first.run.importance, first.noun
-    kept, text = excerpt(importance, noun)
+    known = best_known(first.run)
+    kept, text = excerpt(known, noun)
     places = importance["datum"].values
     columns = [Column(noun, places[kept].tolist(), 0, "place in the test set")]
     for told in (first, *others):
@@ -183,11 +185,15 @@ def _rows(group: Sequence[Told]) -> list[Any]:
     pictures, (names, values) = {}, ([], {})
     if shown is not None:
         assert shown.data is not None
-        some = places[priority(ranked(importance), kept)].tolist()
+        some = places[priority(ranked(known), kept)].tolist()
         of = Shown(shown.data)
         pictures, (names, values) = of.pictures(some), of.values(some)
     sorted_by = len(columns) - 1 if others else 1
-    return [*blocks, Rows(f"Test {noun}s, by importance sampling", columns, noun, pictures, names, values, sorted_by)]
+    keep = frozenset(places[known["annealed"].values].tolist())
+    return [
+        *blocks,
+        Rows(f"Test {noun}s, by importance sampling", columns, noun, pictures, names, values, sorted_by, keep),
+    ]
 
 
 # Studies
