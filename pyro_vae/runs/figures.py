@@ -171,6 +171,8 @@ def paired_differences(differences: Mapping[str, tuple[float, float, float]], pa
             axes = canvas.subplots()
             az.plot_forest(sample, combined=True, hdi_prob=0.95, ax=axes, textsize=10)
             axes.axvline(0, color="C3", lw=1)
+            labels = (label.get_text() for label in axes.get_yticklabels())  # of ArviZ: difference[name]
+            axes.set_yticks(axes.get_yticks(), [label.removeprefix("difference")[1:-1] for label in labels])
             axes.set_title(plain(title))
             save_figure(canvas, path)
         else:

@@ -414,6 +414,14 @@ def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
     )
     for run in pair:  # what the leaderboard says is what is said of the run itself
         assert seen.text.count(f" {run.result['annealed_log_likelihood']:.3f} ") >= 1
+    told = "b is better" if d.mean > 0 else "a is better"
+    assert f"b minus a: {d.mean:+.3f} nats per image" in seen.text
+    assert (told in seen.text) == d.is_told
+    answer = "Better than a: b." if d.mean > 0 else "Worse than a: b."
+    assert (answer if d.is_told else "No difference can be told to a: b.") in seen.text
+    assert "log p(x) of each minus that of a, nats per image" in seen.text
+    assert "thick bars are 50 % intervals" in seen.text
+    assert "difference[" not in seen.text
     text = compared.table()
     assert d.sentence(str(pair[1].path), str(pair[0].path), "image") in text
     assert f"{pair[1].result['annealed_log_likelihood']:.3f}" in text

@@ -240,10 +240,10 @@ def sequences(vae: Any, data: SequenceData) -> list[Drawn]:
     return found
 
 
-def forest(draw: Callable[[Any], None], names: Sequence[str], told: Sequence[str]) -> list[Drawn]:
-    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` says each in words."""
+def forest(draw: Callable[[Any], None], names: Sequence[str], told: Sequence[str], caption: str) -> list[Drawn]:
+    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` says each in words, ``caption`` what bars are."""
     alt = f"Differences of log p(x) with their intervals, of {', '.join(names)}. {' '.join(told)}"
-    return _some(drawn("differences", draw, alt))
+    return _some(drawn("differences", draw, alt, caption))
 
 
 def _short(name: str) -> str:

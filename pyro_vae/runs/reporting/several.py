@@ -101,8 +101,10 @@ def _group(group: Sequence[Told]) -> list[Any]:
     good = {told.name: (d.mean, d.se, d.freedom) for told, d in order if d is not None and not d.num_not_finite}
     blocks: list[Any] = [Verdicts(None, _answer(order), claims)]
     if good:
-        draw = partial(_forest_of, good, f"log p(x) minus that of {first.name}, nats per {first.noun}")
-        blocks.append(Figures(drawing.forest(draw, list(good), list(told_of.values()))))
+        draw = partial(_forest_of, good, f"log p(x) of each minus that of {first.name}, nats per {first.noun}")
+        caption = "Thin bars are 95 % intervals, as above; thick bars are 50 % intervals; at the red line there is no "
+        caption += f"difference, and right of it a run is better than {first.name}."
+        blocks.append(Figures(drawing.forest(draw, list(good), list(told_of.values()), caption)))
     return [*blocks, _board(order, how)]
 
 
@@ -226,7 +228,11 @@ def _contenders(group: Sequence[Summary]) -> list[Any]:
     if claims:
         names = [each.name for each in group if each.name != reference]
         draw = partial(forest, group, title=f"log p(x) minus that of {figures.plain(reference)}")
-        blocks.append(Figures(drawing.forest(draw, names, [claim.text for claim in claims])))
+        caption = (
+            "Bars are 95 % intervals, as above; grey dots are the seeds; at the red line there is no difference, and "
+        )
+        caption += f"right of it a contender is better than {reference}."
+        blocks.append(Figures(drawing.forest(draw, names, [claim.text for claim in claims], caption)))
     alike = len({each.estimator for each in group}) == 1  # else importance sampling is what all have
     values = {each.name: each.log_likelihood if alike else each.importance_sampled for each in group}
     order = sorted(group, key=lambda each: -_or(values[each.name], -math.inf))
