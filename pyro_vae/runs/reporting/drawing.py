@@ -241,7 +241,7 @@ def sequences(vae: Any, data: SequenceData) -> list[Drawn]:
 
 
 def forest(draw: Callable[[Any], None], names: Sequence[str], told: Sequence[str], caption: str) -> list[Drawn]:
-    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` says each in words, ``caption`` what bars are."""
+    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` is each in words, ``caption`` is about bars."""
     alt = f"Differences of log p(x) with their intervals, of {', '.join(names)}. {' '.join(told)}"
     return _some(drawn("differences", draw, alt, caption))
 
