@@ -300,7 +300,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit, for a result file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    name = f"cpu, {torch.get_num_threads()} threads" if name == "cpu" else name
+    threads = torch.get_num_threads()
+    name = f"cpu, {threads} thread{'s' * (threads != 1)}" if name == "cpu" else name
     packages = ("torch", "pyro-ppl", "numpy")
     versions = {
         "python": platform.python_version(),

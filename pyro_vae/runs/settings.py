@@ -191,7 +191,7 @@ class Settings:
 
     MAIN: ClassVar[tuple[str, ...]] = (
         *("model", "dataset", "condition", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim"),
-        *("objective", "epochs", "lr", "seed", "device", "run_dir", "resume"),
+        *("objective", "epochs", "lr", "seed", "device", "run_dir", "resume", "report"),
     )
     """What ``--help`` shows."""
     REFUSED: ClassVar[tuple[type, ...]] = (ReweightedWakeSleep,)

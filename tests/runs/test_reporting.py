@@ -70,7 +70,8 @@ class Seen(HTMLParser):
 
     @property
     def text(self):
-        return " ".join(" ".join(self.words).split())
+        """What is read, with hyphens for minus signs."""
+        return " ".join(" ".join(self.words).split()).replace("\u2212", "-")
 
     def rows(self, place=0):
         """The content of a sortable table."""
@@ -133,12 +134,14 @@ def test_training_writes_its_page_unless_it_is_told_not_to(pair, seen):
 def test_it_says_what_was_found_and_what_was_set(pair, seen):
     result = pair[0].result
     told = contents.belief(contents.Told("a", pair[0], contents.history_of(pair[0].path)))
-    assert f"log p(x) is {result['annealed_log_likelihood']:.2f}".replace("-", "\u2212") in seen.text
+    assert f"log p(x) is {result['annealed_log_likelihood']:.2f}" in seen.text
+    assert not [word for word in seen.words if re.search(r"(^|\s)-\d+\.\d\d", word)]
     assert told[1].answer in seen.text
     assert "--latent_dim 3 50" in seen.text  # here, and by default
     assert seen.text.index("--latent_dim") < seen.text.index("Settings that are the defaults")
     assert seen.text.index("Settings that are the defaults") < seen.text.index("--batch_size 256")
     assert "2 epochs" in seen.text
+    assert "--binarization_seed" not in seen.text[: seen.text.index("Settings that are the defaults")]
 
 
 def test_the_table_holds_the_evidence(pair, seen):
@@ -584,13 +587,37 @@ def test_only_an_earlier_report_is_overwritten(pair, tmp_path, without_figures):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_page_of_somebody_else_in_a_run_is_named_by_its_path(tmp_path):
+    folder = shutil.copytree(OLD / "interrupted", tmp_path / "run")
+    (folder / "report.html").write_text("mine")
+    with pytest.raises(RunError, match=rf"^{re.escape(str(folder))}/report.html exists, and is no report .* by --out"):
+        runs.report(folder)
+
+
+def test_settings_of_parts_are_held_against_their_own_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "report: true\nlr: null\nprior: {class_path: pyro_vae.priors.GaussianMixture, init_args: {components: 3}}\n"
+        "decoder: {class_path: os.system, init_args: {command: ls}}\n"
+        "encoder: {class_path: pyro_vae.networks.ConvNet, init_args: {channels: [8], image_shape: null}}\n"
+    )
+    changed, _ = contents.settings_of(tmp_path)
+    rows = {row[0]: row[1:] for row in changed.rows}
+    assert rows["--prior"] == ("GaussianMixture", "StandardNormal")
+    assert rows["--prior.components"][0] == "3"
+    assert rows["--prior.components"][1].isdigit()
+    assert rows["--decoder.command"] == ("ls", "\u2013")  # of others nothing is imported
+    assert contents._setting(None) == "null"
+    assert contents._setting(True) == "true"
+    assert contents._setting((8, 16)) == "[8, 16]"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         ([], "--runs must be given"),
         (["nowhere"], "nowhere holds no run"),
         ([str(OLD / "vae"), str(OLD / "vae")], "named twice"),
-        ([str(OLD / "vae"), str(OLD / "interrupted")], "is not finished"),
+        ([str(OLD / "vae"), str(OLD / "interrupted")], "is not finished: to compare runs, all must be finished"),
         ([str(OLD / "vae"), "--out=page.txt"], "named .html"),
         ([str(OLD / "vae"), "--out=no/where/page.html"], "there is no directory"),
         ([str(OLD / "vae"), "--out=a.html", "--run_dir=b"], "give one of them"),

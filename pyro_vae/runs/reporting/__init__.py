@@ -89,12 +89,14 @@ def report(
     paths = [Path(run) for run in given]
     if len({path.resolve() for path in paths}) < len(paths):
         raise RunError("a run is named twice: name each run directory once")
+    given_out = out is not None
     out = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / FILE
+    place = f"--out {out}" if given_out else str(out)
     kinds = [kind_of(path) for path in paths]
-    check_page(out)
+    check_page(out, place)
     with torch.random.fork_rng([]):  # models that are made, and drawn from
         page = _page(given, paths, kinds, out, data, trust)
-    write_page(page, out)
+    write_page(page, out, place)
     return out
 
 
@@ -134,10 +136,9 @@ def _page(
             return unfinished_page(names[0], paths[0])
         return run_page(_told(given[0], names[0], data, True, trust))
     if odd := [path for path, kind in zip(paths, kinds, strict=True) if kind != "run"]:
-        kind = kinds[paths.index(odd[0])]
-        raise RunError(
-            f"{odd[0]} is {'a study' if kind == 'study' else 'not finished'}: several must all be finished runs"
-        )
+        if kinds[paths.index(odd[0])] == "study":
+            raise RunError(f"{odd[0]} is a study: to compare runs, name the directories of runs alone")
+        raise RunError(f"{odd[0]} is not finished: to compare runs, all must be finished")
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
     told: list[Told] = []
     for run, name in zip(given, names, strict=True):

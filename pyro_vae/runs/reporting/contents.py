@@ -1,7 +1,10 @@
 """What a page says of one run: its number, whether to believe it, what was run, its data, and what its model draws."""
 
 import csv
+import inspect
 import math
+import pydoc
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 import yaml
+from markupsafe import escape
 
 from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Data
@@ -82,7 +86,7 @@ def unfinished_page(name: str, directory: Path) -> Page:
     """The page of a run that is on its way, or was interrupted: it has no number yet."""
     history = history_of(directory)
     line = "This run is not finished: it has no log-likelihood, and nothing here stands for one."
-    how = f" {len(history)} epochs are done." if history else " No epoch is done."
+    how = f" {len(history)} epoch{'s are' if len(history) != 1 else ' is'} done." if history else " No epoch is done."
     blocks = [Figures(drawing.curves(history, "datum"))] if history else [Text("There is nothing to draw yet.")]
     sections = [
         Section("Not finished", [Text(line + how + " Train with --resume to finish it.")]),
@@ -117,9 +121,10 @@ def settings_of(directory: Path) -> list[Any]:
     except RunError as error:
         return [Text(f"The settings cannot be read: {error}")]
     given = {name: _setting(value) for name, value in flat(content, "--")}
-    usual = _usual()
-    changed = [(name, value, usual.get(name, "\u2013")) for name, value in given.items() if value != usual.get(name)]
-    same = [(name, value) for name, value in given.items() if value == usual.get(name)]
+    usual = _usual() | _own_defaults(content, given)
+    shown = {name: escape(value) for name, value in given.items()}  # as it is typed, with its hyphens
+    changed = [(n, shown[n], escape(usual.get(n, "\u2013"))) for n, value in given.items() if value != usual.get(n)]
+    same = [(name, shown[name]) for name, value in given.items() if value == usual.get(name)]
     blocks: list[Any] = [Grid("Settings that differ from the defaults", ("setting", "here", "default"), changed)]
     if not changed:
         blocks = [Text("All settings are the defaults.")]
@@ -134,18 +139,51 @@ def _usual() -> dict[str, str]:
     return {name: _setting(value) for name, value in flat(yaml.safe_load(settings_text(Settings())), "--")}
 
 
+def _own_defaults(content: Mapping[str, Any], given: Mapping[str, str], prefix: str = "--") -> dict[str, str]:
+    """What parts are made with if they are told nothing, by option: of classes that are not the default ones."""
+    found: dict[str, str] = {}
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            continue
+        path, option = value.get("class_path"), f"{prefix}{name}"
+        told = value.get("init_args") or {} if path else value
+        if path and given.get(option) != _usual().get(option):
+            defaults = _arguments(path)
+            found |= {f"{option}.{each}": _setting(defaults[each]) for each in told if each in defaults}
+        found |= _own_defaults(told, given, f"{option}.")
+    return found
+
+
+def _arguments(path: str) -> dict[str, Any]:
+    """The defaults of a class of this library, of Pyro or of torch; of others nothing is imported."""
+    if path.partition(".")[0] not in ("pyro_vae", "pyro", "torch"):
+        return {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # names of earlier versions
+            parameters = inspect.signature(pydoc.locate(path)).parameters  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, pydoc.ErrorDuringImport):
+        return {}
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+
+
 def _setting(value: Any) -> str:
-    """A setting as text; a class by its name alone, whose module versions move."""
-    text = str(value)
-    is_path = isinstance(value, str) and "." in text and text.replace(".", "").isidentifier()
-    return text.rpartition(".")[2] if is_path else text
+    """A setting as YAML; a class by its name alone, whose module versions move."""
+    if not isinstance(value, str):
+        value = list(value) if isinstance(value, tuple) else value
+        try:
+            return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        except yaml.YAMLError:
+            value = value.__name__ if isinstance(value, type) else str(value)
+    is_path = "." in value and value.replace(".", "").isidentifier()
+    return value.rpartition(".")[2] if is_path else value
 
 
 def training_of(told: Told) -> list[Any]:
     if not told.history:
         return [Text("What training recorded, metrics.csv, is not here.")]
     seconds = sum(row.seconds for row in told.history)
-    text = f"{len(told.history)} epochs in {seconds:,.0f} s."
+    text = f"{len(told.history)} epoch{'s' * (len(told.history) != 1)} in {seconds:,.0f} s."
     return [Text(text), Figures(drawing.curves(told.history, told.noun))]
 
 
@@ -377,7 +415,7 @@ def settings_that_differ(runs: Sequence[Told]) -> list[Any]:
             contents.append({})
     names = dict.fromkeys(name for content in contents for name in content)
     rows = [(name, *(content.get(name, usual.get(name, "\u2013")) for content in contents)) for name in names]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
+    rows = [(row[0], *map(escape, row[1:])) for row in rows if len(set(row[1:])) > 1]
     if not rows:
         return [Text("Their settings are the same.")]
     return [Grid("Settings that differ", ("setting", *(told.name for told in runs)), rows)]

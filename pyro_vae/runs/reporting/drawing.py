@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from pyro import poutine
 from torch import Tensor
 
@@ -58,7 +58,8 @@ def several_curves(histories: Mapping[str, Sequence[Epoch]]) -> list[Drawn]:
     def draw(out: BytesIO) -> None:
         with figures.figure(out) as axes:
             for name, history in histories.items():
-                axes.plot([row.epoch for row in history], [row.validation_elbo for row in history], label=_short(name))
+                epochs, bounds = [row.epoch for row in history], [row.validation_elbo for row in history]
+                axes.plot(epochs, bounds, marker="o" if len(epochs) == 1 else None, label=_short(name))
             finals = [row.validation_elbo for each in histories.values() for row in each[len(each) // 20 :]]
             finals = [each for each in finals if math.isfinite(each)]
             if finals:
@@ -91,7 +92,7 @@ def evidence(importance: xr.Dataset, result: Mapping[str, Any], noun: str) -> li
             axes.axhline(threshold, color="C3", lw=1, label=f"threshold {threshold:.2f}")
             axes.legend(loc="upper right")
             axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())  # where there is less than a decade, they overlap
+            _few_ticks(axes.xaxis, ess[known])
             axes.set(xlabel="effective sample size", ylabel="Pareto k", title="How sure is each estimate?")
 
     found = []
@@ -105,6 +106,16 @@ def evidence(importance: xr.Dataset, result: Mapping[str, Any], noun: str) -> li
         told += f"{threshold:.2f}, where an estimate by importance sampling is not to be trusted."
         found += _some(drawn("reliability", reliability, told, told))
     return found
+
+
+def _few_ticks(axis: Any, values: np.ndarray) -> None:
+    """Plain numbers along a logarithmic axis, at 1, 2, 5, or of more than three decades at powers of 10."""
+    within = values.max() / values.min()
+    axis.set_major_locator(
+        LogLocator(subs=(1.0,) if within > 1000 else (1.0, 2.0, 5.0)) if within > 3 else MaxNLocator(5)
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())  # where there is less than a decade, they overlap
 
 
 def budget(estimates: Sequence[Estimate], noun: str) -> list[Drawn]:
@@ -241,7 +252,7 @@ def sequences(vae: Any, data: SequenceData) -> list[Drawn]:
 
 
 def forest(draw: Callable[[Any], None], names: Sequence[str], told: Sequence[str], caption: str) -> list[Drawn]:
-    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` is each in words, ``caption`` is about bars."""
+    """Differences of log p(x) with intervals, drawn by ``draw``; ``told`` is each in words, ``caption`` on bars."""
     alt = f"Differences of log p(x) with their intervals, of {', '.join(names)}. {' '.join(told)}"
     return _some(drawn("differences", draw, alt, caption))
 

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,7 +160,12 @@ def render(page: Page) -> str:
 def _render(page: Page) -> str:
     loader = FileSystemLoader(FOLDER)
     environment = Environment(
-        autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=_with_minus,
+        loader=loader,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
@@ -170,6 +176,13 @@ def _render(page: Page) -> str:
     return environment.get_template("report.html").render(
         page=page, style=Markup(style), script=Markup(script), policy=Markup(policy), mark=Markup(MARK)
     )
+
+
+def _with_minus(value: Any) -> Any:
+    """Text with minus signs where numbers are negative; what is escaped already stays as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"(?<![\w.,/)-])-(?=\d)", "\u2212", value)
 
 
 def _hash(text: str) -> str:
@@ -213,33 +226,40 @@ def _halved(block: Rows) -> Rows:
     )
 
 
-def check_page(out: Path) -> None:
+def check_page(out: Path, place: str | None = None) -> None:
     """Refuse a place where a page cannot be written: only an earlier page of this command is ever overwritten.
+
+    Args:
+        out: where.
+        place: what a message calls it; None: its path.
 
     Raises:
         RunError: if it has another ending, or there is anything else.
     """
+    place = place or str(out)
     if out.suffix not in (".html", ".htm"):
-        raise RunError(f"--out {out}: expected a file named .html")
+        raise RunError(f"{place}: expected a file named .html")
     if not os.path.lexists(out):
         if not out.parent.is_dir():
-            raise RunError(f"--out {out}: there is no directory {out.parent}")
+            raise RunError(f"{place}: there is no directory {out.parent}")
         return
-    other = f"--out {out} exists, and is no report of this command, which is all that it overwrites: choose another"
+    other = (
+        f"{place} exists, and is no report of this command, which is all that it overwrites: choose another by --out"
+    )
     if out.is_symlink() or not out.is_file():
         raise RunError(other)
-    with writing(f"--out {out}"):
+    with writing(place):
         if MARK.encode() not in bytes_in(out)[:4000]:
             raise RunError(other)
 
 
-def write_page(page: Page, out: Path) -> None:
+def write_page(page: Page, out: Path, place: str | None = None) -> None:
     """Write a page, whole or not at all.
 
     Raises:
         RunError: as :func:`check_page` and :func:`render`, and if it cannot be written.
     """
-    check_page(out)
+    check_page(out, place)
     html = render(page)
-    with writing(f"--out {out}"):
+    with writing(place or str(out)):
         write_text(out, html)
