@@ -154,8 +154,8 @@ def test_networks_see_images_as_they_were_trained_to(finished, tmp_path, monkeyp
     monkeypatch.setattr(few_labels, "PAIRS", ())
     open_finished = runs.open_finished
 
-    def halved(*args):
-        vae, *others = open_finished(*args)
+    def halved(*args, **options):
+        vae, *others = open_finished(*args, **options)
         size = vae.posterior.inputs.loc
         vae.posterior.inputs._take(size + 1, torch.full_like(size, 2.0), torch.zeros_like(size, dtype=torch.bool))
         return vae, *others

@@ -39,7 +39,7 @@ def every_image(pixels):
 def test_probabilities_of_all_images_sum_to_one(name, side):
     log_px = AutoregressiveModel(random(name, side)).log_px(every_image(side**2))
     assert log_px.exp().sum().item() == pytest.approx(1, abs=1e-12)
-    assert log_px.std() > 0.2  # not merely uniform
+    assert log_px.std() > 0.1  # not merely uniform
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -235,7 +235,8 @@ def test_settings_of_python_are_those_of_the_command_line(tmp_path):
         data_dir=tmp_path,
         run_dir=tmp_path / "run",
     )
-    argv = "--dataset Digits --prior GaussianMixture --prior.components 5 --encoder.hidden [7,5] --lr 0.01"
+    argv = "--dataset Digits --prior GaussianMixture --prior.components 5 --encoder.hidden [7,5] --lr 0.01 "
+    argv += "--encoder.activation tanh"  # what MLP has, where nothing else is said
     read, text = runs.parse(Settings, [*argv.split(), "--evidence.num_samples=12", f"--data_dir={tmp_path}"])
     assert runs.settings_text(made) == text == runs.settings_text(read)
     (tmp_path / "mine.yaml").write_text(text)

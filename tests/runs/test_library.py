@@ -80,6 +80,7 @@ def test_a_run_is_loaded_as_it_was(trained):
 def test_settings_of_python_and_of_the_command_line_give_the_same_run(trained, tmp_path):
     argv = "--dataset Digits --prior GaussianMixture --prior.components 3 --encoder.hidden [8] --decoder.hidden [8] "
     argv += "--latent_dim 2 --epochs 2 --device cpu --evidence.num_samples 20 --evidence.num_images 60 "
+    argv += "--encoder.activation tanh --decoder.activation tanh "  # what MLP has, where nothing else is said
     run = cli.train([*argv.split(), "--evidence.annealed_images=0", f"--run_dir={tmp_path / 'run'}"])
     assert (run.path / "config.yaml").read_text() == (trained[0].path / "config.yaml").read_text()
     assert run.importance.identical(trained[0].importance)
@@ -260,7 +261,7 @@ def command(*argv, cwd, code=None):
 
 
 def test_the_command_lists_its_commands(capsys):
-    known = "train, evaluate, classify, compare, study, score, embed, sample, reconstruct, impute"
+    known = "train, evaluate, classify, compare, study, report, score, embed, sample, reconstruct, impute"
     for argv in ([], ["--help"], ["-h"]):
         cli.main(argv)
         text = capsys.readouterr().out
