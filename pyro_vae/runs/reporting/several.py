@@ -27,7 +27,7 @@ from pyro_vae.runs.reporting.contents import (
 from pyro_vae.runs.reporting.page import Column, Figures, Folded, Grid, Page, Rows, Section, Text, Verdicts
 from pyro_vae.runs.reporting.showing import Shown
 from pyro_vae.runs.reporting.words import Claim, better, verdict
-from pyro_vae.runs.scoring import number
+from pyro_vae.runs.scoring import MANY, number
 from pyro_vae.runs.summaries import Summary, choice, estimators, forest, load_study
 
 MOST_RUNS = 8
@@ -184,6 +184,12 @@ def _rows(group: Sequence[Told]) -> list[Any]:
         gap = told.run.importance["log_px"].values[kept] - importance["log_px"].values[kept]
         columns.append(Column(f"{told.name} minus {first.name}", rounded(gap, 2), 2, "nats"))
     shown, blocks = next((told for told in group if told.data is not None), None), [Text(text)] if text else []
+    shares = [(told.name, told.run.result["share_khat_above_threshold"] or 0.0) for told in (first, *others)]
+    if bad := [f"{share:.0%} ({name})" for name, share in shares if share > MANY]:
+        text = (
+            f"Pareto k is bad for {', '.join(bad)} of the {noun}s: there single numbers and differences of this table, "
+        )
+        blocks.append(Text(text + "which are by importance sampling, are not to be trusted."))
     pictures, (names, values) = {}, ([], {})
     if shown is not None:
         assert shown.data is not None
