@@ -220,7 +220,7 @@ class Settings:
     batch_size: int = 256
     optimizer: Literal["adam"] | Callable[[list[Tensor]], Optimizer] = "adam"
     lr: float = 5e-3
-    schedule: Literal["one_cycle", "constant", "stages", "trapezoid"] | ScheduleClass = "trapezoid"
+    schedule: Literal["one_cycle", "constant", "stages", "trapezoid"] | ScheduleClass = "one_cycle"
     patience: int | None = None
     weights: Literal["last", "best", "average"] = "last"
     average_decay: float = 0.999
