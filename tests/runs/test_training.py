@@ -191,7 +191,7 @@ def test_result(finished):
     assert found["active_units_by_site"] == {"z": found["active_units"]}
     assert found["train_seconds"] > 0
     assert found["evaluate_seconds"] > 0
-    assert found["device"] == "cpu, 1 threads"
+    assert found["device"] == "cpu, 1 thread"
     assert found["versions"]["torch"] in torch.__version__
     assert "commit" in found
 
