@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     settings, _ = runs.parse(Settings, argv)
     device = runs.choose_device(settings.device)
-    run_dir = settings.run_dir or Path("runs") / time.strftime("hierarchies-%Y%m%d-%H%M%S")
+    run_dir = runs.run_dir_for("hierarchies", settings.run_dir)
     runs.make_directory(run_dir)
     rows = []
     for kind in settings.kinds:

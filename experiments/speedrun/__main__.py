@@ -47,6 +47,7 @@ from pyro_vae import cli, runs
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import load_dataset
+from pyro_vae.runs.directory import several
 from pyro_vae.runs.reading import json_of, text_of, yaml_of
 from pyro_vae.runs.studies import do_all
 from pyro_vae.runs.workers import Shared
@@ -215,8 +216,9 @@ def _doubts(recipe: Recipe, directory: Path, settings: Settings, device: torch.d
         doubts.append("the recipe has changed since it was trained")
     if result["test_set"] != TEST_SET:
         doubts.append("it is scored on other images than the test images of dynamic MNIST")
-    if device.type == "cpu" and not result["device"].endswith(f", {settings.threads} threads"):
-        doubts.append(f"it was trained by {result['device']}, not {settings.threads} threads")
+    threads = several(settings.threads, "thread")
+    if device.type == "cpu" and not result["device"].endswith(f", {threads}"):
+        doubts.append(f"it was trained by {result['device']}, not {threads}")
     return doubts
 
 

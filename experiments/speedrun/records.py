@@ -14,6 +14,7 @@ import torch
 
 from experiments.speedrun.tracks import BOARDS, CUSTOMARY, LEAST_KL, Board
 from pyro_vae import runs
+from pyro_vae.runs.directory import several
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "experiments/results/speedrun"
@@ -233,7 +234,7 @@ def machine(device: torch.device, threads: int) -> str:
     """The processor and its threads, or the GPU: on others, seconds are others."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{_processor()}, {several(threads, 'thread')}"
 
 
 def _processor() -> str:

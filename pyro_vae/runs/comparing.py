@@ -23,7 +23,7 @@ from scipy.special import stdtrit
 from pyro_vae.errors import RunError
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 from pyro_vae.runs import figures
-from pyro_vae.runs.directory import check_run_dir, noun_of, open_run, table, write_json, write_text, writing
+from pyro_vae.runs.directory import check_run_dir, noun_of, open_run, several, table, write_json, write_text, writing
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.scoring import best, number
 
@@ -83,13 +83,13 @@ class Difference(NamedTuple):
 
     def count(self, noun: str) -> str:
         """How many data it is the mean of, in words."""
-        told = f"{self.size:,} {noun}{'s' * (self.size != 1)}"
+        told = several(self.size, noun)
         return told + f", {self.annealed:,} of them annealed" * (0 < self.annealed < self.size)
 
     def sentence(self, name: str, other: str, noun: str) -> str:
         """Whether the run ``name`` is better than ``other``, by how much, and how sure that is."""
         if not math.isfinite(self.mean):
-            lost = f"log p(x) of {self.num_not_finite:,} {noun}{'s' * (self.num_not_finite != 1)} is no number"
+            lost = f"log p(x) of {several(self.num_not_finite, noun)} is no number"
             return f"{name} and {other} cannot be told apart: {lost}."
         found = "no difference can be told"
         if self.is_told:

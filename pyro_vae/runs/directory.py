@@ -283,6 +283,11 @@ def noun_of(result: dict[str, Any]) -> str:
     return found[1] if found else "image"
 
 
+def several(count: int, noun: str) -> str:
+    """So many of a noun, in words."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as an aligned Markdown table; the first row is the header, columns of numbers are right-aligned."""
     columns = list(zip(*rows, strict=True))
@@ -300,8 +305,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit, for a result file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    threads = torch.get_num_threads()
-    name = f"cpu, {threads} thread{'s' * (threads != 1)}" if name == "cpu" else name
+    name = f"cpu, {several(torch.get_num_threads(), 'thread')}" if name == "cpu" else name
     packages = ("torch", "pyro-ppl", "numpy")
     versions = {
         "python": platform.python_version(),

@@ -276,6 +276,7 @@ def test_a_measurement_is_made_and_gone_on_with(tmp_path, monkeypatch):
     assert "not in experiments/recipes" in told
     assert "has changed" not in told
     assert "threads" not in told
+    assert "trained by" not in told
     assert run.result["test_set"] != TEST_SET
     assert "| tiny " in (out / "table.md").read_text()
     assert (out / "speedrun.png").stat().st_size > 5000

@@ -20,7 +20,7 @@ from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import RunError, is_of_no_number
-from pyro_vae.runs.directory import flat, noun_of
+from pyro_vae.runs.directory import flat, noun_of, several
 from pyro_vae.runs.loading import Run
 from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.reading import evaluation_of, text_of, yaml_of
@@ -183,7 +183,7 @@ def training_of(told: Told) -> list[Any]:
     if not told.history:
         return [Text("What training recorded, metrics.csv, is not here.")]
     seconds = sum(row.seconds for row in told.history)
-    text = f"{len(told.history)} epoch{'s' * (len(told.history) != 1)} in {seconds:,.0f} s."
+    text = f"{several(len(told.history), 'epoch')} in {seconds:,.0f} s."
     return [Text(text), Figures(drawing.curves(told.history, told.noun))]
 
 

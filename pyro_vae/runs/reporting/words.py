@@ -11,7 +11,7 @@ import xarray as xr
 from pyro_vae.callbacks import Epoch
 from pyro_vae.infer.evidence.opinion import contradicts
 from pyro_vae.runs.comparing import Difference
-from pyro_vae.runs.directory import noun_of
+from pyro_vae.runs.directory import noun_of, several
 from pyro_vae.runs.scoring import BY_ROUNDING, FEW_DOUBTED, MANY, MORE_ELSEWHERE, best, number, unreliable
 
 FEW_ANNEALED = 20
@@ -80,7 +80,7 @@ def verdict(result: Result, evidence: Mapping[str, xr.Dataset], history: Sequenc
 def _is_little(result: Result, error: float | None) -> str:
     """Why little speaks for a mean that annealed data correct; empty if enough does."""
     size, whole, noun = result["annealed_images"], result["num_images"], noun_of(dict(result))
-    told = f"{size:,} of {_several(whole, noun)} {'was' if size == 1 else 'were'} annealed"
+    told = f"{size:,} of {several(whole, noun)} {'was' if size == 1 else 'were'} annealed"
     if size < min(FEW_ANNEALED, whole):
         return told
     return "" if error is not None and error <= MOST_ERROR else f"{told}, and their correction is that uncertain"
@@ -92,7 +92,7 @@ def _of_numbers(result: Result) -> list[Claim]:
     for name, of in (("", "importance sampling"), ("annealed_", "annealing")):
         if lost := result.get(f"{name}num_not_finite"):
             claims.append(
-                Claim(False, f"By {of}, log p(x) of {_several(lost, noun)} is NaN or infinite: no mean is left.")
+                Claim(False, f"By {of}, log p(x) of {several(lost, noun)} is NaN or infinite: no mean is left.")
             )
     if lost := result.get("num_invalid"):
         claims.append(Claim(None, f"{lost:,} log-weights were NaN or infinite, and count as zero."))
@@ -104,7 +104,7 @@ def _of_annealing(result: Result) -> list[Claim]:
     noun, believed = noun_of(dict(result)), result.get("annealed_reliable")
     share, size = result.get("annealed_share_reliable"), result["annealed_images"]
     whole = result["num_images"]
-    of = f"Annealed importance sampling of {f'{size:,} of ' * (size < whole)}{_several(whole, noun)}"
+    of = f"Annealed importance sampling of {f'{size:,} of ' * (size < whole)}{several(whole, noun)}"
     if result.get("annealed_log_likelihood") is None:
         return [Claim(False, f"{of} made no number.")]
     if believed is None:
@@ -135,7 +135,7 @@ def _of_both(result: Result, evidence: Mapping[str, xr.Dataset]) -> list[Claim]:
     more = int(contradicts(*(torch.from_numpy(np.asarray(each, float)) for each in (ours, error, theirs, other))).sum())
     claims = []
     if more:
-        told = f"Importance sampling finds more of p(x) than annealing for {_several(more, noun)} of {len(gap):,}"
+        told = f"Importance sampling finds more of p(x) than annealing for {several(more, noun)} of {len(gap):,}"
         claims.append(Claim(more <= FEW_DOUBTED * len(gap) and None, f"{told}: there the two contradict each other."))
     mean, spread = float(gap.mean()), float(gap.std(ddof=1)) / math.sqrt(len(gap))
     if mean > 2 * spread and mean > 0.005:
@@ -155,7 +155,7 @@ def _of_importance(result: Result, annealed: bool) -> list[Claim]:
     elsewhere = ""
     if annealed:
         size, whole = result["annealed_images"], result["num_images"]
-        corrected = f" {size:,} of {_several(whole, noun)} were annealed: their mean difference stands in for that."
+        corrected = f" {size:,} of {several(whole, noun)} were annealed: their mean difference stands in for that."
         elsewhere = corrected if size < whole else " The annealed number does not rest on it."
     of = "importance sampling" if annealed else "it"
     claims = []
@@ -212,7 +212,3 @@ def better(name: str, other: str, d: Difference, noun: str, doubted: Sequence[st
         return Claim(None, told)
     hedge = f" But the log-likelihood of {' and of '.join(doubted)} is not to be believed." if doubted else ""
     return Claim(not doubted or None, told + hedge)
-
-
-def _several(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
