@@ -5,7 +5,6 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.errors import MissingExtra, NonFiniteError, RunError, is_of_no_number
-from pyro_vae.helping import ahead_of
+from pyro_vae.helping import ahead_of, workers_asked
 
 if TYPE_CHECKING:
     from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
@@ -183,8 +182,7 @@ def _listen_again() -> None:
 
 def _import_ahead(argv: Sequence[str]) -> None:
     """Let the process of which several workers will be copies import what they need, while this one does the same."""
-    numbers = re.findall(r"--workers[= ](\d+)", " ".join(argv))
-    if not numbers or int(numbers[-1]) < 2 or "forkserver" not in multiprocessing.get_all_start_methods():
+    if workers_asked(argv) < 2 or "forkserver" not in multiprocessing.get_all_start_methods():
         return
     from multiprocessing import forkserver
 

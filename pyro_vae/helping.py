@@ -57,8 +57,13 @@ def of_evaluations(number: int) -> contextlib.AbstractContextManager[Helpers]:
 
 def ahead_of(argv: Sequence[str]) -> contextlib.AbstractContextManager[Helpers]:
     """Context: helpers that a command line asks for by ``--workers``, no more than there are processors."""
+    return of_evaluations(max(0, min(workers_asked(argv), os.cpu_count() or 1) - 1))
+
+
+def workers_asked(argv: Sequence[str]) -> int:
+    """How many workers a command line asks for, before anything has read it; 1 if it does not say."""
     asked = re.findall(r"--workers[= ](\d{1,9})", " ".join(argv))
-    return of_evaluations(max(0, min(int(asked[-1]) if asked else 1, os.cpu_count() or 1) - 1))
+    return int(asked[-1]) if asked else 1
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Diagnostics of log-weights (K, B) and of the latent space of a model and guide."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -231,19 +232,13 @@ def kl_divergence(
         ValueError: as :func:`pyro_vae.traces`.
         ContractError: as :func:`pyro_vae.check_program`.
     """
-    check_data(model, guide, data)
     totals: dict[str, Tensor] = {}
-    with scoring(model, guide):
-        for part in split(data, batch_size):
-            both = traces(model, guide, part, num_samples)
-            check_latent_masks(both)
-            for name in latent_sites(both.model):
-                p, q = site_of(both.model, name), site_of(both.guide, name)
-                if _factorizes(p) and _factorizes(q):
-                    log_ratio = _log_prob_per_dimension(q) - _log_prob_per_dimension(p)
-                else:
-                    log_ratio = q["log_prob"] - p["log_prob"]
-                totals[name] = totals.get(name, 0) + log_ratio.double().sum((0, 1))
+    for name, p, q in _latent_pairs(model, guide, data, num_samples, batch_size):
+        if _factorizes(p) and _factorizes(q):
+            log_ratio = _log_prob_per_dimension(q) - _log_prob_per_dimension(p)
+        else:
+            log_ratio = q["log_prob"] - p["log_prob"]
+        totals[name] = totals.get(name, 0) + log_ratio.double().sum((0, 1))
     return {name: total / (num_samples * data_size(data)) for name, total in totals.items()}
 
 
@@ -257,16 +252,23 @@ def kl_by_datum(
     Args:
         model, guide, data, num_samples, batch_size: see :func:`kl_divergence`, which raises the same errors.
     """
-    check_data(model, guide, data)
     parts: dict[str, list[Tensor]] = {}
+    for name, p, q in _latent_pairs(model, guide, data, num_samples, batch_size):
+        parts.setdefault(name, []).append((q["log_prob"] - p["log_prob"]).double().mean(0))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _latent_pairs(
+    model: Program, guide: Program, data: Data, num_samples: int, batch_size: int
+) -> Iterator[tuple[str, dict, dict]]:
+    """Each latent site of model and guide, for so many data at a time, after the checks of all."""
+    check_data(model, guide, data)
     with scoring(model, guide):
         for part in split(data, batch_size):
             both = traces(model, guide, part, num_samples)
             check_latent_masks(both)
             for name in latent_sites(both.model):
-                p, q = site_of(both.model, name), site_of(both.guide, name)
-                parts.setdefault(name, []).append((q["log_prob"] - p["log_prob"]).double().mean(0))
-    return {name: torch.cat(values) for name, values in parts.items()}
+                yield name, site_of(both.model, name), site_of(both.guide, name)
 
 
 def _factorizes(site: dict) -> bool:

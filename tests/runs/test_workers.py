@@ -1,16 +1,18 @@
 """Work that several processes share: each part is done once, and what a dead process had claimed is free again."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 
 import pytest
 
-from pyro_vae import runs
+from pyro_vae import cli, runs
 from pyro_vae.runs import studies
 from pyro_vae.runs.workers import CLAIMS, Shared, Taken, alone, claim
 
@@ -152,3 +154,16 @@ def test_the_same_command_joins_a_study_on_its_way(tmp_path, monkeypatch):
     (tmp_path / "result.json").touch()
     runs.study(contenders, seeds=1, run_dir=tmp_path)  # the last task of an array, after all is finished
     assert ran == [2, 3]
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no forkserver here")
+@pytest.mark.parametrize(("argv", "ahead"), [(["--workers=2"], True), (["--workers", "1"], False), ([], False)])
+def test_what_workers_are_copies_of_imports_while_the_command_does(argv, ahead, monkeypatch):
+    """It is begun before the command imports anything large."""
+    begun = []
+    monkeypatch.setattr(forkserver, "set_forkserver_preload", begun.append)
+    monkeypatch.setattr(forkserver, "ensure_running", lambda: begun.append("workers"))
+    monkeypatch.setattr(cli, "_runs", lambda: begun.append("command") or runs)
+    with pytest.raises(runs.RunError):
+        cli.study([*argv, "--no_such_option"])
+    assert begun == [["pyro_vae.runs.studies"], "workers"] * ahead + ["command"]

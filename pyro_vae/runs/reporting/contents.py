@@ -120,7 +120,7 @@ def settings_of(directory: Path) -> list[Any]:
         content = yaml_of(directory / "config.yaml")
     except RunError as error:
         return [Text(f"The settings cannot be read: {error}")]
-    given = {name: _setting(value) for name, value in flat(content, "--")}
+    given = _by_option(content)
     usual = _usual() | _own_defaults(content, given)
     shown = {name: escape(value) for name, value in given.items()}  # as it is typed, with its hyphens
     changed = [(n, shown[n], escape(usual.get(n, "\u2013"))) for n, value in given.items() if value != usual.get(n)]
@@ -136,7 +136,12 @@ def settings_of(directory: Path) -> list[Any]:
 
 def _usual() -> dict[str, str]:
     """The defaults of all settings, by option."""
-    return {name: _setting(value) for name, value in flat(yaml.safe_load(settings_text(Settings())), "--")}
+    return _by_option(yaml.safe_load(settings_text(Settings())))
+
+
+def _by_option(content: dict[str, Any]) -> dict[str, str]:
+    """Settings as they are typed, by the options that make them."""
+    return {name: _setting(value) for name, value in flat(content, "--")}
 
 
 def _own_defaults(content: Mapping[str, Any], given: Mapping[str, str], prefix: str = "--") -> dict[str, str]:
@@ -408,9 +413,7 @@ def settings_that_differ(runs: Sequence[Told]) -> list[Any]:
     contents, usual = [], _usual()
     for told in runs:
         try:
-            contents.append(
-                {name: _setting(value) for name, value in flat(yaml_of(told.run.path / "config.yaml"), "--")}
-            )
+            contents.append(_by_option(yaml_of(told.run.path / "config.yaml")))
         except RunError:
             contents.append({})
     names = dict.fromkeys(name for content in contents for name in content)
