@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("labels") / "run"
     argv = "--dataset Digits --epochs 40 --latent_dim 8 --encoder.hidden [64] --decoder.hidden [64] "
-    argv += "--evidence.num_samples 2 --evidence.annealed_images 0"
+    argv += "--encoder.activation tanh --decoder.activation tanh --evidence.num_samples 2 --evidence.annealed_images 0"
     return cli.train([*argv.split(), f"--run_dir={run_dir}"]).path
 
 

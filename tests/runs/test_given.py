@@ -249,6 +249,7 @@ def test_settings_that_make_no_sense_are_refused(more, words):
 
 
 TINY = "--dataset Digits --latent_dim 2 --encoder.hidden [16] --decoder.hidden [16] --epochs 6 --lr 0.01 --device cpu "
+TINY += "--encoder.activation tanh --decoder.activation tanh "
 TINY += "--evidence.num_samples 50 --evidence.num_images 40 --evidence.annealed_images 0"
 
 
