@@ -117,21 +117,30 @@ def belief(told: Told) -> list[Any]:
 def settings_of(directory: Path) -> list[Any]:
     """Settings that are not the default, and the others behind a line."""
     try:
-        content = yaml_of(directory / "config.yaml")
+        changed, same = settings_apart(directory)
     except RunError as error:
         return [Text(f"The settings cannot be read: {error}")]
-    given = _by_option(content)
-    usual = _usual() | _own_defaults(content, given)
-    shown = {name: escape(value) for name, value in given.items()}  # as it is typed, with its hyphens
-    changed = [(n, shown[n], escape(usual.get(n, "\u2013"))) for n, value in given.items() if value != usual.get(n)]
-    same = [(name, shown[name]) for name, value in given.items() if value == usual.get(name)]
-    blocks: list[Any] = [Grid("Settings that differ from the defaults", ("setting", "here", "default"), changed)]
-    if not changed:
+    # escaped here, so that they are shown as they are typed, with their hyphens
+    rows = [(name, escape(value), escape(default)) for name, value, default in changed]
+    blocks: list[Any] = [Grid("Settings that differ from the defaults", ("setting", "here", "default"), rows)]
+    if not rows:
         blocks = [Text("All settings are the defaults.")]
-    return [
-        *blocks,
-        Folded("Settings that are the defaults", [Grid("Settings that are the defaults", ("setting", "value"), same)]),
-    ]
+    usual = Grid("Settings that are the defaults", ("setting", "value"), [(n, escape(value)) for n, value in same])
+    return [*blocks, Folded("Settings that are the defaults", [usual])]
+
+
+def settings_apart(directory: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Settings of a run that differ from the defaults, each with its default, and those that do not, as typed.
+
+    Raises:
+        RunError: if they cannot be read.
+    """
+    content = yaml_of(directory / "config.yaml")
+    given = _by_option(content)
+    usual = _usual()
+    usual |= _own_defaults(content, given, usual)
+    changed = [(n, value, usual.get(n, "\u2013")) for n, value in given.items() if value != usual.get(n)]
+    return changed, [(name, value) for name, value in given.items() if value == usual.get(name)]
 
 
 def _usual() -> dict[str, str]:
@@ -144,7 +153,9 @@ def _by_option(content: dict[str, Any]) -> dict[str, str]:
     return {name: _setting(value) for name, value in flat(content, "--")}
 
 
-def _own_defaults(content: Mapping[str, Any], given: Mapping[str, str], prefix: str = "--") -> dict[str, str]:
+def _own_defaults(
+    content: Mapping[str, Any], given: Mapping[str, str], usual: Mapping[str, str], prefix: str = "--"
+) -> dict[str, str]:
     """What parts are made with if they are told nothing, by option: of classes that are not the default ones."""
     found: dict[str, str] = {}
     for name, value in content.items():
@@ -152,10 +163,10 @@ def _own_defaults(content: Mapping[str, Any], given: Mapping[str, str], prefix: 
             continue
         path, option = value.get("class_path"), f"{prefix}{name}"
         told = value.get("init_args") or {} if path else value
-        if path and given.get(option) != _usual().get(option):
+        if path and given.get(option) != usual.get(option):
             defaults = _arguments(path)
             found |= {f"{option}.{each}": _setting(defaults[each]) for each in told if each in defaults}
-        found |= _own_defaults(told, given, f"{option}.")
+        found |= _own_defaults(told, given, usual, f"{option}.")
     return found
 
 
