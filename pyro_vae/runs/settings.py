@@ -159,6 +159,9 @@ class Settings:
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
+        warmup: share of all steps, below 1, over which the weight of the KL divergence rises from 0 to 1, if the
+            objective is a loss of Pyro, so that units of z are not lost before they carry anything; null: 0.1 with
+            Trace_ELBO, none with any other.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
             recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
             pyro.infer.SVI itself, for what cannot be traced and as a reference.
@@ -213,6 +216,7 @@ class Settings:
     missing: Literal["mask", "zeros"] = "mask"
     latent_dim: int = 50
     objective: Callable[[], Objective | ELBO] = Trace_ELBO
+    warmup: float | None = None
     engine: Literal["compiled", "pyro"] = "compiled"
     precision: Literal["float32", "bfloat16"] = "float32"
     max_norm: float | None = None
@@ -250,11 +254,22 @@ class Settings:
         loss = self.objective.func if isinstance(self.objective, partial) else self.objective
         if isinstance(loss, type) and issubclass(loss, self.REFUSED):
             raise ValueError(f"--objective {loss.__name__} has several values; choose one that has one, such as IWAE")
+        self._check_warmup(loss)
         self._check_condition()
         if self.model == "HierarchicalVAE" and self.latent_dim != Settings.latent_dim:
             raise ValueError(f"--latent_dim {self.latent_dim}: HierarchicalVAE has --levels.latent_dims, of each level")
         if self.model != "HierarchicalVAE" and self.levels != LevelsSettings():
             raise ValueError(f"--levels is for --model HierarchicalVAE, not {self.model}")
+
+    def _check_warmup(self, loss: object) -> None:
+        if self.warmup is None:
+            return
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"--warmup must be at least 0 and below 1, a share of all steps, got {self.warmup}")
+        if self.warmup and isinstance(loss, type) and not issubclass(loss, ELBO):
+            raise ValueError(
+                f"--warmup is for a loss of Pyro, not for --objective {loss.__name__}; BetaELBO has --objective.warmup"
+            )
 
     @property
     def conditions(self) -> tuple[str, ...]:

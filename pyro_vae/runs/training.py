@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pyro.infer import ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import nn
 
 from pyro_vae.callbacks import AverageWeights, BestWeights, Callback, Checkpoint, EarlyStopping, Epoch, Training
@@ -27,6 +27,7 @@ from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.parallel import Processes
 from pyro_vae.infer.trees import call, data_size, select
+from pyro_vae.infer.turns import WarmUp
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer, make_schedule
 from pyro_vae.runs import figures
 from pyro_vae.runs.blockwise import Files, code, fingerprint, forget_parts
@@ -321,8 +322,10 @@ def fit_run(
     callbacks += [AverageWeights(settings.average_decay)] if settings.weights == "average" else []
     callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []
     batches = data.batches(settings.batch_size)
-    num_steps = 0 if data.device.type == "mps" else settings.epochs * len(batches)  # for which inductor is young
-    compiled = compiled_engine(num_steps, max_norm=settings.max_norm, precision=settings.precision)
+    all_steps = settings.epochs * len(batches)
+    num_steps = 0 if data.device.type == "mps" else all_steps  # for which inductor is young
+    loss, max_norm = _warmed_up(settings, objective, all_steps)
+    compiled = compiled_engine(num_steps, max_norm=max_norm, precision=settings.precision)
     engine = PyroSVI if settings.engine == "pyro" or _slower_traced(settings, vae, num_steps) else compiled
     try:
         return fit(
@@ -333,7 +336,7 @@ def fit_run(
             lr=settings.lr,
             optimizer=optimizer_of(settings),
             schedule=settings.schedule,
-            loss=objective,
+            loss=loss,
             engine=engine,
             callbacks=callbacks,
         )
@@ -351,6 +354,18 @@ def fit_run(
         raise RunError(f"{option}: {reason}") from error
     finally:
         log.close()
+
+
+def _warmed_up(
+    settings: Settings, objective: Objective | ELBO, num_steps: int
+) -> tuple[Objective | ELBO, float | None]:
+    """The loss of a training of so many steps, and the norm to which its gradients are clipped."""
+    share = 0.1 * (type(objective) is Trace_ELBO) if settings.warmup is None else settings.warmup
+    if not (steps := round(share * num_steps)):
+        return objective, settings.max_norm
+    loss = make("warmup", WarmUp, steps, objective)
+    # which is the mean over the batch, where a loss of Pyro is the sum
+    return loss, None if settings.max_norm is None else settings.max_norm / settings.batch_size
 
 
 def optimizer_of(settings: Settings) -> Literal["adam"] | OptimizerFactory:

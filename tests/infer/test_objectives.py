@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_vae import ELBO, IWAE, MLP, BetaELBO, CompiledSVI, Conditional, ContractError, DReG, PyroSVI, fit, log_weights
 from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
-from pyro_vae.infer.turns import InTurn
+from pyro_vae.infer.turns import InTurn, WarmUp
 from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
 from pyro_vae.training import Checkpoint
@@ -610,3 +610,43 @@ def test_objectives_in_turn_are_one_and_then_the_other(engine):
         InTurn(IWAE(2), last, 0)
     with pytest.raises(TypeError, match="then: Trace_ELBO is no objective of pyro_vae"):
         InTurn(last, pyro.infer.Trace_ELBO(), 3)
+
+
+@pytest.mark.parametrize("pyros", [pyro.infer.Trace_ELBO(), pyro.infer.TraceMeanField_ELBO()])
+def test_a_loss_of_pyro_that_is_warmed_up_is_the_elbo_with_part_of_its_divergence(pyros):
+    """Value and gradient by quadrature; from the last step of the warm-up on, those of the loss itself."""
+    replicates, objective = Replicates(100_000), WarmUp(3, pyros)
+
+    def partly(weight, *given):
+        z = given[1] + given[2].exp() * NODES
+        rest = log_normal(z, 0.0, 1.0) - log_normal(z, given[1], given[2].exp())
+        return (NODE_WEIGHTS * (log_normal(X, given[0] * z, NOISE) + weight * rest)).sum()
+
+    for step, weight in ((0, 0.25), (2, 0.75), (3, 1.0), (10, 1.0)):
+        objective.advance(step)
+        torch.manual_seed(1)
+        value, gradient = replicates.sample(objective)
+        true = partly(weight, *(given := parameters()))
+        assert value == pytest.approx(true.item(), abs=0.03)
+        expected = torch.stack(torch.autograd.grad(true, given))
+        torch.testing.assert_close(gradient.mean(1), expected, atol=0.05, rtol=0)
+    torch.manual_seed(1)
+    theirs = pyros.differentiable_loss(replicates.model, replicates.guide, replicates.x)
+    assert value == pytest.approx(-theirs.item() / len(replicates.x), rel=1e-12)
+
+
+def test_a_warm_up_goes_on_by_itself_alike_under_both_engines():
+    x, found = binary(20), []
+    for engine in (PyroSVI, partial(CompiledSVI, compiler="none")):
+        torch.manual_seed(3)
+        vae, loss = small_vae(), WarmUp(4)
+        svi = engine(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), lr=0.01), loss)
+        found.append([])
+        for step in range(7):
+            assert loss._weight.item() == pytest.approx(min(1, (step + 1) / 5))
+            found[-1].append(float(svi.step(x)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
+        WarmUp(0)
+    with pytest.raises(TypeError, match="loss: IWAE is no loss of Pyro"):
+        WarmUp(3, IWAE(2))
