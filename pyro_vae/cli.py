@@ -20,6 +20,7 @@ from pyro_vae.helping import ahead_of, workers_asked
 
 if TYPE_CHECKING:
     from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
+    from pyro_vae.runs.exporting import Exported
     from pyro_vae.runs.new_data import Done
 
 USAGE = """usage: pyro-vae COMMAND [options]
@@ -32,6 +33,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   reconstruct, impute    E[x given z] of new data, or values for what was not seen of them
   sample     draws of x
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
+  export     encoder, decoder and sampler as ONNX files or torch programs that need nothing of pyro_vae; a model card
   report     one page of HTML on a run, several runs or a study: what to believe, which data are worst, which is better
   study      the same run for several contenders and seeds, and their differences; --search: for settings to be found
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
-    commands["report"] = report
+    commands |= {"report": report, "export": export}
     commands |= {name: partial(use, name) for name in ("score", "embed", "sample", "reconstruct", "impute")}
 
     def run() -> None:
@@ -137,6 +139,16 @@ def report(argv: Sequence[str] | None = None) -> Path:
     page = runs.report(settings.runs, place, settings.data, settings.trust)
     print(page)
     return page
+
+
+def export(argv: Sequence[str] | None = None) -> "Exported":
+    """Write the run that ``argv`` names as programs that need nothing of this library."""
+    runs = _runs()
+    exporting = importlib.import_module("pyro_vae.runs.exporting")
+    settings, _ = runs.parse(exporting.ExportSettings, argv, first="run", prog="pyro-vae export")
+    done = exporting.export(**vars(settings))
+    print(f"\n{done.text}\n\n{done.path}")
+    return done
 
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":

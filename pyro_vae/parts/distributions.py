@@ -57,12 +57,16 @@ class ContinuousBernoulli(TorchDistribution):
         return torch.where(small, 0.5 + self.logits / 12 - self.logits.pow(3) / 720, exact)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.icdf(
+            torch.rand(self._extended_shape(sample_shape), dtype=self.logits.dtype, device=self.logits.device)
+        )
+
+    def icdf(self, value: Tensor) -> Tensor:
         """The inverse of the distribution function, log(1 + u (exp(l) - 1)) / l, for l > 0 from the other end."""
-        u = torch.rand(self._extended_shape(sample_shape), dtype=self.logits.dtype, device=self.logits.device)
         size = self.logits.abs()
         small = size < 1e-3
         safe = torch.where(small, 1.0, size)
-        x = torch.where(small, u, -torch.log1p(u * torch.expm1(-safe)) / safe)  # of -|l|: mass near zero
+        x = torch.where(small, value, -torch.log1p(value * torch.expm1(-safe)) / safe)  # of -|l|: mass near zero
         return torch.where(self.logits > 0, 1 - x, x).clamp(0, 1)
 
 
@@ -115,9 +119,12 @@ class DiscretizedLogistic(TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
-        u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).clamp(1e-7, 1 - 1e-7)
-        x = self.loc + self.scale * torch.logit(u)
-        return torch.floor(x * self.levels).clamp(0, self.levels - 1).detach()
+        return self.icdf(torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)).detach()
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The smallest k with P(K <= k) >= u, of numbers u in (0, 1)."""
+        x = self.loc + self.scale * torch.logit(value.clamp(1e-7, 1 - 1e-7))
+        return torch.floor(x * self.levels).clamp(0, self.levels - 1)
 
 
 class WholeNumbers(dist.Categorical):
