@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,20 @@ class Schema:
         return cls(**content | known)
 
 
+class Origin(NamedTuple):
+    """Where test data are in what a user gave.
+
+    Attributes:
+        noun: what ``places`` are: ``line``, ``row`` or ``file``.
+        of: where, as a user called it.
+        places: of each test datum: numbers, as a user counts them, or names.
+    """
+
+    noun: str
+    of: str
+    places: Sequence[int] | Sequence[str]
+
+
 class Data(ABC):
     """Observations on a device.
 
@@ -133,6 +147,7 @@ class Data(ABC):
         about: entries of a run's ``result.json``; ``dataset`` is one of them, the name of the source.
         options: settings of the source that matter to a likelihood, for messages.
         train_labels, validation_labels, test_labels: class of each observation, ``(N,)``, or None.
+        origin: where the test data are in the file that they were read from; None: in their order, or not known.
     """
 
     schema: Schema
@@ -147,6 +162,7 @@ class Data(ABC):
     train_labels: Tensor | None = None
     validation_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    origin: Origin | None = None
 
     @property
     @abstractmethod

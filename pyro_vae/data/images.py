@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.datasets import Column, Data, Pixels, Schema, Source, held_out
+from pyro_vae.data.datasets import Column, Data, Origin, Pixels, Schema, Source, held_out
 from pyro_vae.errors import DataError
 from pyro_vae.parts.likelihoods import Likelihood
 
@@ -45,7 +45,8 @@ MOST_CLASSES = 1000
 class Images(NamedTuple):
     """Images as they are stored: ``(N, H, W)`` or ``(N, C, H, W)``, pixels from 0 to ``max_value``; labels ``(N,)``.
 
-    Pixels are whole numbers, of 8 bits or of more, or real ones; ``max_value`` is at most 2^24.
+    Pixels are whole numbers, of 8 bits or of more, or real ones; ``max_value`` is at most 2^24. ``origin`` says where
+    the test images were read, if that is not in their order.
     """
 
     train: np.ndarray
@@ -53,6 +54,7 @@ class Images(NamedTuple):
     max_value: int
     train_labels: np.ndarray | None = None
     test_labels: np.ndarray | None = None
+    origin: Origin | None = None
 
 
 class Dataset(Source):
@@ -166,6 +168,7 @@ class ImageData(Data):
         if train_labels is not None:
             self.train_labels, self.validation_labels = train_labels[:-last], train_labels[-last:]
         self.test_labels = _check_labels(images.test_labels, len(test), f"{name}, test labels")
+        self.origin = images.origin
         self.fingerprint = fingerprint(train, test, images.max_value, train_labels, self.test_labels)
 
     @property

@@ -4,14 +4,14 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torchvision
 from PIL import Image, ImageOps
 
-from pyro_vae.data.datasets import check_file
+from pyro_vae.data.datasets import Origin, check_file
 from pyro_vae.data.images import MOST, Binarization, Dataset, Images, shuffled
 from pyro_vae.errors import DataError, reason_of
 
@@ -193,7 +193,8 @@ class Npy(OwnImages):
         else:
             num_test = self._num_test(train, self.num_test)
             train, test = train[:-num_test], train[-num_test:]
-        return self._images(train, test)
+        origin = Origin("place", str(self.path), range(len(train), len(train) + len(test)))
+        return self._images(train, test)._replace(origin=None if self.test_path else origin)
 
     def _array(self, path: Path) -> np.ndarray:
         array = load_arrays(path, ".npy file")
@@ -241,7 +242,7 @@ class ImageFolder(OwnImages):
     def read(self) -> Images:
         parts = {name: self._has_images(self.path / name) for name in ("train", "test")}
         if all(parts.values()):
-            (train, train_labels, classes), (test, test_labels, test_classes) = (
+            (train, train_labels, classes, _), (test, test_labels, test_classes, files) = (
                 self._read(self.path / name) for name in parts
             )
             if odd := set(classes) ^ set(test_classes):
@@ -250,20 +251,23 @@ class ImageFolder(OwnImages):
         elif any(parts.values()):
             raise DataError(f"{self.path} must have {' and '.join(f'{name}/<class>/' for name in parts)}, or neither")
         else:
-            images, labels, classes = self._read(self.path)
+            images, labels, classes, files = self._read(self.path)
             images, labels = shuffled(self.binarization_seed, images, labels)
+            named, _ = shuffled(self.binarization_seed, np.array(files), None)
             num_test = self._num_test(images)
             test, train = np.split(images, [num_test])
             test_labels, train_labels = (None, None) if labels is None else np.split(labels, [num_test])
-        named = [f"{place} {name}" for place, name in enumerate(classes)]
-        shown = named if len(named) <= 12 else [*named[:6], "...", named[-1]]
+            files = named[:num_test].tolist()
+        told_of = [f"{place} {name}" for place, name in enumerate(classes)]
+        shown = told_of if len(told_of) <= 12 else [*told_of[:6], "...", told_of[-1]]
         of = f" of {len(classes)} classes: {', '.join(shown)}" if classes else ""
         told = "; colours are read as grey values, --dataset.grey false keeps them" if self._greyed else ""
         print(f"{self.path}: {len(train) + len(test):,} images{of}{told}")
         if sixteen := {np.dtype(np.uint16)} & {train.dtype, test.dtype}:
             self.max_value = 65535
         train, test = (wide(part) if sixteen else part for part in (train, test))
-        return self._images(train, test, train_labels, test_labels)
+        origin = Origin("file", str(self.path), files)
+        return self._images(train, test, train_labels, test_labels)._replace(origin=origin)
 
     def _has_images(self, folder: Path) -> bool:
         return any(folder.glob("*/")) or bool(self._flat(folder))
@@ -290,19 +294,24 @@ class ImageFolder(OwnImages):
         """One picture, ``(H, W)`` or ``(C, H, W)``."""
         return self._open(str(file))
 
-    def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-        """Images, their labels, and the names of the classes; of a folder without subfolders there are none."""
+    def _read(self, folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str], list[str]]:
+        """Images, their labels, the names of the classes, if the folder has subfolders, and those of the files."""
         _check_links(folder)
         flat = self._flat(folder)
         if flat and not any(folder.glob("*/")):
-            return _stacked([self._open(str(file)) for file in flat]), None, []
+            return _stacked([self._open(str(file)) for file in flat]), None, [], self._inside(flat)
         try:
             files = torchvision.datasets.ImageFolder(folder, loader=self._open)
         except OSError as error:
             raise DataError(
                 f"expected image files {folder}/<class>/*.png, or {folder}/*.png: {reason_of(error).rstrip('. ')}"
             ) from error
-        return _stacked([image for image, _ in files]), np.array(files.targets), files.classes
+        names = self._inside(Path(name) for name, _ in files.samples)
+        return _stacked([image for image, _ in files]), np.array(files.targets), files.classes, names
+
+    def _inside(self, files: Iterable[Path]) -> list[str]:
+        """Files by their names in the folder of all."""
+        return [str(file.relative_to(self.path)) for file in files]
 
     def _open(self, file: str) -> np.ndarray:
         check_file(Path(file))

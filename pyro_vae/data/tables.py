@@ -23,7 +23,7 @@ from pyro_vae.data.columns import (
     option,
     read_frame,
 )
-from pyro_vae.data.datasets import Column, Data, Kind, Schema, Source, held_out
+from pyro_vae.data.datasets import Column, Data, Kind, Origin, Schema, Source, held_out
 from pyro_vae.data.images import fingerprint
 from pyro_vae.errors import DataError
 from pyro_vae.infer.trees import data_size, select
@@ -121,6 +121,9 @@ class Table(Source):
         last = held_out(len(train), self.num_validation, frame.title)
         data = TableData(columns, train[:-last], train[-last:], test, frame.title, device)
         data.origins = (frame, order[:-last]), (frame, order[-last:]), origin
+        lines = origin[0].lines
+        places = [place if lines is None else lines[place] for place in origin[1].tolist()]
+        data.origin = Origin("row" if lines is None else "line", origin[0].title, places)
         data.report(frame.num_rows + (0 if other is None else other.num_rows))
         return data
 

@@ -1416,3 +1416,21 @@ def test_channels_that_come_last_are_refused(tmp_path):
     np.save(tmp_path / "rgb.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)))
     with pytest.raises(DataError, match=r"channels come first, as in \(N, C, H, W\), got shape \(18, 8, 8, 3\)"):
         Npy(tmp_path, tmp_path / "rgb.npy").load()
+
+
+def test_test_images_know_where_they_were_read(tmp_path):
+    """A place in a file, or the name of a file, by which a user finds them again."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    source = Npy(tmp_path, tmp_path / "images.npy", binarization="integers")
+    data = source.load()
+    assert [pixels[place].ravel().tolist() for place in data.origin.places] == data.test.int().tolist()
+    assert data.origin[:2] == ("place", str(tmp_path / "images.npy"))
+    for number, each in enumerate(pixels):
+        folder = tmp_path / "folder" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(each).save(folder / f"{number}.png")
+    data = ImageFolder(tmp_path, tmp_path / "folder", size=4, binarization="integers").load()
+    read = [np.asarray(Image.open(tmp_path / "folder" / name)).ravel().tolist() for name in data.origin.places]
+    assert read == data.test.int().tolist()
+    assert Digits(tmp_path).load().origin is None

@@ -1,6 +1,7 @@
 """Reports: one file that fetches nothing and executes nothing of data or names, and says what the run's files say."""
 
 import base64
+import csv
 import hashlib
 import html
 import io
@@ -211,6 +212,12 @@ def test_names_are_text_and_never_code(evil):
     assert "<" not in raw
     assert "\u2028" not in raw
     assert {row[4] for row in content["values"].values()} <= set(EVIL)
+    (line,) = (column["values"] for column in content["columns"] if column["title"] == "line")
+    file = io.StringIO((evil.path.parent / "evil.csv").read_text(encoding="utf-8"))
+    rows = list(csv.reader(file))  # as a user finds them
+    assert [rows[each - 1][4] for each in line] == [content["values"][str(i)][4] for i in range(8)]
+    assert [float(rows[each - 1][0]) for each in line] == pytest.approx(evil.data.test[:8, 0].tolist(), rel=1e-5)
+    assert f"0 (line {line[0]}): log p(x)" in seen.text
     for name in EVIL:
         assert " ".join(name.split()) in seen.text, name
     assert seen.text.startswith("Run <img src=x onerror=alert(3)>")
@@ -234,13 +241,30 @@ def test_figures_show_names_as_they_are():
     assert html.escape(EVIL[1], quote=False) in drawn.svg or "&lt;/script&gt;" in drawn.svg
 
 
-def test_tokens_and_conditions_are_those_of_the_data():
-    some, seen = np.zeros((4, 3, 1), np.float32), [[[1], [0], [math.nan]], [[0], [1], [1]]]
-    data = SequenceData(some, some, np.array(seen, np.float32), "binary")
-    assert showing.Shown(data).values([1, 0]) == (["steps"], {1: ["0 1 1"], 0: ["1 0"]})
+def test_sequences_are_lines_through_what_was_seen():
+    some, n = np.zeros((4, 5, 2), np.float32), math.nan
+    seen = [[[0, 5], [1, n], [4, 5], [n, n], [2, 9]], [[4, 9], [n, 7], [0, n], [0, n], [n, n]]]
+    shown = showing.Shown(SequenceData(some, some, np.array(seen, np.float32), "real"))
+    assert (shown.size, shown.values([0, 1])) == ((200, 68), ([], {}))
+    height = {value: round(34 * (0.9 - 0.8 * value / 4)) for value in (0, 1, 2, 4)}
+    other = {value: round(34 * (1.9 - 0.8 * (value - 5) / 4)) for value in (5, 7, 9)}
+    path = f"M2 {height[0]}L51 {height[1]} 100 {height[4]}M198 {height[2]}h0"  # a gap, and a step alone
+    path += f"M2 {other[5]}h0M100 {other[5]}h0M198 {other[9]}h0"
+    assert shown.lines([1, 0])[0] == path
+    assert shown.lines([1, 0])[1].startswith(f"M2 {height[4]}h0M100 {height[0]}L149 {height[0]}M2 {other[9]}L51")
+    (item,) = shown.items([1], ["log p(x) -1"])
+    assert item.strip.seen == shown.lines([1])[1]
+    assert item.strip.alt == "test sequence 1, 4 steps seen: from 0 to 4; from 7 to 9"
+    rows = page.Rows("rows", [page.Column("sequence", [0, 1])], "sequence", lines=shown.lines([0]), size=shown.size)
+    html = page.render(page.Page("t", "", [page.Section("s", [rows, page.Gallery("g", [item])])]))
+    assert check_safe(html).rows()["lines"] == {"0": path}
+    assert f'<path d="{item.strip.seen}"/>' in html
+
+
+def test_conditions_are_those_of_the_data():
     told = (Column("job", "categorical", ("<b>", "smith")), Column("age", "real", loc=40.0, scale=10.0))
     schema = Schema((2,), "row", (Column("x", "real"), Column("y", "binary", ("no", "yes"))), condition=told)
-    shown = showing.Shown(SimpleNamespace(schema=schema))
+    shown = showing.Shown(SimpleNamespace(schema=schema, origin=None))
     x, c = torch.tensor([math.nan, 1.0]), torch.tensor([0.0, 1.0, -0.5])
     assert shown._names() == ["given job", "given age", "x", "y"]
     assert shown._texts(x, c) == ["smith", "35", "missing", "yes"]
@@ -431,8 +455,26 @@ def test_two_runs_are_compared_as_compare_does(pair, tmp_path):
     ranked = "ab" if d.mean < 0 else "ba"
     assert re.search(rf" 1 {ranked[0]} .* 2 {ranked[1]} ", seen.text)
     assert "--seed 0 1" in seen.text
-    gap = pair[1].importance["log_px"].values - pair[0].importance["log_px"].values
-    assert seen.rows()["columns"][-1]["values"] == [round(each, 2) for each in gap.tolist()]
+    known = [run.importance["log_px"].values.copy() for run in pair]
+    among = pair[0].annealed["datum"].values
+    for each, run in zip(known, pair, strict=True):
+        each[among] = run.annealed["log_px"].values
+    *_, gap, by = (column["values"] for column in seen.rows()["columns"])
+    assert gap == [round(each, 2) for each in (known[1] - known[0]).tolist()]
+    assert {place for place, word in enumerate(by) if word.startswith("annealed")} == set(among.tolist())
+    assert "but for the 20 that are annealed in both" in seen.text
+
+
+def test_a_datum_that_one_run_alone_has_annealed_is_compared_by_importance_sampling(pair, tmp_path, without_figures):
+    other = pair[1]
+    fewer = runs.Run(other.path, other.result, other.evidence | {"annealed": other.annealed.isel(datum=slice(5))})
+    seen = check_safe(runs.report([pair[0], fewer], tmp_path / "ab.html", data=False).read_text())
+    *_, gap, by = (column["values"] for column in seen.rows()["columns"])
+    among = other.annealed["datum"].values[:5].tolist()
+    assert [place for place, word in enumerate(by) if word.startswith("annealed")] == among
+    left = pair[0].annealed["datum"].values[5]
+    rough = [run.importance["log_px"].values[left] for run in pair]
+    assert gap[left] == round(float(rough[1] - rough[0]), 2)
 
 
 def test_unlike_numbers_are_not_ranked(pair, evil, tmp_path, without_figures):

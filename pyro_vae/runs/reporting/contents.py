@@ -263,8 +263,7 @@ def data_of(told: Told) -> list[Any]:
     ranks, threshold = ranked(known), told.run.result["khat_threshold"] or 0.7
     slow = told.vae is None or told.data is None or drawing.pixel_by_pixel(told.vae, told.data)
     shown = None if told.data is None else Shown(told.data, None if slow else told.vae)
-    if shown is not None and shown.left_out:
-        blocks.append(Text(shown.left_out))
+    blocks += [] if shown is None else [Text(note) for note in shown.notes]
     if shown is not None:
         for title, order in ranks.items():
             some = order[:IN_GALLERY]
@@ -272,18 +271,22 @@ def data_of(told: Told) -> list[Any]:
             heading = f"The {title}" + ", each with its reconstruction" * (not slow)
             items = shown.items([int(places[i]) for i in some], about)
             blocks.append(Gallery(heading, items, _warning(known, some, threshold)))
-    columns = columns_of(told, kept)
-    first = places[priority(ranks, kept)].tolist()
-    pictures, (names, values) = {}, ([], {})
-    if shown is not None:
-        pictures, (names, values) = shown.pictures(first), shown.values(first)
-        if 0 < len(pictures) + len(values) < len(kept):
-            number_shown = len(pictures) + len(values)
-            blocks.append(Text(f"The {number_shown:,} worst, best and least sure {noun}s are shown themselves."))
     caption = f"Test {noun}s, by importance sampling: nats, larger is better; a button in the head sorts"
     annealed = frozenset(places[known["annealed"].values].tolist())
-    blocks.append(Rows(caption, columns, noun, pictures, names, values, keep=annealed))
-    return blocks
+    columns = columns_of(told, kept)
+    rows = Rows(caption, columns, noun, sorted_by=[each.title for each in columns].index("log p(x)"), keep=annealed)
+    return [*blocks, *with_data(rows, shown, places[priority(ranks, kept)].tolist())]
+
+
+def with_data(rows: Rows, shown: Shown | None, places: Sequence[int]) -> list[Any]:
+    """A sortable table with as many of the data themselves as it has room for, and a line if that is not all."""
+    if shown is None:
+        return [rows]
+    pictures, (names, values), lines = shown.pictures(places), shown.values(places), shown.lines(places)
+    number_shown = max(len(pictures), len(lines), len(values) if names != [""] else 0)
+    text = Text(f"The {number_shown:,} worst, best and least sure {rows.noun}s are shown themselves.")
+    known = {"pictures": pictures, "names": names, "values": values, "lines": lines, "size": shown.size}
+    return [*[text][: 0 < number_shown < len(places)], rows._replace(**known)]
 
 
 def best_known(run: Run) -> xr.Dataset:
@@ -369,7 +372,7 @@ def columns_of(told: Told, kept: np.ndarray) -> list[Column]:
     """The columns of a sortable table of one run."""
     importance, annealed = told.run.importance, told.run.annealed
     places = importance["datum"].values[kept]
-    columns = [Column(told.noun, places.tolist(), 0, "place in the test set")]
+    columns = [Column(told.noun, places.tolist(), 0, "place in the test set"), *places_of(told.data, places)]
     for name, title, digits, about in (
         ("log_px", "log p(x)", 2, "by importance sampling, nats"),
         ("mc_se", "error", 3, "Monte Carlo error, nats"),
@@ -387,6 +390,14 @@ def columns_of(told: Told, kept: np.ndarray) -> list[Column]:
     if labels is not None:
         columns.append(Column("class", labels.cpu()[torch.as_tensor(places)].tolist(), 0))
     return columns
+
+
+def places_of(data: Data | None, places: Sequence[int] | np.ndarray) -> list[Column]:
+    """A column that leads back to the file of the user, where test data are counted otherwise there."""
+    if data is None or data.origin is None or data.origin.noun == "file":  # whose names stand with the pictures
+        return []
+    noun, of, found = data.origin
+    return [Column(noun, [found[place] for place in places], 0, f"{noun} in {of}")]  # pyright: ignore[reportArgumentType]
 
 
 def rounded(values: Any, digits: int) -> list[float | None]:

@@ -62,12 +62,22 @@ class Figures(NamedTuple):
     kind = "figures"
 
 
+class Strip(NamedTuple):
+    """A small chart of a sequence: lines as paths of SVG, of what was seen and of what was made of it."""
+
+    size: tuple[int, int]
+    seen: str
+    made: str
+    alt: str
+
+
 class Item(NamedTuple):
-    """A datum in a gallery: a line about it, pictures (base64 of PNG) with what they show, or names and values."""
+    """A datum in a gallery: a line about it, pictures (base64 of PNG) with what they show, a chart, or values."""
 
     about: str
     pictures: Sequence[tuple[str, str]] = ()
     values: Sequence[tuple[str, str, str]] = ()
+    strip: Strip | None = None
 
 
 class Gallery(NamedTuple):
@@ -80,10 +90,10 @@ class Gallery(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a sortable table: numbers, None where there is none."""
+    """A column of a sortable table: numbers, None where there is none, or words."""
 
     title: str
-    values: Sequence[float | None]
+    values: Sequence[float | None] | Sequence[str]
     digits: int = 0
     about: str = ""
 
@@ -98,6 +108,8 @@ class Rows(NamedTuple):
         pictures: base64 of PNG by place, of some.
         names: of what ``values`` has.
         values: texts by place, of some.
+        lines: charts by place, of some, as paths of SVG within ``size``.
+        size: width and height of such a chart.
         sorted_by: the place of the column that it is sorted by at first, ascending.
         keep: places whose rows stay where every second one is left out, unless they are most.
     """
@@ -110,13 +122,21 @@ class Rows(NamedTuple):
     values: Mapping[int, Sequence[str]] = {}
     sorted_by: int = 1
     keep: frozenset[int] = frozenset()
+    lines: Mapping[int, str] = {}
+    size: tuple[int, int] = (0, 0)
     kind = "rows"
+
+    @property
+    def has_data(self) -> bool:
+        """Whether some of the data themselves are shown."""
+        return bool(self.pictures or self.values or self.lines)
 
     def content(self) -> dict[str, Any]:
         """What the script of the page reads."""
         columns = [{"title": each.title, "digits": each.digits, "values": each.values} for each in self.columns]
         texts = {"pictures": dict(self.pictures), "names": list(self.names), "values": dict(self.values)}
-        return {"noun": self.noun, "sortedBy": self.sorted_by, "columns": columns, **texts}
+        charts = {"lines": dict(self.lines), "size": list(self.size)}
+        return {"noun": self.noun, "sortedBy": self.sorted_by, "columns": columns, **texts, **charts}
 
 
 class Folded(NamedTuple):
@@ -201,8 +221,9 @@ def _without_heaviest(page: Page) -> Page:
     blocks = list(sections[heaviest[0]].blocks)
     block = blocks[heaviest[1]]
     left_out = Text("Left out here, so that the page stays small: " + _told(block))
-    if isinstance(block, Rows) and (block.pictures or block.values):
-        blocks[heaviest[1] : heaviest[1] + 1] = [left_out, block._replace(pictures={}, names=(), values={})]
+    if isinstance(block, Rows) and block.has_data:
+        without = block._replace(pictures={}, names=(), values={}, lines={})
+        blocks[heaviest[1] : heaviest[1] + 1] = [left_out, without]
     elif isinstance(block, Rows) and len(block.columns[0].values) > 200:
         blocks[heaviest[1] : heaviest[1] + 1] = [left_out, _halved(block)]
     else:
@@ -213,7 +234,7 @@ def _without_heaviest(page: Page) -> Page:
 
 def _told(block: Any) -> str:
     if isinstance(block, Rows):
-        return "the data themselves." if block.pictures or block.values else "every second row of this table."
+        return "the data themselves." if block.has_data else "every second row of this table."
     return {"figures": "figures.", "gallery": "data with their reconstructions."}.get(block.kind, "a part.")
 
 

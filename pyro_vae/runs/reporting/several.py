@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from pyro_vae.errors import RunError
 from pyro_vae.runs import figures
 from pyro_vae.runs.comparing import MUST_AGREE, Difference, annealed_alike, difference_of
@@ -19,10 +21,12 @@ from pyro_vae.runs.reporting.contents import (
     best_known,
     excerpt,
     history_of,
+    places_of,
     priority,
     ranked,
     rounded,
     settings_that_differ,
+    with_data,
 )
 from pyro_vae.runs.reporting.page import Column, Figures, Folded, Grid, Page, Rows, Section, Text, Verdicts
 from pyro_vae.runs.reporting.showing import Shown
@@ -172,36 +176,55 @@ def _rows(group: Sequence[Told]) -> list[Any]:
     """Log p(x) of each datum in each run, and the difference of the second to the first."""
     first, *others = group
     others = [told for told in others if told.run.importance.sizes == first.run.importance.sizes][: MOST_RUNS - 1]
-    importance, noun = first.run.importance, first.noun
-    known = best_known(first.run)
-    kept, text = excerpt(known, noun)
-    places = importance["datum"].values
-    columns = [Column(noun, places[kept].tolist(), 0, "place in the test set")]
-    for told in (first, *others):
-        log_px = told.run.importance["log_px"].values[kept]
-        columns.append(Column(f"log p(x), {told.name}", rounded(log_px, 2), 2, "by importance sampling, nats"))
-    for told in others:
-        gap = told.run.importance["log_px"].values[kept] - importance["log_px"].values[kept]
-        columns.append(Column(f"{told.name} minus {first.name}", rounded(gap, 2), 2, "nats"))
-    shown, blocks = next((told for told in group if told.data is not None), None), [Text(text)] if text else []
-    shares = [(told.name, told.run.result["share_khat_above_threshold"] or 0.0) for told in (first, *others)]
-    if bad := [f"{share:.0%} ({name})" for name, share in shares if share > MANY]:
-        text = (
-            f"Pareto k is bad for {', '.join(bad)} of the {noun}s: there single numbers and differences of this table, "
-        )
-        blocks.append(Text(text + "which are by importance sampling, are not to be trusted."))
-    pictures, (names, values) = {}, ([], {})
-    if shown is not None:
-        assert shown.data is not None
-        some = places[priority(ranked(known), kept)].tolist()
-        of = Shown(shown.data)
-        pictures, (names, values) = of.pictures(some), of.values(some)
-    sorted_by = len(columns) - 1 if others else 1
-    keep = frozenset(places[known["annealed"].values].tolist())
-    return [
-        *blocks,
-        Rows(f"Test {noun}s, by importance sampling", columns, noun, pictures, names, values, sorted_by, keep),
+    noun, size = first.noun, first.run.importance.sizes["datum"]
+    known = [best_known(told.run) for told in (first, *others)]
+    kept, text = excerpt(known[0], noun)
+    places = known[0]["datum"].values
+    fine = np.logical_and.reduce([each["annealed"].values for each in known])
+    found = [
+        np.where(fine, each["log_px"].values, told.run.importance["log_px"].values)[kept]
+        for each, told in zip(known, (first, *others), strict=True)
     ]
+    shown = next((told.data for told in group if told.data is not None), None)
+    columns = [Column(noun, places[kept].tolist(), 0, "place in the test set"), *places_of(shown, places[kept])]
+    for told, log_px in zip((first, *others), found, strict=True):
+        columns.append(Column(f"log p(x), {told.name}", rounded(log_px, 2), 2, "nats"))
+    for told, log_px in zip(others, found[1:], strict=True):
+        columns.append(Column(f"{told.name} minus {first.name}", rounded(log_px - found[0], 2), 2, "nats"))
+    by_first = next(i for i, each in enumerate(columns) if each.title.startswith("log p(x), "))
+    sorted_by = len(columns) - 1 if others else by_first
+    sure = np.logical_and.reduce([each["reliable"].values for each in known])
+    words = np.where(fine, np.where(sure, "annealed", "annealed, not reliable"), "importance")[kept].tolist()
+    columns += [Column("estimator", words, 0, "of all runs alike")] if fine.any() else []
+    keep = frozenset(places[fine].tolist())
+    caption = f"Test {noun}s, {_how(int(fine.sum()), size, len(known))}; nats, larger is better"
+    rows = Rows(caption, columns, noun, sorted_by=sorted_by, keep=keep)
+    some = places[priority(ranked(known[0]), kept)].tolist()
+    of = None if shown is None else Shown(shown)
+    notes = [Text(note) for note in ([text] if text else []) + _doubts((first, *others), fine)]
+    return [*notes, *([] if of is None else map(Text, of.notes)), *with_data(rows, of, some)]
+
+
+def _how(annealed: int, size: int, runs: int) -> str:
+    """By which estimator the numbers of a table of several runs are."""
+    if annealed == size:
+        return "annealed"
+    where = "both" if runs == 2 else "all"
+    return "by importance sampling" + f", but for the {annealed:,} that are annealed in {where}" * (annealed > 0)
+
+
+def _doubts(group: Sequence[Told], fine: np.ndarray) -> list[str]:
+    """Lines on numbers of a table of several runs that are not to be trusted."""
+    shares = []
+    for told in group:
+        khat = told.run.importance["khat"].values[~fine] if "khat" in told.run.importance else np.empty(0)
+        shares.append(float((khat > (told.run.result["khat_threshold"] or 0.7)).mean()) if len(khat) else 0.0)
+    bad = [f"{share:.0%} ({told.name})" for told, share in zip(group, shares, strict=True) if share > MANY]
+    if not bad:
+        return []
+    which = f"the {group[0].noun}s" + " that are not annealed" * bool(fine.any())
+    text = f"Pareto k is bad for {', '.join(bad)} of {which}: there single numbers and differences of this table are "
+    return [text + "not to be trusted."]
 
 
 # Studies

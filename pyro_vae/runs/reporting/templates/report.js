@@ -1,17 +1,18 @@
 "use strict";
 
-// Places of rows by the values of a column; what is no number comes last, either way.
+// Places of rows by the values of a column, numbers or words; what is no number comes last, either way.
 function order(values, descending) {
   const sign = descending ? -1 : 1;
   const places = Array.from(values, (_, place) => place);
   return places.sort((a, b) => {
     const x = values[a], y = values[b];
     if (x === null || y === null) return (x === null) - (y === null) || a - b;
-    return sign * (x - y) || a - b;
+    return sign * (typeof x === "string" ? x.localeCompare(y, "en") : x - y) || a - b;
   });
 }
 
 function shown(value, digits) {
+  if (typeof value === "string") return value;
   return value === null ? "–" : value.toFixed(digits).replace("-", "−");
 }
 
@@ -23,14 +24,27 @@ function element(name, text, parent) {
   return made;
 }
 
+// A small chart: one path, made here of numbers alone.
+function strip(path, size, about, parent) {
+  const space = "http://www.w3.org/2000/svg", chart = document.createElementNS(space, "svg");
+  const line = document.createElementNS(space, "path");
+  const said = {class: "strip", viewBox: `0 0 ${size.join(" ")}`, width: size[0], height: size[1], role: "img"};
+  Object.entries({...said, "aria-label": about}).forEach(([name, value]) => chart.setAttribute(name, value));
+  line.setAttribute("d", path);
+  chart.append(line);
+  parent.append(chart);
+}
+
 function datum(cell, content, place) {
   cell.className = "datum";
-  const picture = content.pictures[place], values = content.values[place];
+  const picture = content.pictures[place], values = content.values[place], path = content.lines[place];
+  if (path) strip(path, content.size, `test ${content.noun} ${place}`, cell);
   if (picture) {
     const image = element("img", undefined, cell);
     image.src = "data:image/png;base64," + picture;
     image.alt = `test ${content.noun} ${place}`;
-  } else if (values) {
+  }
+  if (values) {
     values.forEach((value, i) => {
       if (content.names[i]) element("b", content.names[i] + " ", cell);
       element("span", value, cell);
@@ -41,7 +55,7 @@ function datum(cell, content, place) {
 function sortable(root) {
   const content = JSON.parse(document.getElementById(root.dataset.content).textContent);
   const columns = content.columns, size = columns[0].values.length, most = 50;
-  const hasData = Object.keys(content.pictures).length + Object.keys(content.values).length > 0;
+  const hasData = [content.pictures, content.values, content.lines].some((each) => Object.keys(each).length);
   const heads = Array.from(root.querySelectorAll("th[aria-sort]"));
   const body = root.querySelector("tbody"), told = root.querySelector(".told");
   const back = root.querySelector(".back"), on = root.querySelector(".on");
