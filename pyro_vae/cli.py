@@ -35,6 +35,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
   export     encoder, decoder and sampler as ONNX files or torch programs that need nothing of pyro_vae; a model card
   report     one page of HTML on a run, several runs or a study: what to believe, which data are worst, which is better
+  push       put a finished run on the Hugging Face Hub; every RUN may be named hf://USER/NAME, too
   study      the same run for several contenders and seeds, and their differences; --search: for settings to be found
 
 pyro-vae COMMAND --help shows the options that matter first, --help.all every one."""
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
-    commands |= {"report": report, "export": export}
+    commands |= {"report": report, "export": export, "push": push}
     commands |= {name: partial(use, name) for name in ("score", "embed", "sample", "reconstruct", "impute")}
 
     def run() -> None:
@@ -121,7 +122,7 @@ def compare(argv: Sequence[str] | None = None) -> "Comparison":
     """Compare the finished runs that ``argv`` names."""
     runs = _runs()
     settings, text = runs.parse(runs.ComparisonSettings, argv, first="runs", prog="pyro-vae compare")
-    compared = runs.compare(settings.runs, settings.run_dir, text)
+    compared = runs.compare(settings.runs, settings.run_dir, text, settings.trust)
     print(compared.table())
     if settings.run_dir:
         print(f"\n{settings.run_dir}")
@@ -149,6 +150,16 @@ def export(argv: Sequence[str] | None = None) -> "Exported":
     done = exporting.export(**vars(settings))
     print(f"\n{done.text}\n\n{done.path}")
     return done
+
+
+def push(argv: Sequence[str] | None = None) -> str:
+    """Push the finished run that ``argv`` names to the Hugging Face Hub."""
+    runs = _runs()
+    settings, _ = runs.parse(runs.PushSettings, argv, first="run repo", prog="pyro-vae push")
+    run = runs.load(settings.run)
+    place = runs.push_to_hub(run, settings.repo, settings.private, settings.license, settings.replace)
+    print(importlib.import_module("pyro_vae.runs.pushing").told_after(run, place))
+    return place
 
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":

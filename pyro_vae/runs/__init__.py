@@ -50,6 +50,7 @@ from pyro_vae.runs.loading import (
     open_finished,
 )
 from pyro_vae.runs.parsing import parse, parser, settings_text
+from pyro_vae.runs.pushing import PushSettings, push_to_hub
 from pyro_vae.runs.reporting import ReportSettings, report
 from pyro_vae.runs.scoring import (
     best,
@@ -94,6 +95,7 @@ __all__ = [
     "EvidenceSettings",
     "Filled",
     "Finished",
+    "PushSettings",
     "ReportSettings",
     "Run",
     "RunError",
@@ -143,6 +145,7 @@ __all__ = [
     "parse",
     "parser",
     "provenance",
+    "push_to_hub",
     "reliable",
     "report",
     "report_run",

@@ -38,6 +38,7 @@ from pyro_vae.runs.directory import (
 )
 from pyro_vae.runs.evaluating import settings_for
 from pyro_vae.runs.given import check_made
+from pyro_vae.runs.hub import named
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import settings_text
 from pyro_vae.runs.scoring import FEW_DOUBTED, some_images
@@ -49,15 +50,15 @@ class ClassificationSettings:
     """Settings of one classification.
 
     Args:
-        run: directory of a finished run that is told the class; may stand first, without --run.
+        run: directory of a finished run that is told the class, or hf://USER/NAME; may stand first, without --run.
         split: test or training data.
         num_images: how many of them, drawn at random, the same in every classification, at least 2; null: all.
         annealing: settings of annealed importance sampling, which scores each datum once for every class.
         seed: of the estimates, at least 0.
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         run_dir: directory to write, new or empty; null: classes-test or classes-train in the run's evaluations.
-        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
+            hf://, else true.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = ("run", "split", "num_images", "seed", "device", "run_dir")
@@ -69,7 +70,7 @@ class ClassificationSettings:
     seed: int = 0
     device: str = "auto"
     run_dir: Path | None = None
-    trust: bool = True
+    trust: bool | None = None
 
     def __post_init__(self):
         check_made(self)
@@ -132,7 +133,7 @@ def run_classification(settings: ClassificationSettings, text: str | None = None
         raise RunError(f"classes of {settings.run}: {error}") from error
     right = _places(c, codes)
     result = {
-        "run": str(settings.run),
+        "run": named(settings.run),
         "split": settings.split,
         "noun": data.schema.noun,
         "num_images": len(among),

@@ -24,6 +24,7 @@ from pyro_vae.errors import RunError
 from pyro_vae.infer.evidence.result import Evidence, difference_estimate
 from pyro_vae.runs import figures
 from pyro_vae.runs.directory import check_run_dir, noun_of, open_run, several, table, write_json, write_text, writing
+from pyro_vae.runs.hub import home_of
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.scoring import best, number
 
@@ -36,12 +37,15 @@ class ComparisonSettings:
     """Settings of a comparison.
 
     Args:
-        runs: directories of finished runs, the reference first; may stand first, without --runs.
+        runs: directories of finished runs, or hf://USER/NAME, the reference first; may stand first, without --runs.
         run_dir: directory to write result.json, table.md and differences.png to, new or empty; null: print only.
+        trust: whether the runs' settings may name classes of anybody, none of which is built here; false: only those of
+            pyro_vae; null: false for runs of hf://, else true.
     """
 
     runs: Sequence[Path]
     run_dir: Path | None = None
+    trust: bool | None = None
 
 
 class Difference(NamedTuple):
@@ -157,39 +161,46 @@ class Comparison(NamedTuple):
         noun, means = noun_of(first.result), [number(best(run.result)) for run in self.runs]
         header = ("run", "log p(x)", "difference", "95 % interval", f"{noun}s", "annealed", f"error over {noun}s")
         rows: list[tuple[str, ...]] = [(*header, "Monte Carlo error", "bad k")]
-        rows.append((str(first.path), means[0], "", "", "", "", "", "", _share(first)))
+        rows.append((first.name, means[0], "", "", "", "", "", "", _share(first)))
         for run, mean, d in zip(others, means[1:], self.differences, strict=True):
             told = number(d.mean) if not math.isfinite(d.mean) else f"{d.mean:+.3f}"
             cells = (told, d.interval if math.isfinite(d.mean) else "-", f"{d.size:,}", f"{d.annealed:,}")
-            rows.append((str(run.path), mean, *cells, number(d.se), number(d.mc_se), _share(run)))
+            rows.append((run.name, mean, *cells, number(d.se), number(d.mc_se), _share(run)))
         result, size = first.result, first.importance.sizes["datum"]
         annealed = first.evidence["annealed"].sizes["datum"] if self.estimator == "annealed" else 0
         how = "annealed" if annealed == size else f"{result['num_samples']:,} importance samples"
         how += f", corrected by the {annealed:,} annealed ones" * (0 < annealed < size)
         of = result.get("dataset") or "data"
         lost = [
-            f"\n{run.path}: not reliable, log p(x) of {d.num_not_finite:,} {noun_of(result)}s is NaN or infinite there "
+            f"\n{run.name}: not reliable, log p(x) of {d.num_not_finite:,} {noun_of(result)}s is NaN or infinite there "
             "or in the reference"
             for run, d in zip(others, self.differences, strict=True)
             if d.num_not_finite
         ]
         pairs = zip(others, self.differences, strict=True)
-        told = [f"\n{d.sentence(str(run.path), str(first.path), noun)}" for run, d in pairs if not d.num_not_finite]
+        told = [f"\n{d.sentence(run.name, first.name, noun)}" for run, d in pairs if not d.num_not_finite]
         text = f"{result['unit']}; {of}, {size:,} test {noun}s, {how}\n{table(rows)}\n"
         return text + "".join(lost + told)
 
 
-def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None, text: str | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run | Path | str],
+    run_dir: Path | str | None = None,
+    text: str | None = None,
+    trust: bool | None = None,
+) -> Comparison:
     """Compare finished runs, or their directories, with the first of them.
 
     Args:
         runs: at least two.
         run_dir: directory to write the comparison to, new or empty; None: nothing is written.
         text: its settings as YAML, if the caller has them.
+        trust: of directories; see :func:`pyro_vae.runs.load`.
 
     Raises:
         RunError: if a directory holds no finished run, or the runs cannot be compared.
     """
+    runs = [run if isinstance(run, Run) else home_of(run) for run in runs]
     paths, run_dir = [Path(run) for run in runs], None if run_dir is None else Path(run_dir)
     if len(paths) < 2:
         raise RunError("name at least two run directories to compare")
@@ -198,7 +209,7 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None,
     text = yaml.safe_dump({"runs": [str(path) for path in paths]}) if text is None else text
     if run_dir:
         check_run_dir(run_dir, text, resume=None)
-    finished = [run if isinstance(run, Run) else load(run) for run in runs]
+    finished = [run if isinstance(run, Run) else load(run, trust) for run in runs]
     first, *others = finished
     estimator = "annealed" if annealed_alike(finished) else "importance"
     done = Comparison(finished, estimator, [difference_of(run, first, estimator) for run in others])
@@ -211,15 +222,15 @@ def compare(runs: Sequence[Run | Path | str], run_dir: Path | str | None = None,
 def _write(done: Comparison, run_dir: Path) -> None:
     first, *others = done.runs
     pairs = list(zip(others, done.differences, strict=True))
-    rows = {str(run.path): d._asdict() for run, d in pairs}
-    result = {"reference": str(first.path), "estimator": done.estimator, "unit": first.result["unit"]}
+    rows = {run.name: d._asdict() for run, d in pairs}
+    result = {"reference": first.name, "estimator": done.estimator, "unit": first.result["unit"]}
     with writing(run_dir):
-        found = {str(run.path): d for run, d in pairs if not d.num_not_finite}
+        found = {run.name: d for run, d in pairs if not d.num_not_finite}
         if found:
             figures.paired_differences(
                 {name: (d.mean, d.se, d.freedom) for name, d in found.items()},
                 run_dir / "differences.png",
-                f"log p(x) minus that of {first.path}, nats per {noun_of(first.result)}",
+                f"log p(x) minus that of {first.name}, nats per {noun_of(first.result)}",
             )
         write_text(run_dir / "table.md", done.table() + "\n")
         write_json(run_dir / "result.json", result | {"differences": rows})
@@ -253,7 +264,7 @@ def gaps_of(run: Run, reference: Run, estimator: str = "importance") -> Gaps:
     for name in MUST_AGREE + (("num_samples",) if estimator == "importance" else ()):
         ours, theirs = run.result.get(name), reference.result.get(name)
         if ours != theirs:
-            raise RunError(f"{run.path} and {reference.path} cannot be compared: {name} is {ours!r} and {theirs!r}")
+            raise RunError(f"{run.name} and {reference.name} cannot be compared: {name} is {ours!r} and {theirs!r}")
     rough, rough_error = _minus(run, reference, "importance")
     if estimator == "importance":
         return Gaps(rough, rough_error, rough[:0], rough[:0], np.arange(0))

@@ -23,6 +23,7 @@ from torch import Tensor
 import pyro_vae
 from pyro_vae.errors import RunError
 from pyro_vae.files import holds_anything, whole
+from pyro_vae.runs.hub import is_downloaded, named
 from pyro_vae.runs.reading import text_of, yaml_of
 from pyro_vae.runs.seals import sealed, settings_sealed
 
@@ -160,8 +161,10 @@ def inside(directory: Path, *names: str) -> Path:
     """The path of these names in a directory, none of which is a link there: what is written stays in the directory.
 
     Raises:
-        RunError: if one is.
+        RunError: if one is, or the directory came from the Hugging Face Hub, whose cache is read only.
     """
+    if is_downloaded(directory):
+        raise RunError(f"{named(directory)} was downloaded, and nothing is written there: say where by --run_dir")
     path = directory
     for name in names:
         path = path / name

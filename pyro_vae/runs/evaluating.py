@@ -49,6 +49,7 @@ from pyro_vae.runs.directory import (
     write_text,
     writing,
 )
+from pyro_vae.runs.hub import named, trusted
 from pyro_vae.runs.loading import Run, load_finished
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_blocks import on_cluster
@@ -134,7 +135,7 @@ def evaluate(settings: EvaluationSettings, text: str | None = None, ahead: Helpe
         work = _work(settings, text, run_dir, data, device)
         work.begin()
         for helpers in (ahead, more) if number > 1 else ():
-            helpers.go({"run_dir": str(run_dir), "trust": settings.trust})
+            helpers.go({"run_dir": str(run_dir), "trust": trusted(settings.run, settings.trust)})
         try:
             with _workers(settings, vae, data, work) as shared:
                 return _evaluated(settings, vae, data, run_dir, work, shared)
@@ -207,7 +208,7 @@ def _evaluated(
             work.forget()
             return _read_back(run_dir)
     result |= {
-        "run": str(settings.run),
+        "run": named(settings.run),
         "estimator": settings.estimator,
         "split": "simulated" if settings.estimator == "bdmc" else settings.split,
         "num_images": len(among),

@@ -121,7 +121,7 @@ def _own(path: Any, annotation: Any, where: str) -> Any:
     if made is None or not (named or module.startswith("pyro_vae.")):
         raise RunError(
             f"{where}: {path} is no class of pyro_vae, so that this file is code; if you trust who wrote it, load it "
-            "with trust=True, or without --trust false"
+            "with trust=True, or by --trust true"
         )
     _refuse_other(made, annotation, where, path)
     return made

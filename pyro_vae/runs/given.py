@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs.factories import classes_made, imported, parameters
+from pyro_vae.runs.hub import home_of, is_on_hub
 from pyro_vae.runs.reading import yaml_of
 
 LARGEST = 2**31 - 1
@@ -79,12 +80,12 @@ def check_name(option: str, name: str) -> None:
 
 
 def check_trust(trust: object) -> None:
-    """Refuse what is neither true nor false: text such as "no" would be true.
+    """Refuse what is neither true nor false, nor None: text such as "no" would be true.
 
     Raises:
-        RunError: if it is not a bool.
+        RunError: if it is something else.
     """
-    if not isinstance(trust, bool):
+    if trust is not None and not isinstance(trust, bool):
         raise RunError(f"trust must be True or False, got {_shown(trust)}")
 
 
@@ -193,8 +194,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _expanded(path: str | Path, where: str, name: str) -> Path:
+    """A path as it is meant; a run on the Hub is downloaded."""
     if odd := next((letter for letter in str(path) if ord(letter) < 32 or ord(letter) == 127), None):
         raise RunError(f"{where}: a path has no character {odd!r}")
+    if is_on_hub(path):
+        if name not in ("run", "runs"):
+            raise RunError(f"{where}: only runs are read from the Hugging Face Hub; expected a path, got {path}")
+        return home_of(path)
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as error:

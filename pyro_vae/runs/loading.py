@@ -19,8 +19,9 @@ from pyro_vae.hierarchical import HierarchicalVAE
 from pyro_vae.infer.evidence.result import Evidence
 from pyro_vae.runs.bounded import bounded_by
 from pyro_vae.runs.build import Model, build, load_dataset, make
-from pyro_vae.runs.directory import check_empty, check_unchanged, choose_device
+from pyro_vae.runs.directory import check_empty, check_unchanged, choose_device, inside
 from pyro_vae.runs.given import check_trust
+from pyro_vae.runs.hub import home_of, is_downloaded, named, trusted
 from pyro_vae.runs.memory import check_same_data, find_again
 from pyro_vae.runs.parsing import parse
 from pyro_vae.runs.reading import evidence_of, result_of, weights_of
@@ -56,6 +57,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """What it is called: its directory, or, if it came from the Hugging Face Hub, ``hf://USER/NAME@COMMIT``."""
+        return named(self.path)
 
     @property
     def importance(self) -> xr.Dataset:
@@ -118,20 +124,24 @@ class Run:
         return self.using.impute(x, given, **settings)
 
 
-def load(directory: Path | str, trust: bool = True) -> Run:
+def load(directory: Path | str, trust: bool | None = None) -> Run:
     """The finished run in ``directory``, whether version 0.1.0 wrote it or this one; its data set is not needed.
 
     Args:
-        directory: of the run.
+        directory: of the run; or ``hf://USER/NAME`` or ``hf://USER/NAME@REVISION``, which is downloaded from the
+            Hugging Face Hub.
         trust: its ``config.yaml`` may name classes of anybody, whose modules are then imported and which are built: it
-            is code. False, for a directory that was downloaded: only classes of this library are, and losses of Pyro
-            and optimizers of torch, which are named but not called.
+            is code. False: only classes of this library are, and losses of Pyro and optimizers of torch, which are
+            named but not called. None: False for a run from the Hub, True for other directories.
 
     Raises:
-        RunError: if ``directory`` does not hold one, or its settings name other classes and are not trusted.
+        RunError: if ``directory`` does not hold one, or its settings name other classes and are not trusted, or the
+            Hub cannot be reached.
+        MissingExtra: for a run on the Hub, without huggingface_hub.
     """
     check_trust(trust)
-    directory = Path(directory)
+    directory = home_of(directory)
+    trust = trusted(directory, trust)
     result = result_of(directory)
     evidence = evidence_of(directory, result)
     if not trust:
@@ -139,7 +149,7 @@ def load(directory: Path | str, trust: bool = True) -> Run:
     return Run(directory, result, evidence, trust)
 
 
-def load_settings(directory: Path | str, trust: bool = True) -> Settings:
+def load_settings(directory: Path | str, trust: bool | None = None) -> Settings:
     """The settings of a run; for ``trust``, see :func:`load`.
 
     Raises:
@@ -147,19 +157,20 @@ def load_settings(directory: Path | str, trust: bool = True) -> Settings:
             finished.
     """
     check_trust(trust)
-    saved = Path(directory) / "config.yaml"
+    directory = home_of(directory)
+    saved = directory / "config.yaml"
     if not os.path.lexists(saved):
         raise RunError(f"{directory} holds no run (there is no config.yaml)")
     try:
-        settings = parse(Settings, [f"--config={saved}"], trust=trust)[0]
+        settings = parse(Settings, [f"--config={saved}"], trust=trusted(directory, trust))[0]
     except RunError as error:
         raise error if str(saved) in str(error) else RunError(f"{saved}: {error}") from error
     given = getattr(settings.dataset, "keywords", {})
-    check_unchanged(Path(directory), [name for name, value in given.items() if isinstance(value, Path)])
+    check_unchanged(directory, [name for name, value in given.items() if isinstance(value, Path)])
     return settings
 
 
-def load_model(directory: Path | str, trust: bool = True) -> Model:
+def load_model(directory: Path | str, trust: bool | None = None) -> Model:
     """The trained model of a run, on the CPU, in evaluation mode; its data set is not needed. For ``trust``, see
     :func:`load`.
 
@@ -167,11 +178,11 @@ def load_model(directory: Path | str, trust: bool = True) -> Model:
         RunError: if ``directory`` holds no trained model.
     """
     check_trust(trust)
-    directory = Path(directory)
+    directory = home_of(directory)
     weights, schema = weights_of(directory)
     settings = load_settings(directory, trust)
     try:
-        with nullcontext() if trust else bounded_by(weights, directory):
+        with nullcontext() if trusted(directory, trust) else bounded_by(weights, directory):
             vae = build(settings, schema)
         vae.load_state_dict(weights)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -180,15 +191,16 @@ def load_model(directory: Path | str, trust: bool = True) -> Model:
     return vae.eval()
 
 
-def load_schema(directory: Path | str, trust: bool = True) -> Schema:
+def load_schema(directory: Path | str, trust: bool | None = None) -> Schema:
     """What the model of a run knows of its data. Only for images of an earlier version are these read for that.
 
     Raises:
         RunError: if ``directory`` holds no trained model.
     """
     check_trust(trust)
-    _, schema = weights_of(Path(directory))
-    if schema.pixels is None and isinstance(_source(load_settings(directory, trust)), Dataset):
+    directory = home_of(directory)
+    _, schema = weights_of(directory)
+    if schema.pixels is None and isinstance(_source(directory, load_settings(directory, trust)), Dataset):
         try:
             return load_data(directory, trust=trust).schema
         except RunError as error:
@@ -199,18 +211,21 @@ def load_schema(directory: Path | str, trust: bool = True) -> Schema:
     return schema
 
 
-def _source(settings: Settings) -> Source:
-    return make("dataset", settings.dataset, settings.data_dir or cache_folder())
+def _source(directory: Path, settings: Settings) -> Source:
+    """The data set of a run; that of a downloaded one is never looked for, or put, where its author had it."""
+    folder = None if is_downloaded(directory) else settings.data_dir
+    return make("dataset", settings.dataset, folder or cache_folder())
 
 
-def load_data(directory: Path | str, device: torch.device | str = "cpu", trust: bool = True) -> Data:
+def load_data(directory: Path | str, device: torch.device | str = "cpu", trust: bool | None = None) -> Data:
     """The data set of a run; for ``trust``, see :func:`load`.
 
     Raises:
         RunError: if it cannot be had, or is another one than the run was trained on.
     """
-    settings, directory = load_settings(directory, trust), Path(directory)
-    dataset = _source(settings)
+    directory = home_of(directory)
+    settings = load_settings(directory, trust)
+    dataset = _source(directory, settings)
     find_again(directory, dataset)
     data = load_dataset(dataset, device, settings.conditions)
     check_same_data(directory, dataset, data)
@@ -242,7 +257,7 @@ def open_finished(
             device, or anything in ``run_dir`` already, unless it is resumed.
     """
     chosen = choose_device(device)
-    run_dir = run_dir or directory / name
+    run_dir = run_dir or inside(directory, name)
     if not resume:
         check_empty(run_dir)
     vae, data = load_finished(directory, chosen, may_be_told=False, may_be_deep=may_be_deep)
@@ -262,7 +277,11 @@ def images_of(data: Data) -> ImageData:
 
 
 def load_finished(
-    directory: Path, device: torch.device, may_be_told: bool = True, trust: bool = True, may_be_deep: bool = True
+    directory: Path,
+    device: torch.device,
+    may_be_told: bool = True,
+    trust: bool | None = None,
+    may_be_deep: bool = True,
 ) -> tuple[Model, Data]:
     """Model and data of a finished run, on ``device``; for ``trust``, see :func:`load`.
 

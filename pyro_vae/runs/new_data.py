@@ -41,7 +41,7 @@ class _Settings:
     """Settings that all commands on a file have.
 
     Args:
-        run: directory of a finished run; may stand first, without --run.
+        run: directory of a finished run, or hf://USER/NAME; may stand first, without --run.
         file: new data; may stand second, without --file.
         out: file to write, whose ending says how: see above.
         array: name of the array of an .npz file; null: the only one, or that called test.
@@ -49,8 +49,8 @@ class _Settings:
             null: columns, or arrays, of the file that are called as it is.
         seed: of random draws, at least 0.
         device: auto takes a GPU if there is one.
-        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
+            hf://, else true.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = ("run", "file", "out", "array", "given", "seed", "device")
@@ -62,7 +62,7 @@ class _Settings:
     given: Given = None
     seed: int = 0
     device: str = "auto"
-    trust: bool = True
+    trust: bool | None = None
 
     def __post_init__(self):
         check_made(self)
@@ -175,14 +175,14 @@ class SampleSettings:
     """Settings of draws from a model.
 
     Args:
-        run: directory of a finished run; may stand first, without --run.
+        run: directory of a finished run, or hf://USER/NAME; may stand first, without --run.
         num_samples: how many, at least 1.
         given: of a run with a condition: its value, such as 3, or values by name, such as '{label: 3, age: 40}'.
         out: file to write.
         seed: of the draws, at least 0.
         device: auto takes a GPU if there is one.
-        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
+            hf://, else true.
     """
 
     DESCRIPTION: ClassVar[str] = (
@@ -197,7 +197,7 @@ class SampleSettings:
     out: Path | None = None
     seed: int = 0
     device: str = "auto"
-    trust: bool = True
+    trust: bool | None = None
 
     def __post_init__(self):
         check_made(self)
@@ -224,7 +224,7 @@ def score_new(settings: ScoreSettings) -> Done:
     torch.manual_seed(settings.seed)
     evidence = using.score(new.x, settings.estimator, _given(settings, new), progress=True, **how)
     unit = unit_of(run.model, using.schema)
-    result = evidence.to_dataset(unit=unit, run=str(run.path), estimator=settings.estimator, seed=settings.seed)
+    result = evidence.to_dataset(unit=unit, run=run.name, estimator=settings.estimator, seed=settings.seed)
     result = _numbered(result, new.rows)
     if settings.out is not None:
         write_result(result, settings.out, "log_px")
@@ -379,7 +379,7 @@ def _observations(x: Any, name: str, run: Run, seed: int) -> xr.Dataset:
     if isinstance(x, Tensor):
         return _dataset({name: (("datum",), x)}, run, seed)
     variables = {column: ("datum", x[column].to_numpy()) for column in x}
-    return xr.Dataset(variables, {"datum": np.arange(len(x))}, {"run": str(run.path), "seed": seed})
+    return xr.Dataset(variables, {"datum": np.arange(len(x))}, {"run": run.name, "seed": seed})
 
 
 def _dataset(arrays: Arrays, run: Run, seed: int) -> xr.Dataset:
@@ -390,7 +390,7 @@ def _dataset(arrays: Arrays, run: Run, seed: int) -> xr.Dataset:
         variables[name] = ((*dims, *others), each.cpu().numpy())
     size = next(iter(arrays.values()))
     number = size[1].shape[size[0].index("datum")]
-    return xr.Dataset(variables, {"datum": np.arange(number)}, {"run": str(run.path), "seed": seed})
+    return xr.Dataset(variables, {"datum": np.arange(number)}, {"run": run.name, "seed": seed})
 
 
 def _numbered(result: xr.Dataset, rows: list[str] | None) -> xr.Dataset:

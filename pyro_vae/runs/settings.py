@@ -310,7 +310,7 @@ class EvaluationSettings:
     """Settings of one evaluation.
 
     Args:
-        run: directory of a finished run; may stand first, without --run.
+        run: directory of a finished run, or hf://USER/NAME; may stand first, without --run.
         estimator: importance; annealed: annealed importance sampling; bdmc: bidirectional Monte Carlo, which encloses
             log p(x) of images that the model itself draws; sandwich: the same of the images of the split, from long
             posterior chains; smc, bridge, thermodynamic: other estimators, to compare with.
@@ -326,8 +326,8 @@ class EvaluationSettings:
         device: auto takes a CUDA device if there is one; or cpu, cuda, cuda:1.
         name: of the directory in the run's evaluations; null: made of the estimator and the split.
         run_dir: directory to write, new or empty, in place of that one.
-        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
+            hf://, else true.
         resume: print the result where this evaluation is finished already, which is refused otherwise. One that was
             interrupted is gone on with by the same command in any case.
         workers: processes that share the blocks of data, each with one thread of the processor; null: as many as torch
@@ -356,7 +356,7 @@ class EvaluationSettings:
     device: str = "auto"
     name: str | None = None
     run_dir: Path | None = None
-    trust: bool = True
+    trust: bool | None = None
     resume: bool = False
     workers: int | None = None
     ray: bool | str = False

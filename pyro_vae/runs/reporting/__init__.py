@@ -17,6 +17,7 @@ import torch
 from pyro_vae.data.datasets import Data
 from pyro_vae.errors import RunError
 from pyro_vae.runs.given import check_made, check_trust
+from pyro_vae.runs.hub import home_of, is_downloaded, named
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.reading import json_of, yaml_of
 from pyro_vae.runs.reporting.contents import Told, history_of, run_page, unfinished_page
@@ -31,13 +32,14 @@ class ReportSettings:
     """Settings of a report.
 
     Args:
-        runs: directories of finished runs, the reference first, or of one study; may stand first, without --runs.
+        runs: directories of finished runs, or hf://USER/NAME, the reference first, or of one study; may stand first,
+            without --runs.
         out: the page to write, a new file named .html, or an earlier report; null: report.html in the run or study, or
             of several runs in the current directory.
         run_dir: directory to write report.html to, in place of --out.
         data: show the data themselves and what the model draws, for which both are read; false: numbers alone.
-        trust: build whatever classes the runs' settings name; false, for runs that were downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the runs' settings name; false: only those of pyro_vae; null: false for runs of
+            hf://, else true.
     """
 
     DESCRIPTION: ClassVar[str] = (
@@ -56,7 +58,7 @@ class ReportSettings:
     out: Path | None = None
     run_dir: Path | None = None
     data: bool = True
-    trust: bool = True
+    trust: bool | None = None
 
     def __post_init__(self):
         check_made(self)
@@ -68,7 +70,7 @@ def report(
     runs: Sequence[Run | Path | str] | Run | Path | str,
     out: Path | str | None = None,
     data: bool = True,
-    trust: bool = True,
+    trust: bool | None = None,
 ) -> Path:
     """Write a page on finished runs, or their directories, or on one study; return its path.
 
@@ -84,6 +86,7 @@ def report(
     """
     check_trust(trust)
     given = [runs] if isinstance(runs, Run | Path | str) else list(runs)
+    given = [run if isinstance(run, Run) else home_of(run) for run in given]
     if not given:
         raise RunError("name a run directory to report")
     paths = [Path(run) for run in given]
@@ -91,6 +94,8 @@ def report(
         raise RunError("a run is named twice: name each run directory once")
     given_out = out is not None
     out = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / FILE
+    if not given_out and is_downloaded(out.parent):
+        raise RunError(f"{named(out.parent)} was downloaded, and nothing is written there: name the page by --out")
     place = f"--out {out}" if given_out else str(out)
     kinds = [kind_of(path) for path in paths]
     check_page(out, place)
@@ -126,7 +131,12 @@ def kind_of(directory: Path) -> str:
 
 
 def _page(
-    given: Sequence[Run | Path | str], paths: Sequence[Path], kinds: Sequence[str], out: Path, data: bool, trust: bool
+    given: Sequence[Run | Path | str],
+    paths: Sequence[Path],
+    kinds: Sequence[str],
+    out: Path,
+    data: bool,
+    trust: bool | None,
 ) -> Page:
     names = [_name(path) for path in paths]
     if len(paths) == 1:
@@ -147,11 +157,11 @@ def _page(
 
 
 def _name(path: Path) -> str:
-    return path.resolve().name or str(path)
+    return named(path) if is_downloaded(path) else path.resolve().name or str(path)
 
 
 def _told(
-    given: Run | Path | str, name: str, data: bool, model: bool, trust: bool, others: Sequence[Told] = ()
+    given: Run | Path | str, name: str, data: bool, model: bool, trust: bool | None, others: Sequence[Told] = ()
 ) -> Told:
     """A run with its data and its model, if they are asked for and can be had; data of others are not read again."""
     run = given if isinstance(given, Run) else load(given, trust)
