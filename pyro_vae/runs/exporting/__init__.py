@@ -55,8 +55,8 @@ class ExportSettings:
         license: identifier of the licence of the weights, such as apache-2.0, for the model card; null: none is said.
         tolerance: how far an output may be from that of the model, |a - b| / max(1, |b|), positive; with more, nothing
             is written.
-        trust: build whatever classes the run's settings name; false, for a run that was downloaded: only those of
-            pyro_vae.
+        trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
+            hf://, else true.
     """
 
     DESCRIPTION: ClassVar[str] = (
@@ -74,7 +74,7 @@ class ExportSettings:
     parts: Sequence[Part] = ("encoder", "decoder", "sampler")
     license: str | None = None
     tolerance: float = 1e-5
-    trust: bool = True
+    trust: bool | None = None
 
     def __post_init__(self):
         check_made(self)
@@ -99,7 +99,7 @@ def export(
     parts: Sequence[Part] = ("encoder", "decoder", "sampler"),
     license: str | None = None,
     tolerance: float = 1e-5,
-    trust: bool = True,
+    trust: bool | None = None,
 ) -> Exported:
     """Write a finished run as programs that need nothing of this library; all of them, or nothing.
 
