@@ -19,8 +19,7 @@ from pyro_vae.errors import MissingExtra, NonFiniteError, RunError, is_of_no_num
 from pyro_vae.helping import ahead_of, workers_asked
 
 if TYPE_CHECKING:
-    from pyro_vae.runs import Classified, Comparison, Run, Scored, Search, Study
-    from pyro_vae.runs.exporting import Exported
+    from pyro_vae.runs import Classified, Comparison, Exported, Run, Scored, Search, Study
     from pyro_vae.runs.new_data import Done
 
 USAGE = """usage: pyro-vae COMMAND [options]
@@ -145,9 +144,8 @@ def report(argv: Sequence[str] | None = None) -> Path:
 def export(argv: Sequence[str] | None = None) -> "Exported":
     """Write the run that ``argv`` names as programs that need nothing of this library."""
     runs = _runs()
-    exporting = importlib.import_module("pyro_vae.runs.exporting")
-    settings, _ = runs.parse(exporting.ExportSettings, argv, first="run", prog="pyro-vae export")
-    done = exporting.export(**vars(settings))
+    settings, _ = runs.parse(runs.ExportSettings, argv, first="run", prog="pyro-vae export")
+    done = runs.export(**vars(settings))
     print(f"\n{done.text}\n\n{done.path}")
     return done
 

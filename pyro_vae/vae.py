@@ -259,9 +259,10 @@ class ConditionalVAE(nn.Module):
         return check_made(self.prior, made, (), self.prior.latent_dim)
 
     def _check(self, x: Tensor, c: Tensor) -> None:
-        if c.shape != (len(x), self.condition_dim):
+        size = x.shape[0]  # len(x) would fix it, where programs of any number of data are traced
+        if c.shape != (size, self.condition_dim):
             raise ContractError(
-                f"the condition of {len(x)} observations must be of shape {(len(x), self.condition_dim)}, it is of "
+                f"the condition of {size} observations must be of shape {(size, self.condition_dim)}, it is of "
                 f"{tuple(c.shape)}"
             )
 

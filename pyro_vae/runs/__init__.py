@@ -11,6 +11,7 @@ need_extra("runs", [*NEEDED.split(), "tensorboard"])
 
 from pyro_vae.runs import figures, judge
 from pyro_vae.runs.build import build, load_dataset, make
+from pyro_vae.runs.cards import card
 from pyro_vae.runs.classifying import (
     ClassificationSettings,
     Classified,
@@ -38,6 +39,7 @@ from pyro_vae.runs.directory import (
     writing,
 )
 from pyro_vae.runs.evaluating import Scored, evaluate, evaluation_table, score
+from pyro_vae.runs.exporting import Exported, ExportSettings, export
 from pyro_vae.runs.loading import (
     Finished,
     Run,
@@ -93,6 +95,8 @@ __all__ = [
     "Difference",
     "EvaluationSettings",
     "EvidenceSettings",
+    "ExportSettings",
+    "Exported",
     "Filled",
     "Finished",
     "PushSettings",
@@ -111,6 +115,7 @@ __all__ = [
     "annealed_alike",
     "best",
     "build",
+    "card",
     "check_empty",
     "check_numbers",
     "check_run_dir",
@@ -126,6 +131,7 @@ __all__ = [
     "estimators",
     "evaluate",
     "evaluation_table",
+    "export",
     "figures",
     "forest",
     "images_of",

@@ -58,7 +58,7 @@ def _plain(made: Any, name: str) -> Described:
 def _flow(made: Any, name: str) -> Described:
     """What the flow is told; the flow itself is inside of the program that draws."""
     known = {each: value for each in ("loc", "log_scale", "context") if (value := getattr(made, each)) is not None}
-    tensors = {f"{name}_{each}": value for each, value in known.items()}
+    tensors = {f"{name}_{each}": value.expand(*made.batch_shape, -1) for each, value in known.items()}
     about = "loc + exp(log_scale) * flow(normal noise; context): the flow is in the draw, its density is not exported"
     return tensors, {"family": "Flow", "parameters": dict(zip(known, tensors, strict=True)), "about": about}
 

@@ -36,6 +36,8 @@ def traced(module: nn.Module, inputs: Sequence[Tensor]) -> torch.export.Exported
         raise
     except Exception as error:  # of torch, and of parts of anybody
         reason = textwrap.shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        if "Constraints violated" in reason:
+            reason = "it fixes the number of data, as len(x) does where x.shape[0] does not"
         raise NotExportable(f"{_at_fault(error)} cannot be traced: {reason}") from error
     for node in program.graph.nodes:
         tags = getattr(node.target, "tags", ())
