@@ -35,6 +35,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   export     encoder, decoder and sampler as ONNX files or torch programs that need nothing of pyro_vae; a model card
   report     one page of HTML on a run, several runs or a study: what to believe, which data are worst, which is better
   push       put a finished run on the Hugging Face Hub; every RUN may be named hf://USER/NAME, too
+  explore    a page on this machine to play with a run: draw, move latents, walk, fill in what is erased
   study      the same run for several contenders and seeds, and their differences; --search: for settings to be found
 
 pyro-vae COMMAND --help shows the options that matter first, --help.all every one."""
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``pyro-vae``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": train, "evaluate": evaluate, "classify": classify, "compare": compare, "study": study}
-    commands |= {"report": report, "export": export, "push": push}
+    commands |= {"report": report, "explore": explore, "export": export, "push": push}
     commands |= {name: partial(use, name) for name in ("score", "embed", "sample", "reconstruct", "impute")}
 
     def run() -> None:
@@ -158,6 +159,13 @@ def push(argv: Sequence[str] | None = None) -> str:
     place = runs.push_to_hub(run, settings.repo, settings.private, settings.license, settings.replace)
     print(importlib.import_module("pyro_vae.runs.pushing").told_after(run, place))
     return place
+
+
+def explore(argv: Sequence[str] | None = None) -> None:
+    """Serve the page of the run that ``argv`` names, until it is interrupted."""
+    runs = _runs()
+    settings, _ = runs.parse(runs.ExploreSettings, argv, first="run", prog="pyro-vae explore")
+    runs.explore(settings)
 
 
 def study(argv: Sequence[str] | None = None) -> "Study | Search":

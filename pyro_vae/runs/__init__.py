@@ -39,6 +39,7 @@ from pyro_vae.runs.directory import (
     writing,
 )
 from pyro_vae.runs.evaluating import Scored, evaluate, evaluation_table, score
+from pyro_vae.runs.exploring import ExploreSettings, explore
 from pyro_vae.runs.exporting import Exported, ExportSettings, export
 from pyro_vae.runs.loading import (
     Finished,
@@ -95,6 +96,7 @@ __all__ = [
     "Difference",
     "EvaluationSettings",
     "EvidenceSettings",
+    "ExploreSettings",
     "ExportSettings",
     "Exported",
     "Filled",
@@ -131,6 +133,7 @@ __all__ = [
     "estimators",
     "evaluate",
     "evaluation_table",
+    "explore",
     "export",
     "figures",
     "forest",
