@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs.exploring.explorer import Datum, Estimate, Explorer
@@ -51,16 +52,18 @@ class Aside:
             return found
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, at once if it is at work."""
+        self._ours.close()
+        self._process.join(1)
         self._process.terminate()
         self._process.join()
-        self._ours.close()
 
 
 def _serve(path: Path, trust: bool, seed: int, pipe: Connection) -> None:
     """Score what comes, until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own would be shared by processes, and outlive one that is ended
     explorer = Explorer(load(path, trust), seed)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -51,7 +51,7 @@ function touch(x, y) {
 function send() {
   show();
   props.value = { by: "hand", cells: Array.from(cells), unseen: Array.from(unseen) };
-  trigger("input");
+  setTimeout(() => trigger("input"), 0);  // after the page has taken the value
 }
 
 function at(event) {
