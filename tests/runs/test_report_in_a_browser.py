@@ -1,10 +1,12 @@
 """Reports in Chromium: they open from disk and sort at once, ask nobody for anything, and can be used by anybody.
 
 Skipped where there is no Chromium, or no Playwright: ``pip install 'pyro-vae[browser]'``, and Debian's ``chromium``.
+Pictures of a report are left in the folder that SCREENSHOTS names.
 """
 
 import base64
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -132,10 +134,12 @@ def test_the_policy_of_the_page_stops_what_is_not_its_own(opened, report):
     assert len([line for line in wrong if "Content Security Policy" in line]) == 2
 
 
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("width", [400, 1280])
 def test_it_fits_and_changes_its_colours(opened, report, width):
     page, wrong = opened(report, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"report_{width}.png", full_page=True)
     ground = "getComputedStyle(document.body).backgroundColor"
     line = "getComputedStyle(document.querySelector('figure svg')).fill"
     light, ink = page.evaluate(ground), page.evaluate(line)
