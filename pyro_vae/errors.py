@@ -73,6 +73,12 @@ def need_extra(extra: str, packages: Sequence[str]) -> None:
     Raises:
         MissingExtra: naming the extra and what is missing.
     """
-    if missing := [name for name in packages if find_spec(name) is None]:
+    if missing := [name for name in packages if not _is_installed(name)]:
         remedy = f"pyro-vae needs the extra '{extra}': pip install 'pyro-vae[{extra}]'"
         raise MissingExtra(f"{remedy} (missing: {', '.join(missing)})")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name, such as W&B leaves where it ran, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -22,7 +22,7 @@ from pyro_vae.runs.scoring import number, rows_of
 
 FILE = "README.md"
 _MOST_COLUMNS = 100
-_LOCAL = ("--run_dir", "--data_dir", "--device", "--resume", "--report", "--tensorboard")
+_LOCAL = ("--run_dir", "--data_dir", "--device", "--resume", "--report", "--tensorboard", "--wandb", "--mlflow")
 """Settings that say where and how a run was made, not what it is."""
 _OWN = ("pyro_vae", "pyro", "torch")
 """Packages whose classes are built whether a run is trusted or not."""

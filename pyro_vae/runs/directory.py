@@ -157,19 +157,19 @@ def make_directory(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def inside(directory: Path, *names: str) -> Path:
+def inside(directory: Path, *names: str, option: str = "--run_dir") -> Path:
     """The path of these names in a directory, none of which is a link there: what is written stays in the directory.
 
     Raises:
         RunError: if one is, or the directory came from the Hugging Face Hub, whose cache is read only.
     """
     if is_downloaded(directory):
-        raise RunError(f"{named(directory)} was downloaded, and nothing is written there: say where by --run_dir")
+        raise RunError(f"{named(directory)} was downloaded, and nothing is written there: say where by {option}")
     path = directory
     for name in names:
         path = path / name
         if path.is_symlink():
-            raise RunError(f"{path} is a link, which is not followed: choose another directory by --run_dir")
+            raise RunError(f"{path} is a link, which is not followed: choose another directory by {option}")
     return path
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import inspect
 import numbers
+import re
 import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,21 @@ def check_name(option: str, name: str) -> None:
     """
     if len(name.encode(errors="replace")) > 100 or not name.isprintable() or not name.strip():
         raise ValueError(f"{option}: a name has 1 to 100 printable characters, got {_shown(name)}")
+
+
+def check_project(option: str, project: bool | str) -> None:
+    """Refuse what is no name of a project, such as a key.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if isinstance(project, bool):
+        return
+    if re.fullmatch(r"(?=.*\d)\w{32,}|wandb_\w+", project):
+        raise ValueError(f"--{option}: expected the name of a project, got what may be a key: log in with that instead")
+    name = r"[\w. -]{1,100}"
+    if not re.fullmatch(rf"{name}/{name}|{name}" if option == "wandb" else name, project):
+        raise ValueError(f"--{option}: a name has letters, digits, '.', '_' and '-', got {_shown(project)}")
 
 
 def check_trust(trust: object) -> None:

@@ -36,7 +36,10 @@ from pyro_vae.runs.given import check_read, check_trust, check_written, read_set
 T = TypeVar("T")
 
 
-PLACE = ("run_dir", "resume", "tensorboard", "report", "workers", "ray", "cpus_per_run", "gpus_per_run", "trust")
+PLACE = (
+    *("run_dir", "resume", "tensorboard", "wandb", "mlflow", "report"),
+    *("workers", "ray", "cpus_per_run", "gpus_per_run", "trust"),
+)
 """Settings that say where and how a run is written and not what it is; ``config.yaml`` leaves them out."""
 MISTAKES = (ArgumentError, ValueError, TypeError, OSError, SyntaxError)
 """What the parser and constructors raise at a user's mistakes."""

@@ -28,7 +28,7 @@ from pyro_vae.parts.likelihoods import Bernoulli, Likelihood
 from pyro_vae.parts.networks import MLP, Activation, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
 from pyro_vae.parts.priors import Prior, StandardNormal
-from pyro_vae.runs.given import check_made, check_name
+from pyro_vae.runs.given import check_made, check_name, check_project
 
 ScheduleClass = Callable[[Optimizer, int, int], LRScheduler]
 """Made of the optimizer, the number of steps of an epoch, and the number of epochs."""
@@ -189,6 +189,9 @@ class Settings:
         run_dir: directory to write, new or empty; null: one under runs/, named by data set and time.
         resume: go on with the interrupted run in --run_dir, with its settings, in any number of processes.
         tensorboard: log curves to run_dir for TensorBoard.
+        wandb: log settings, curves, result and figures to Weights & Biases, too: true, to its project pyro-vae, or the
+            name of a project, or ENTITY/PROJECT. Without a login or a server, offline, in run_dir/wandb.
+        mlflow: the same to MLflow, at MLFLOW_TRACKING_URI: true, to its experiment pyro-vae, or the name of one.
         report: write report.html to run_dir at the end, a page on the run; false: pyro-vae report writes it later.
     """
 
@@ -234,6 +237,8 @@ class Settings:
     run_dir: Path | None = None
     resume: bool = False
     tensorboard: bool = False
+    wandb: bool | str = False
+    mlflow: bool | str = False
     report: bool = True
 
     def __post_init__(self):
@@ -244,6 +249,8 @@ class Settings:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive and finite, got {self.lr}")
         check_seed(self.seed)
+        for name in ("wandb", "mlflow"):
+            check_project(name, getattr(self, name))
         if not 0 < self.average_decay < 1:
             raise ValueError(f"--average_decay must be above 0 and below 1, got {self.average_decay}")
         if self.max_norm is not None and not self.max_norm > 0:

@@ -64,6 +64,7 @@ from pyro_vae.runs.reporting import report_after
 from pyro_vae.runs.scoring import best, bits_per_dim, report_run, score_test, score_validation
 from pyro_vae.runs.seals import without_weights
 from pyro_vae.runs.settings import Settings
+from pyro_vae.runs.tracking import Tracking
 from pyro_vae.runs.workers import alone
 from pyro_vae.training import fit
 
@@ -91,6 +92,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
     with launched(settings.device) as processes:
         check_same(processes, dict(flat(yaml.safe_load(text), "--")))
         run_dir = Path(processes.from_first(lambda: run_dir_for(type(dataset).__name__, settings.run_dir)))
+        tracking = Tracking(run_dir, settings, text)
         processes.from_first(lambda: check_run_dir(run_dir, text, settings.resume, _reread))
         finished = processes.from_first((run_dir / "result.json").exists)
         if not finished:
@@ -100,11 +102,13 @@ def train(settings: Settings, text: str | None = None) -> Run:
             try:
                 with contextlib.ExitStack() as mine:
                     processes.from_first(lambda: bool(mine.enter_context(alone(run_dir))))
-                    with _leaving_nothing(run_dir, new) if began else contextlib.nullcontext():
-                        history = fit_run(settings, vae, data, objective, run_dir, _about(text, data))
+                    with _leaving_nothing(run_dir, new) if began else contextlib.nullcontext(), tracking:
+                        history = fit_run(settings, vae, data, objective, run_dir, _about(text, data), tracking)
                     leave()
                     if processes.is_first:
-                        _score(settings, dataset, vae, data, history, run_dir)
+                        with tracking:
+                            _score(settings, dataset, vae, data, history, run_dir)
+                        tracking.conclude()
             except KeyboardInterrupt as interrupt:
                 if not processes.is_first:
                     sys.exit(130)  # the first one says it
@@ -120,6 +124,7 @@ def train(settings: Settings, text: str | None = None) -> Run:
             raise RunError(f"{run_dir} is finished, but has no model.safetensors{without_weights(run_dir)}")
         load_settings(run_dir)
         forget_parts(run_dir)
+        tracking.conclude()
         print("This run is finished; its result:")
     report_run(run_dir)
     return load(run_dir)
@@ -313,11 +318,17 @@ class Log(Callback):
 
 
 def fit_run(
-    settings: Settings, vae: Model, data: Data, objective: Objective | ELBO, run_dir: Path, about: dict[str, Any]
+    settings: Settings,
+    vae: Model,
+    data: Data,
+    objective: Objective | ELBO,
+    run_dir: Path,
+    about: dict[str, Any],
+    *more: Callback,
 ) -> list[Epoch]:
-    """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch."""
+    """Fit the VAE, writing metrics.csv and checkpoint.pt after every epoch; ``more`` comes after that."""
     log = Log(run_dir, settings.tensorboard)
-    callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume, about), log]
+    callbacks: list[Callback] = [Checkpoint(run_dir / "checkpoint.pt", settings.resume, about), log, *more]
     callbacks += [BestWeights()] if settings.weights == "best" else []
     callbacks += [AverageWeights(settings.average_decay)] if settings.weights == "average" else []
     callbacks += [EarlyStopping(settings.patience)] if settings.patience is not None else []

@@ -56,7 +56,8 @@ def test_defaults():
     annealing = saved["evidence"].pop("annealing")
     assert saved["evidence"] == {"num_samples": 1000, "num_images": None, "annealed_images": 1500}
     assert annealing == asdict(Annealing())
-    assert saved.keys() == {name for name in vars(config) if name not in ("run_dir", "resume", "tensorboard", "report")}
+    elsewhere = ("run_dir", "resume", "tensorboard", "wandb", "mlflow", "report")
+    assert saved.keys() == {name for name in vars(config) if name not in elsewhere}
 
 
 def test_values_reach_the_parts(tmp_path):

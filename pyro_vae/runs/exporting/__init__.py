@@ -22,7 +22,7 @@ from pyro_vae.errors import RunError, need_extra
 from pyro_vae.files import PARTIAL
 from pyro_vae.infer.trees import tensors
 from pyro_vae.runs import cards
-from pyro_vae.runs.directory import check_empty, provenance, several, table, write_json, write_text, writing
+from pyro_vae.runs.directory import check_empty, inside, provenance, several, table, write_json, write_text, writing
 from pyro_vae.runs.exporting.described import tensors_as_lists
 from pyro_vae.runs.exporting.formats import ENDINGS, difference, opened, saved, traced, unused
 from pyro_vae.runs.exporting.noise import Noise, NotExportable
@@ -121,9 +121,9 @@ def export(
     if format == "onnx":
         need_extra("export", ["onnx", "onnxscript", "onnxruntime"])
     cards.checked_license(license)
-    place = settings.out or settings.run / f"export-{format}"
+    place = settings.out or inside(settings.run, f"export-{format}", option="--out")
     check_empty(place, "--out")
-    run = run if isinstance(run, Run) else load(run, trust)
+    run = run if isinstance(run, Run) else load(settings.run, trust)
     with torch.random.fork_rng([]), _directory(place) as partial:
         torch.manual_seed(0)
         work = _Work(run, settings, partial)
