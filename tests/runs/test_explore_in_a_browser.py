@@ -90,14 +90,16 @@ def opened(browser):
         context.close()
 
 
+SHOWN = "place => place.innerText + [...place.querySelectorAll('img')].map(image => image.src).join()"
+
+
 def changed(page, selector, act):
-    """Do something, and wait until what the selector names is something else."""
-    before = page.locator(selector).inner_html()
+    """Do something, and wait until what the selector names shows something else."""
+    place = page.locator(selector)
+    before = place.evaluate(SHOWN)
     act()
-    page.wait_for_function(
-        "([selector, before]) => document.querySelector(selector).innerHTML !== before", arg=[selector, before]
-    )
-    return page.locator(selector)
+    wait = f"([selector, before]) => ({SHOWN})(document.querySelector(selector)) !== before"
+    page.wait_for_function(wait, arg=[selector, before])
 
 
 def numbers(page):
@@ -119,6 +121,7 @@ def test_a_datum_is_shown_drawn_and_erased(opened, images):
     page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.8 * box["height"], steps=4)
     changed(page, "#scores", page.mouse.up)
     assert numbers(page)[0] != first
+    page.locator("#scores tbody tr").nth(1).wait_for()
     page.locator("#canvas input[value=erase]").check()
     board.focus()
     page.keyboard.press("ArrowUp")

@@ -70,10 +70,10 @@ class Page:
             self.visit = gr.State(Visit())
             gr.HTML(f"<h1>{markup.escape(name)}</h1>{markup.notes(about(self.explorer))}")
             with gr.Row():
-                with gr.Column(scale=1, min_width=340):
+                with gr.Column(scale=1, min_width=280):
                     gr.HTML(f"<h2>One {noun}</h2>")
                     self._input()
-                with gr.Column(scale=1, min_width=340):
+                with gr.Column(scale=1, min_width=280):
                     gr.HTML("<h2>What the model makes of it</h2>")
                     self.message = gr.HTML(elem_id="message")
                     self.seen = gr.HTML(elem_id="seen")
