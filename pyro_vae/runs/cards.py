@@ -14,6 +14,7 @@ import yaml
 from pyro_vae.data.datasets import Column, Schema
 from pyro_vae.errors import RunError
 from pyro_vae.runs.directory import noun_of, several
+from pyro_vae.runs.hub import is_downloaded
 from pyro_vae.runs.loading import Run
 from pyro_vae.runs.reading import weights_of, yaml_of
 from pyro_vae.runs.reporting.contents import history_of, settings_apart
@@ -42,7 +43,7 @@ def card(run: Run, license: str | None = None, manifest: Mapping[str, Any] | Non
     """
     license = checked_license(license)
     _, schema = weights_of(run.path)
-    name = run.path.resolve().name or "run"
+    name = run.name if is_downloaded(run.path) else run.path.resolve().name or "run"
     found = verdict(run.result, run.evidence, history_of(run.path))
     metadata = yaml.safe_dump(_metadata(run, schema, name, found, license), sort_keys=False, allow_unicode=True)
     sections = [

@@ -29,6 +29,7 @@ from pyro_vae.runs.exporting.noise import Noise, NotExportable
 from pyro_vae.runs.exporting.programs import PROGRAMS, Program, stored
 from pyro_vae.runs.exporting.telling import meaning, observations_told, ports
 from pyro_vae.runs.given import check_made, check_trust
+from pyro_vae.runs.hub import is_downloaded
 from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.reading import bytes_of
 from pyro_vae.runs.scoring import unit_of
@@ -274,7 +275,7 @@ def _manifest(run: Run, settings: ExportSettings, work: _Work, programs: Mapping
         **observations_told(work.vae, work.schema),
         "log_likelihood": {"unit": unit_of(work.vae, work.schema), "is": "of the run, see README.md; not exported"},
         "run": {
-            "name": run.path.resolve().name,
+            "name": run.name if is_downloaded(run.path) else run.path.resolve().name,
             "weights_sha256": hashlib.sha256(bytes_of(run.path / "model.safetensors")).hexdigest(),
             "dataset": result.get("dataset"),
             "data": result.get("data"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 from pyro_vae.runs.exporting.noise import NotExportable
 
@@ -45,8 +46,23 @@ def traced(module: nn.Module, inputs: Sequence[Tensor]) -> torch.export.Exported
             raise NotExportable(f"random numbers are drawn inside, by {node.target}, that do not come from the noise")
         node.meta.pop("stack_trace", None)  # paths of this machine
     program.graph.eliminate_dead_code()
+    _drop_idle_weights(program)
     program.graph_module.recompile()
     return program
+
+
+def _drop_idle_weights(program: torch.export.ExportedProgram) -> None:
+    """Take out the weights on which no output depends: those of a decoder have no place in an encoder's file."""
+    specs, kept = program.graph_signature.input_specs, []
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(nodes, specs, strict=True):
+        if node.users or spec.kind == InputKind.USER_INPUT:
+            kept.append(spec)
+            continue
+        program.graph.erase_node(node)
+        for known in (program.state_dict, program.constants):
+            known.pop(str(spec.target), None)
+    specs[:] = kept
 
 
 def unused(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:

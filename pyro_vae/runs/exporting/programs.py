@@ -3,7 +3,8 @@
 They run the model's own Pyro programs, in which each latent site is drawn from noise, or passed itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -64,6 +65,15 @@ class Program(nn.Module):
         size, columns = x.shape[0], self.schema.condition
         return [x, x.new_zeros(size, self.schema.condition_dim) if c is None else encoded(c, columns)]
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Context: what cannot be written of p(x | z) is told with the name of the likelihood."""
+        try:
+            yield
+        except NotExportable as error:
+            name = type(self.vae.likelihood.head).__name__
+            raise (error if name in str(error) else NotExportable(f"{name}: {error}")) from error
+
     def describe(self, name: str, made: Any) -> dict[str, Tensor]:
         """The parameters of a site's distribution."""
         tensors, self.trees[name] = described(made, name)
@@ -93,7 +103,8 @@ class Decoder(Program):
         with _Sites(None, known) as sites:
             self.vae.model(*self.observed(given, x))
         name, made = sites.observed
-        return {**self.describe(name, made), "mean": mean_of(made, self.listed)}
+        with self.naming():
+            return {**self.describe(name, made), "mean": mean_of(made, self.listed)}
 
 
 class Sampler(Program):
@@ -104,7 +115,8 @@ class Sampler(Program):
         with _Sites(noise, {}) as sites:
             self.vae.model(*self.observed(given, x))
         name, made = sites.observed
-        return {**sites.values, name: drawn(made, noise), "mean": mean_of(made, self.listed)}
+        with self.naming():
+            return {**sites.values, name: drawn(made, noise), "mean": mean_of(made, self.listed)}
 
 
 class _Sites(Messenger):
