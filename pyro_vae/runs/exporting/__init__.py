@@ -182,6 +182,7 @@ class _Work:
     def _written(self, part: Part) -> dict[str, Any]:
         with torch.no_grad():
             program, inputs, wanted = self._dry(part)
+            trees = tensors_as_lists(program.trees)  # before tracing, of tensors without values
             traced_program = traced(program, list(inputs.values()))
             if idle := unused(traced_program, list(inputs)):  # such as labels that this part is not told
                 inputs = {name: each for name, each in inputs.items() if name not in idle}
@@ -194,8 +195,7 @@ class _Work:
         names = {"inputs": ports(inputs), "outputs": ports(wanted)}
         for end in names.values():
             for each in end:
-                each["what"] = meaning(each["name"], part, self.schema, program.trees)
-        trees = tensors_as_lists(program.trees)
+                each["what"] = meaning(each["name"], part, self.schema, trees)
         sha256 = hashlib.sha256(bytes_of(path)).hexdigest()
         return {"file": path.name, "sha256": sha256, **names, "distributions": trees, "compared": checked}
 

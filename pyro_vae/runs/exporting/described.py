@@ -35,7 +35,7 @@ def described(made: Any, name: str) -> Described:
         return tensors, {"family": "Mixture", "parameters": {"logits": f"{name}_logits"}, "component": component}
     if isinstance(made, td.TransformedDistribution) and "loc" not in made.arg_constraints:
         tensors, base = described(made.base_dist, name)
-        return tensors, {"family": "Transformed", "base": base, "transforms": [_words(t) for t in made.transforms]}
+        return tensors, {"family": "Transformed", "base": base, "transforms": [_transform(t) for t in made.transforms]}
     return _plain(made, name)
 
 
@@ -86,8 +86,16 @@ def _columns(made: Any, name: str) -> Described:
     return tensors, {"family": "Columns", "parts": parts}
 
 
-def _words(transform: Any) -> str:
-    return str(transform).replace("\n", " ")
+def _transform(transform: Any) -> dict[str, Any]:
+    """A map of torch.distributions, by its name and its numbers."""
+    if isinstance(transform, td.IndependentTransform):
+        return _transform(transform.base_transform)
+    told: dict[str, Any] = {"name": type(transform).__name__}
+    if isinstance(transform, td.ComposeTransform):
+        told["parts"] = [_transform(each) for each in transform.parts]
+    if isinstance(transform, td.AffineTransform):
+        told |= {"loc": transform.loc, "scale": transform.scale}
+    return told
 
 
 def mean_of(made: Any, listed: Tensor | None = None) -> Tensor:
