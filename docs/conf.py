@@ -14,6 +14,7 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, which wo
 project = "pyro_vae"
 author = "the authors of pyro_vae"
 project_copyright = author
+repository = "OWNER/pyro_vae"  # on GitHub; badges and first cells of tutorials/ name it, which a test compares
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 
