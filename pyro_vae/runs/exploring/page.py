@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 import pandas as pd
 import torch
@@ -55,39 +54,42 @@ class Page:
     """
 
     def __init__(self, explorer: Explorer, aside: Aside):
+        import gradio  # pyright: ignore[reportMissingImports]  # here: it takes seconds, and is an extra
+
+        self.gr: Any = gradio
         self.explorer, self.aside = explorer, aside
         self.units = explorer.units[:MOST_UNITS]
         self.fields = explorer.schema.columns if len(explorer.schema.columns) <= MOST_FIELDS else ()
         self.conditions = explorer.schema.condition
         self._computing = threading.Lock()
 
-    def build(self) -> gr.Blocks:
+    def build(self) -> Any:
         """The page, not served yet."""
         noun, run = self.explorer.schema.noun, self.explorer.run
         name = run.name if run.name.startswith("hf://") else run.path.resolve().name
-        blocks = gr.Blocks(title="pyro-vae explore", analytics_enabled=False)
+        blocks = self.gr.Blocks(title="pyro-vae explore", analytics_enabled=False)
         with blocks:
-            self.visit = gr.State(Visit())
-            gr.HTML(f"<h1>{markup.escape(name)}</h1>{markup.notes(about(self.explorer))}")
-            with gr.Row():
-                with gr.Column(scale=1, min_width=280):
-                    gr.HTML(f"<h2>One {noun}</h2>")
+            self.visit = self.gr.State(Visit())
+            self.gr.HTML(f"<h1>{markup.escape(name)}</h1>{markup.notes(about(self.explorer))}")
+            with self.gr.Row():
+                with self.gr.Column(scale=1, min_width=280):
+                    self.gr.HTML(f"<h2>One {noun}</h2>")
                     self._input()
-                with gr.Column(scale=1, min_width=280):
-                    gr.HTML("<h2>What the model makes of it</h2>")
-                    self.message = gr.HTML(elem_id="message")
-                    self.seen = gr.HTML(elem_id="seen")
-                    self.scores = gr.HTML(elem_id="scores")
-                    self.filled = gr.HTML(elem_id="filled")
-            gr.HTML("<h2>The latent space</h2>")
-            with gr.Tab("Move units"):
+                with self.gr.Column(scale=1, min_width=280):
+                    self.gr.HTML("<h2>What the model makes of it</h2>")
+                    self.message = self.gr.HTML(elem_id="message")
+                    self.seen = self.gr.HTML(elem_id="seen")
+                    self.scores = self.gr.HTML(elem_id="scores")
+                    self.filled = self.gr.HTML(elem_id="filled")
+            self.gr.HTML("<h2>The latent space</h2>")
+            with self.gr.Tab("Move units"):
                 self._sliders()
-            with gr.Tab("Walk"):
+            with self.gr.Tab("Walk"):
                 self._walk()
-            with gr.Tab("Samples"):
+            with self.gr.Tab("Samples"):
                 self._samples()
-            with gr.Tab("Posterior"):
-                self.posterior = gr.HTML(elem_id="posterior")
+            with self.gr.Tab("Posterior"):
+                self.posterior = self.gr.HTML(elem_id="posterior")
             self._wire(blocks)
         return blocks
 
@@ -95,28 +97,35 @@ class Page:
 
     def _input(self) -> None:
         noun = self.explorer.schema.noun
-        self.given = [field(column, f"given: {column.name}") for column in self.conditions]
+        self.given = [self._field(column, f"given: {column.name}") for column in self.conditions]
         if self.explorer.is_image:
             script = TEMPLATES.joinpath("canvas.js").read_text("utf-8")
             script = script.replace("SHAPE", json.dumps(self.explorer.schema.shape))
             board = TEMPLATES.joinpath("canvas.html").read_text("utf-8")
-            self.canvas = gr.HTML(None, html_template=board, js_on_load=script, elem_id="canvas")
+            self.canvas = self.gr.HTML(None, html_template=board, js_on_load=script, elem_id="canvas")
             self.entries = [self.canvas]
         else:
-            with gr.Column(elem_classes="sliders"):
-                self.entries = [field(column, column.name) for column in self.fields]
-        with gr.Row():
+            with self.gr.Column(elem_classes="sliders"):
+                self.entries = [self._field(column, column.name) for column in self.fields]
+        with self.gr.Row():
             last = self.explorer.num_test - 1
-            self.place = gr.Number(0, label=f"test {noun}, 0 to {last:,}", precision=0, minimum=0, maximum=last)
-            self.show = gr.Button(f"Show the test {noun}")
+            self.place = self.gr.Number(0, label=f"test {noun}, 0 to {last:,}", precision=0, minimum=0, maximum=last)
+            self.show = self.gr.Button(f"Show the test {noun}")
         kinds = [*PICTURES, ".npy", ".npz"] if self.explorer.is_image else [".csv", ".tsv", ".parquet"]
-        self.upload = gr.UploadButton(f"Upload: the first {noun} of a file", file_types=kinds)
+        self.upload = self.gr.UploadButton(f"Upload: the first {noun} of a file", file_types=kinds)
 
-    def _wire(self, blocks: gr.Blocks) -> None:
+    def _field(self, column: Column, label: str) -> Any:
+        """A field of a form, for a column."""
+        if column.values:
+            choices = [(markup.cell(value), value) for value in column.values]
+            return self.gr.Dropdown(choices, value=None, label=label)
+        return self.gr.Number(None, label=label)
+
+    def _wire(self, blocks: Any) -> None:
         answers = [self.message, self.seen, self.scores, self.posterior, self.filled, self.moved, *self.sliders]
         sources, last = [*self.entries, *self.given], "always_last"
         asked = [each.input for each in sources]
-        hand = gr.on(asked, self.by_hand, [self.visit, *sources], answers, trigger_mode=last, **QUICK)
+        hand = self.gr.on(asked, self.by_hand, [self.visit, *sources], answers, trigger_mode=last, **QUICK)
         shown = [*answers, *self.entries, *self.given]
         test = self.show.click(self.by_place, [self.visit, self.place], shown, trigger_mode=last, **QUICK)
         loaded = blocks.load(self.by_place, [self.visit, self.place], shown, **QUICK)
@@ -126,7 +135,7 @@ class Page:
             each.then(self.anneal, [self.visit], [self.scores], **SLOW)
         if self.sliders:
             moves = [slider.input for slider in self.sliders]
-            gr.on(moves, self.move, [self.visit, *self.sliders], [self.moved], trigger_mode=last, **QUICK)
+            self.gr.on(moves, self.move, [self.visit, *self.sliders], [self.moved], trigger_mode=last, **QUICK)
             self.back.click(self.put_back, [self.visit], [self.moved, *self.sliders], **QUICK)
         for number, button in enumerate(self.ends):
             button.click(self._ending(number), [self.visit], [self.walked], **QUICK)
@@ -168,7 +177,7 @@ class Page:
                 looked = self.explorer.look(datum)
                 first = self.explorer.score(datum)
         except REFUSED as error:
-            return [markup.notes([str(error)], "wrong"), *(gr.skip() for _ in range(5 + len(self.sliders)))]
+            return [markup.notes([str(error)], "wrong"), *(self.gr.skip() for _ in range(5 + len(self.sliders)))]
         visit.datum, visit.looked, visit.first = datum, looked, first
         visit.latents = looked.loc
         return [
@@ -192,7 +201,7 @@ class Page:
     def _back(self, visit: Visit) -> list[Any]:
         """The datum for the canvas or the form, and its condition for the fields of that."""
         if visit.datum is None:
-            return [gr.skip() for _ in (*self.entries, *self.given)]
+            return [self.gr.skip() for _ in (*self.entries, *self.given)]
         visit.count += 1
         x, told = visit.datum.x, visit.datum.given or {}
         given = [typed(column, told.get(column.name)) for column in self.conditions]
@@ -243,39 +252,39 @@ class Page:
         """The annealed estimate, from the other process, if the visitor still looks at the same datum."""
         datum, first = visit.datum, visit.first
         if datum is None or first is None:
-            return gr.skip()
+            return self.gr.skip()
         try:
             found: Estimate | str = self.aside.annealed(datum)
         except RunError as error:
             found = f"no annealed estimate: {error}"
-        return markup.scores(self.explorer, first, found) if visit.datum is datum else gr.skip()
+        return markup.scores(self.explorer, first, found) if visit.datum is datum else self.gr.skip()
 
     # The latent space
 
     def _sliders(self) -> None:
         self.sliders: list[Any] = []
         if not self.units:
-            gr.HTML(markup.notes(["No unit varies with the data: there is nothing to move."]))
-            self.moved = gr.HTML(elem_id="moved")
+            self.gr.HTML(markup.notes(["No unit varies with the data: there is nothing to move."]))
+            self.moved = self.gr.HTML(elem_id="moved")
             return
         left = len(self.explorer.units) - len(self.units)
         told = "E[x given z], from the posterior mean of the datum above. Each slider goes as far as the unit does in "
         told += "test data; the units that vary most are first."
-        gr.HTML(markup.notes([told, *([f"{left:,} more active units stay where they are."] if left else [])]))
-        with gr.Row():
-            with gr.Column(scale=1, min_width=200, elem_classes="beside"):
-                self.moved = gr.HTML(elem_id="moved")
-                self.back = gr.Button("Back to the datum")
-            with gr.Column(scale=4, min_width=260, elem_classes="sliders"):
+        self.gr.HTML(markup.notes([told, *([f"{left:,} more active units stay where they are."] if left else [])]))
+        with self.gr.Row():
+            with self.gr.Column(scale=1, min_width=200, elem_classes="beside"):
+                self.moved = self.gr.HTML(elem_id="moved")
+                self.back = self.gr.Button("Back to the datum")
+            with self.gr.Column(scale=4, min_width=260, elem_classes="sliders"):
                 for unit in self.units:
                     step = 1 if unit.discrete else 0.01
                     name = markup.name(unit, self.units)
-                    self.sliders.append(gr.Slider(unit.low, unit.high, 0, step=step, label=name, buttons=[]))
+                    self.sliders.append(self.gr.Slider(unit.low, unit.high, 0, step=step, label=name, buttons=[]))
 
     def put_back(self, visit: Visit) -> list[Any]:
         """The image of the latents as they are, and the sliders at them."""
         if not visit.latents:
-            return [gr.skip() for _ in range(1 + len(self.sliders))]
+            return [self.gr.skip() for _ in range(1 + len(self.sliders))]
         values = [stop(unit, visit.latents) for unit in self.units]
         return [self.move(visit, *values), *values]
 
@@ -297,7 +306,7 @@ class Page:
 
     def _walk(self) -> None:
         noun = self.explorer.schema.noun
-        gr.HTML(
+        self.gr.HTML(
             markup.notes(
                 [
                     f"E[x given z] on the straight line between the posterior means of two {noun}s: look at one, start "
@@ -307,9 +316,9 @@ class Page:
                 ]
             )
         )
-        with gr.Row():
-            self.ends = [gr.Button(f"Start at this {noun}"), gr.Button(f"End at this {noun}")]
-        self.walked = gr.HTML(elem_id="walked")
+        with self.gr.Row():
+            self.ends = [self.gr.Button(f"Start at this {noun}"), self.gr.Button(f"End at this {noun}")]
+        self.walked = self.gr.HTML(elem_id="walked")
 
     def _ending(self, number: int) -> Callable[[Visit], str]:
         def walk(visit: Visit) -> str:
@@ -328,10 +337,10 @@ class Page:
 
     def _samples(self) -> None:
         kind = "Means of x given z, z drawn from the prior." if self.explorer.is_image else "Draws of rows."
-        gr.HTML(markup.notes([kind]))
-        self.chosen = gr.Slider(1, 60, 12, step=1, label="how many, of each class")
-        self.draw = gr.Button("Draw")
-        self.samples = gr.HTML(elem_id="samples")
+        self.gr.HTML(markup.notes([kind]))
+        self.chosen = self.gr.Slider(1, 60, 12, step=1, label="how many, of each class")
+        self.draw = self.gr.Button("Draw")
+        self.samples = self.gr.HTML(elem_id="samples")
 
     def sample(self, visit: Visit, number: float) -> str:
         """Samples: of each class, where there are classes; of other conditions, given that of the datum."""
@@ -399,13 +408,6 @@ def cells_of(value: Any) -> tuple[Any, Any]:
 def stop(unit: Unit, latents: Latents) -> float:
     """Where a slider stands for the latents, which may lie between its stops, or beyond its ends."""
     return min(max(round(latents[unit.site][0, unit.place].item(), 2), unit.low), unit.high)
-
-
-def field(column: Column, label: str) -> Any:
-    """A field of a form, for a column."""
-    if column.values:
-        return gr.Dropdown([(str(value), value) for value in column.values], value=None, label=label)
-    return gr.Number(None, label=label)
 
 
 def typed(column: Column, value: Any) -> Any:

@@ -75,16 +75,19 @@ def browser_of() -> Any:
 def application(explorer: Explorer, aside: Aside, host: str) -> Any:
     """The page as an ASGI application that answers to this host alone and asks no other."""
     os.environ.update(QUIET)  # before it is imported: it asks nobody whether it is new
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio  # pyright: ignore[reportMissingImports]
     from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
     from starlette.middleware.trustedhost import TrustedHostMiddleware  # pyright: ignore[reportMissingImports]
 
     from pyro_vae.runs.exploring.page import TEMPLATES, Page
 
+    gr: Any = gradio
     blocks = Page(explorer, aside).build()
     blocks.queue(api_open=False)
     app = FastAPI(openapi_url=None)
-    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )  # none of Google
     gr.mount_gradio_app(
         app,
         blocks,
@@ -95,7 +98,7 @@ def application(explorer: Explorer, aside: Aside, host: str) -> Any:
         enable_monitoring=False,
         mcp_server=False,
         max_file_size="20mb",
-        theme=gr.themes.Default(**system),
+        theme=theme,
         css=TEMPLATES.joinpath("explore.css").read_text("utf-8"),
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
