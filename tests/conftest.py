@@ -6,6 +6,7 @@ What takes seconds to import is imported by fixtures: the process that only hand
 import contextlib
 import gc
 import os
+from collections import Counter
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: small tensors gain nothing from threads, which
@@ -80,6 +81,25 @@ def doubles():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests that are marked slow are left out
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked ``one_in(n)`` those with every n-th place are quick, the others slow.
+
+    The place is the sum of those in all its lists, so that each value of one list meets some of the other's.
+    """
+    seen = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("one_in"):
+            function = item.nodeid.partition("[")[0]
+            place, rest = 0, seen[function]
+            for each in reversed(list(item.iter_markers("parametrize"))):  # the last of them varies fastest
+                rest, digit = divmod(rest, len(each.args[1]))
+                place += digit
+            seen[function] += 1
+            if place % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

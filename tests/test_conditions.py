@@ -76,6 +76,7 @@ def test_log_px_given_c_is_that_of_the_normal(sees):
     torch.testing.assert_close(found.log_px, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_class_posteriors_are_bayes_rule():
     vae, mean, covariance = linear()
     x = torch.randn(7, X).double()

@@ -72,6 +72,7 @@ def test_with_the_exact_posterior_every_log_weight_is_log_px():
     torch.testing.assert_close(log_w, task.log_px.expand(5, -1), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_closed_form_and_quadrature_are_right():
     """Annealing, which knows neither, finds them, and importance sampling in a few dimensions."""
     for task in (linear(2, 2, 3), curved(3, 2, 3)):
@@ -175,7 +176,7 @@ def test_two_levels_from_below_are_a_two_layer_vae():
     ("inference", "loss"),
     [
         pytest.param("top_down", lambda: BetaELBO(warmup=5, free_bits=0.1), marks=pytest.mark.slow),
-        ("precision_weighted", lambda: ELBO(2, kl="analytic")),
+        pytest.param("precision_weighted", lambda: ELBO(2, kl="analytic"), marks=pytest.mark.slow),
         pytest.param("bottom_up", lambda: DReG(3), marks=pytest.mark.slow),
         ("top_down", lambda: None),
     ],

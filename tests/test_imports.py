@@ -54,6 +54,7 @@ def module_of(path):
     return path or None
 
 
+@cache
 def imported(name, source=None):
     """The modules of ours that a module imports, at its top or inside a function."""
     tree = ast.parse(files()[name].read_text() if source is None else source)

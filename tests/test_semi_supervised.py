@@ -116,6 +116,7 @@ def test_with_all_classes_known_the_bound_is_the_conditional_one():
     assert (difference.abs() < 5 * (ours.var(0) / 4000 + theirs.var(0) / 4000).sqrt()).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "shape",
     [{}, {"prior": True, "gaps": True}, {"prior": True, "decoder": False}, {"encoder": False}],
@@ -174,6 +175,7 @@ def test_a_classifier_that_is_sure_leaves_the_bound_finite():
     assert (guided.log_prob(torch.arange(L).unsqueeze(-1)).exp() > 0).all()  # Pyro skips zeros, which changes the graph
 
 
+@pytest.mark.slow
 def test_few_labels_and_many_observations_make_a_classifier():
     torch.manual_seed(0)
     truth = torch.arange(100) % 2

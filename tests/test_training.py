@@ -141,6 +141,7 @@ def interrupt_after(epoch):
     return hook
 
 
+@pytest.mark.slow
 def test_learns_and_reports_bounds_per_datum():
     vae, x = small_vae(), binary(100)
     history = fit(vae, Fixed(x), x, epochs=30, lr=0.01, schedule="constant")
@@ -218,6 +219,7 @@ RESUMED = [("one_cycle", "adam"), ("constant", "adam"), ("stages", "adam"), ("on
 RESUMED += [("trapezoid", "muon"), ("constant", "schedule_free")]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("schedule", "optimizer", "weights"),
     [(*each, weights) for each in RESUMED for weights in WEIGHTS if weights != "average" or each in RESUMED[-2:]],
@@ -347,6 +349,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, first, second, words):
             fit(vae, Fixed(x), callbacks=[Checkpoint(path)], **settings)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found(tmp_path):
     path, x, vae = tmp_path / "checkpoint.pt", binary(20), small_vae()
     fit(vae, Fixed(x), epochs=1, callbacks=[Checkpoint(path)])
@@ -467,6 +470,7 @@ class Trips(MLP):
         return outputs + trips * {"step": 1e305, "moment": 1e200}[self.kind] * self.corner
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
 @pytest.mark.parametrize("kind", ["output", "gradient", "step", "moment"])
 @pytest.mark.parametrize("interval", [128, 3])
@@ -508,6 +512,7 @@ def test_failure_leaves_the_state_of_the_last_good_step(kind, engine, interval, 
     torch.testing.assert_close(moments, expected_moments)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
 @pytest.mark.parametrize("lr", [1e2, 1e10, 1e30, 1e308])
 def test_a_large_learning_rate_leaves_a_model_that_can_be_scored(engine, lr):
@@ -517,6 +522,7 @@ def test_a_large_learning_rate_leaves_a_model_that_can_be_scored(engine, lr):
     assert log_weights(vae.model, vae.guide, x, 3).isfinite().all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("engine", [PyroSVI, partial(CompiledSVI, compiler="none")], ids=["pyro", "compiled"])
 @pytest.mark.parametrize(
     ("head", "value"),
@@ -773,6 +779,7 @@ def test_trajectories_are_those_of_version_0_1_0(tmp_path, schedule, engine, los
     assert_same(state(resumed), state(plain.vae))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("callbacks", [[], [BestWeights()]], ids=["last", "best"])
 @pytest.mark.parametrize("schedule", ["one_cycle", "constant", "stages"])
 def test_a_checkpoint_of_version_0_1_0_resumes(tmp_path, schedule, callbacks):

@@ -100,6 +100,7 @@ def test_a_replaced_prior_is_the_only_one(engine, make, first, second):
     assert results[0][0].isfinite().all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("name", "part"),

@@ -349,6 +349,7 @@ def test_estimates_leave_no_gradients_and_need_none(start):
 # ---- importance sampling from the Laplace approximation
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dim", [2, 10, 50])
 def test_laplace_proposal_is_exact_for_a_gaussian_posterior(dim):
     vae, x = mild_linear_gaussian(dim)
@@ -371,6 +372,7 @@ def test_wider_laplace_proposals_are_normalized(wider, monkeypatch):
     assert ((evidence.mc_se > 0.002) & (evidence.mc_se < 0.02)).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("df", [None, 5.0])
 def test_a_proposal_widened_too_far_is_worse(df):
     vae, x = linear_gaussian(), torch.randn(5, 7, dtype=torch.float64)
@@ -415,6 +417,7 @@ def check_evidence(evidence, batch, acceptance=True):
         assert ((evidence.acceptance > 0) & (evidence.acceptance <= 1)).all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dim", [2, 10, 50])
 def test_annealing_from_laplace_is_all_but_exact_for_a_gaussian_posterior(dim):
     vae = linear_gaussian(2 * dim + 5, dim)
@@ -492,6 +495,7 @@ def gaussian_between(vae, x, beta):
     return dist.MultivariateNormal(loc, precision_matrix=precision)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize(("length", "least", "most"), [(0.5, 0.9, 1.0), (1.4, 0.2, 0.85)])
 def test_transitions_leave_the_density_invariant(beta, length, least, most):
@@ -691,6 +695,7 @@ def test_estimates_do_not_depend_on_chunks(memory, monkeypatch):
         assert (found.mc_se < 0.15).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("start", STARTS)
 def test_one_temperature_is_importance_sampling_from_the_start(start):
     model, guide, x, _ = bumpy()
@@ -807,6 +812,7 @@ def evidence_of(log_px, mc_se):
     return Evidence(log_px, mc_se, *[torch.full_like(log_px, math.nan)] * 4)
 
 
+@pytest.mark.slow
 def test_difference_estimate_by_brute_force():
     """Over many draws of the observations and runs of the fine estimator it hits the mean, by as much as it says."""
     size, tried = 60, 24

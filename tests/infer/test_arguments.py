@@ -252,6 +252,7 @@ def test_batches_of_another_structure_are_refused():
         fit(program, [data], {k: v for k, v in data.items() if k != "y"}, epochs=1, progress=False)
 
 
+@pytest.mark.slow
 def test_diagnostics_of_a_program_with_conditions():
     program, data = Gaussian(), data_of("dict", 200)
     exact_kl = []
@@ -427,7 +428,8 @@ def test_rows_on_their_own_are_not_refused(inside):
         check_program(vae.model, vae.guide, part)
 
 
-@pytest.mark.parametrize("noisy", [nn.BatchNorm1d(5).double(), pytest.param(nn.Dropout(0.5), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noisy", [nn.BatchNorm1d(5).double(), nn.Dropout(0.5)])
 def test_estimators_run_programs_in_evaluation_mode_and_leave_the_mode(noisy):
     vae, x = Neighbours(noisy), torch.randn(30, 5, dtype=F64)
     vae.inside(x)  # running means
@@ -852,6 +854,7 @@ def test_a_latent_after_an_observed_site_has_the_prior_that_the_data_give_it():
     assert ((simulated.lower.log_px - exact).abs() < 5 * simulated.lower.mc_se).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("start", ["laplace", "prior"])
 def test_deterministic_sites_between_latents_do_not_disturb_draws(start):
     def model(x):

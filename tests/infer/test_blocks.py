@@ -160,6 +160,7 @@ UNTOLD = {  # what is said of the data of one block depends on no other
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", UNTOLD)
 def test_each_block_reads_its_own_data_and_draws_its_own_noise(name, small):
     vae = small_vae()

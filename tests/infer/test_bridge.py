@@ -28,6 +28,7 @@ def reliable(found: Evidence) -> Tensor:
     return found.reliable
 
 
+@pytest.mark.slow
 def test_the_chains_draw_from_the_posterior():
     vae = linear_gaussian()
     x = torch.randn(3, 7, dtype=torch.float64)
@@ -65,6 +66,7 @@ def test_chunks_are_of_the_same_data(monkeypatch):
     torch.testing.assert_close(found.log_px, vae.log_px(x), atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 def test_twenty_dimensions_that_are_skewed():
     separable = SeparableBernoulli()
     x = torch.bernoulli(torch.full((6, 20), 0.4, dtype=torch.float64))
@@ -76,7 +78,8 @@ def test_twenty_dimensions_that_are_skewed():
     assert error.square().mean().sqrt() < 2
 
 
-@pytest.mark.parametrize("program", [Fold, pytest.param(Funnel, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [Fold, Funnel])
 def test_several_modes_and_funnels_are_right_or_not_reliable(program):
     x = torch.tensor([0.0, 0.2, 1.0, 2.0], dtype=torch.float64)
     found = bridge_sampling(program.model, program.guide, x, QUICK)

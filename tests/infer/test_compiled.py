@@ -111,6 +111,7 @@ def test_every_prior_trains_as_with_pyro(prior):
     assert_same(lambda: vae_of(prior=prior), binary(6))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_every_posterior_trains_as_with_pyro(posterior):
     assert_same(lambda: vae_of(posterior=posterior), binary(6))
@@ -422,6 +423,7 @@ def test_a_function_that_cannot_be_compiled_goes_on_as_it_is():
     assert compiled(-x).tolist() == [-2, -2, -2]
 
 
+@pytest.mark.slow
 def test_a_compiled_function_that_gives_something_else_is_not_used():
     calls = []
 
@@ -674,6 +676,7 @@ def test_python_that_looks_at_values_is_compiled_while_they_are_the_same(look):
     assert calls.qsize() == 5  # two at first, and spot checks at uses 1, 2, 4
 
 
+@pytest.mark.slow
 def test_python_that_looks_at_what_every_step_changes_goes_on_through_pyro():
     program, x = Looking(lambda program, x: float(next(program.vae.parameters()).detach()[0, 0])), binary(3)
     svi = CompiledSVI(program.model, program.vae.guide, optimizer_of(program.vae), compiler="none")

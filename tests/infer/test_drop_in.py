@@ -37,6 +37,7 @@ def scaled(beta):
     return model
 
 
+@pytest.mark.one_in(3)
 @AT
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_as_pyro_does(name, at):
@@ -418,6 +419,7 @@ def holders():
     return {type(each).__name__: each for each in made}
 
 
+@pytest.mark.one_in(2)
 @AT
 @pytest.mark.parametrize("kind", holders())
 @pytest.mark.parametrize(
@@ -846,6 +848,7 @@ def reads():
     }
 
 
+@pytest.mark.one_in(3)
 @AT
 @pytest.mark.parametrize("how", reads())
 def test_values_that_programs_read(how, at):

@@ -76,6 +76,7 @@ def _scaled(m, t):
 FEW = "if", "math", "type", "text", "dictionary", "distribution", "scale"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in treatments()])
 def test_numbers_that_change(how):
     """A weight that falls from 1 to 0 in fifths, and begins again."""
@@ -219,6 +220,7 @@ def _without(x, w):
     return base + (x @ w - base).tanh()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", contents())
 def test_what_programs_compute(kind):
     def contained(make):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("doubles")
 BETA = 1.0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_as_pyro_does(name):
     check_same(*both(SCRIPTS[name]))
@@ -119,6 +120,7 @@ def places():
     }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", places())
 def test_places_of_numbers(place, monkeypatch):
     for owner, name in ((math, "tau"), (nn.functional, "silu")):

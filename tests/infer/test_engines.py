@@ -56,6 +56,7 @@ def test_two_engines_in_one_process_both_learn():
     assert not list(pyro.get_param_store().keys())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO(), ELBO(3)], ids=lambda loss: type(loss).__name__)
 def test_evaluate_loss_is_minus_the_bound(loss):
     vae, x = small_vae(), binary(30)

@@ -138,6 +138,7 @@ def test_quadrature_along_a_narrow_slanting_ridge():
     assert (evidence.mc_se < 1e-6).all()
 
 
+@pytest.mark.slow
 def test_quadrature_of_several_narrow_modes():
     # x = z^2 + noise, so a posterior has two modes, or one flat one; sin has many
     square = programs(
@@ -238,6 +239,7 @@ def test_quadrature_of_a_vae_with_a_uniform_prior():
     torch.testing.assert_close(evidence.log_px, (weights + log_likelihood).logsumexp(1), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_quadrature_over_two_sites():
     # z2 | z1 ~ N(z1^2, 0.5), x | z2 ~ N(z2, 0.2): z2 integrates out in closed form
     model, guide = programs(
@@ -370,6 +372,7 @@ def around(centre, width):
     return [centre + k * width for k in (-20, -8, -4, -2, -1, 0, 1, 2, 4, 8, 20)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("df", [1.0, 2.0])
 def test_a_narrow_posterior_far_out_in_a_heavy_tail(df):
     model = programs(lambda z: dist.Normal(z, 0.1).to_event(1), z=dist.StudentT(double(df), 0.0, 1.0).to_event(1))
@@ -381,6 +384,7 @@ def test_a_narrow_posterior_far_out_in_a_heavy_tail(df):
     check_truth(model, double(*values)[:, None], truth)
 
 
+@pytest.mark.slow
 def test_two_modes_a_million_widths_apart_in_heavy_tails():
     model = programs(
         lambda z: dist.Normal(z.square(), 0.5).to_event(1), z=dist.StudentT(double(2.0), 0.0, 1.0).to_event(1)

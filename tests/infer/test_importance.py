@@ -77,6 +77,7 @@ def test_exact_guide_gives_the_exact_evidence_without_error():
     assert evidence.acceptance.isnan().all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("num_samples", "most"), [(50, 6), (5000, 4.5)])
 def test_importance_sampling_is_within_its_own_error(num_samples, most):
     vae = linear_gaussian()
@@ -88,6 +89,7 @@ def test_importance_sampling_is_within_its_own_error(num_samples, most):
     assert (evidence.mc_se > 0).all()
 
 
+@pytest.mark.slow
 def test_intervals_cover_at_the_stated_rate():
     vae = linear_gaussian()
     x = torch.randn(1, 7, dtype=torch.float64).expand(2000, 7)  # 2,000 replications on one observation

@@ -187,6 +187,7 @@ def test_estimators_refuse_what_no_likelihood_scores(name, spoil):
         ESTIMATORS[name](vae.model, vae.guide, data=x)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"bdmc", "classes", "gaps", "conditional"} - SLOW))
 def test_rows_are_counted_from_the_first_of_all(name):
     """Data are checked a thousand or fewer at a time."""
@@ -213,6 +214,7 @@ def with_16(x):
     return x
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "loss", [Trace_ELBO(), ELBO(), objectives.IWAE(2), objectives.DReG(2)], ids=lambda loss: type(loss).__name__
 )

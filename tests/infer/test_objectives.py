@@ -227,6 +227,7 @@ class Chain:
         return len(self.x) * torch.stack(torch.autograd.grad(loss, self.weights))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("ours", "usual"), [(DReG(3), IWAE(3)), (STL(2), ELBO(2)), (PIWAE(3, 1), ELBO())])
 def test_separated_gradients_with_several_sites(ours, usual):
     chain = Chain(200_000)

@@ -145,6 +145,7 @@ def trained(engine, change, changed=(14, 22)):
     return torch.tensor([float(loss) for loss in losses]), [p.detach() for p in layer.parameters()]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "change",
     [f for name, f in vars(Changes).items() if isinstance(f, staticmethod) and name != "nothing"],

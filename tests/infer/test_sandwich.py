@@ -34,7 +34,8 @@ def test_temperatures_stand_at_equal_lengths_and_where_they_are_asked_for():
     torch.testing.assert_close(steps[:, 0], (placed * 100).ceil().float())
 
 
-@pytest.mark.parametrize("start", ["laplace", *(pytest.param(k, marks=pytest.mark.slow) for k in ("guide", "prior"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["laplace", "guide", "prior"])
 def test_thermodynamic_integration_of_skewed_posteriors(start):
     separable = SeparableBernoulli()
     x = torch.bernoulli(torch.full((6, 20), 0.4, dtype=torch.float64))
@@ -58,6 +59,7 @@ def test_thermodynamic_integration_is_exact_where_the_start_is_the_posterior():
     assert (found.mc_se > 0).all()
 
 
+@pytest.mark.slow
 def test_too_few_temperatures_are_a_part_of_the_error():
     vae = linear_gaussian()
     x = 3 * torch.randn(4, 7, dtype=torch.float64)
@@ -96,6 +98,7 @@ def test_a_sandwich_of_real_data():
     assert found.upper.log_px.mean() > truth.mean() - 0.1
 
 
+@pytest.mark.slow
 def test_posterior_draws_come_from_all_chains(monkeypatch):
     vae = linear_gaussian()
     x = torch.randn(2, 7, dtype=torch.float64)

@@ -212,9 +212,8 @@ def trained(guide, *data):
     return guide
 
 
-@pytest.mark.parametrize(
-    "kind", [AutoNormal, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (AutoMultivariateNormal, AutoDelta))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDelta])
 def test_automatic_guides(kind):
     data = regression_data()
     pyro.set_rng_seed(1)
@@ -316,6 +315,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("centred", [True, False])
 def test_evidence_that_is_known(name, centred):
@@ -626,6 +626,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "estimator",
     ["annealed", "smc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bridge", "thermodynamic"))],

@@ -115,6 +115,7 @@ def test_posterior_keeps_the_contract(make):
     testing.check_posterior(make)
 
 
+@pytest.mark.one_in(2)
 @named(LIKELIHOODS)
 def test_likelihood_keeps_the_contract(make):
     testing.check_likelihood(make, (1 if make is not LIKELIHOODS["PixelDecoder"] else 4, 6))  # one has no neighbours
@@ -256,6 +257,7 @@ def test_posterior_is_a_normalized_density_with_its_samples(make):
     check_density(q)
 
 
+@pytest.mark.one_in(2)
 @named(POSTERIORS)
 def test_posterior_stays_sane_on_noise_images(make):
     """Trained on digits-like images, shown pixels far outside: draws stay finite and of the encoder's own scale."""

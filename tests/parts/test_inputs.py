@@ -127,6 +127,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("head", "encoder"), sorted(PAIRS))
 def test_no_start_overflows(head, encoder):
     """NaN at once, with whole numbers of 200..249 and a ReLU or convolutional encoder."""
@@ -164,6 +165,7 @@ def test_no_start_overflows_with_any_posterior(posterior):
     assert estimate_elbo(vae.model, vae.guide, x).isfinite().all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("head", HEADS)
 def test_all_train(engine, head):
@@ -299,6 +301,7 @@ def vae_with(prior, head, layers, incomplete):
     return TwoLayerVAE(prior, latent, *below, top)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("make", [bright, counts, reals, gaps])
 @pytest.mark.parametrize("learned", [True, False])

@@ -134,6 +134,7 @@ def vae_of(head, latent_dim=1, **kind):
     ).double()
 
 
+@pytest.mark.slow
 def test_a_vae_of_it_is_normalized_and_estimated_like_any_other():
     vae, x = vae_of(head_of((2, 3), **KINDS["window"])), every_image(6)
     nodes, weights = (torch.tensor(each) for each in np.polynomial.hermite_e.hermegauss(100))

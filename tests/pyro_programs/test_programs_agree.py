@@ -139,6 +139,7 @@ def check(name: str, statements: list[int], **settings: object) -> None:
         assert program.told is None or re.search(program.told, message), message
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if make in LONG else name for name, make in ALL.items()]
 )
