@@ -224,6 +224,7 @@ TINY += " --evidence.num_samples 8 --evidence.num_images 20 --evidence.annealed_
 TINY += " --evidence.annealing.num_temperatures 3 --evidence.annealing.num_checked 0"
 
 
+@pytest.mark.slow
 def test_scoring_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     argv = [*TINY.split(), "--run_dir"]
     whole = cli.train([*argv, str(tmp_path / "whole")])

@@ -192,6 +192,7 @@ def test_help_of_a_part_teaches(capsys):
 # Mistakes
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -304,6 +305,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
