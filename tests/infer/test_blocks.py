@@ -120,7 +120,7 @@ def small(monkeypatch):
     monkeypatch.setattr(diagnostics, "BLOCK", 8)
 
 
-QUICK = "importance", "annealed, given temperatures", "bidirectional", "imputation", "smc"
+QUICK = "importance", "annealed, given temperatures", "imputation"
 
 
 @pytest.mark.filterwarnings("ignore:memory=1 is less than a chunk takes")

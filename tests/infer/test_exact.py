@@ -200,6 +200,7 @@ def test_quadrature_where_the_posterior_keeps_the_priors_heavy_tail(df):
     np.testing.assert_allclose(evidence.log_px, np.log([1 - one, one]), rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_quadrature_over_bounded_supports():
     beta = programs(lambda z: dist.Normal(z, 0.3).to_event(1), z=dist.Beta(double(0.7), double(2.5)).to_event(1))
     values = (0.05, 0.4, 1.5)

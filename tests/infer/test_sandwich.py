@@ -49,6 +49,7 @@ def test_thermodynamic_integration_of_skewed_posteriors(start):
     assert (found.evaluations > 2 * 2 * 16 * (8 * 12 + 8 * 3)).all()
 
 
+@pytest.mark.slow
 def test_thermodynamic_integration_is_exact_where_the_start_is_the_posterior():
     vae = linear_gaussian()
     x = torch.randn(3, 7, dtype=torch.float64)
