@@ -33,7 +33,7 @@ USAGE = """usage: pyro-vae COMMAND [options]
   sample     draws of x
   compare    differences of log p(x) between finished runs, paired by datum, with their errors
   export     encoder, decoder and sampler as ONNX files or torch programs that need nothing of pyro_vae; a model card
-  report     one page of HTML on a run, several runs or a study: what to believe, which data are worst, which is better
+  report     one page of HTML on a run, several, a study or a search: what to believe, what is worst, which is better
   push       put a finished run on the Hugging Face Hub; every RUN may be named hf://USER/NAME, too
   explore    a page on this machine to play with a run: draw, move latents, walk, fill in what is erased
   study      the same run for several contenders and seeds, and their differences; --search: for settings to be found

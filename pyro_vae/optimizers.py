@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Adam, Optimizer
+from torch.optim import LBFGS, Adam, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from pyro_vae.errors import check_at_least_one, reason_of
@@ -184,6 +184,8 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
     made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
     if any(map(_needs_closure, getattr(made, "optimizers", (made,)))):
         raise ValueError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
+    if any(isinstance(each, SparseAdam) for each in getattr(made, "optimizers", (made,))):
+        raise ValueError(f"optimizer {name_of(optimizer)} takes sparse gradients alone, there are none: choose another")
     for group in made.param_groups:
         if on_gpu and "capturable" in group:
             group["capturable"] = True

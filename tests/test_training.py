@@ -969,6 +969,7 @@ def test_a_schedule_of_ones_own():
         ),
         ({"optimizer": torch.optim.Muon}, ValueError, "optimizer Muon: Muon only supports 2D parameters"),
         ({"optimizer": torch.optim.LBFGS}, ValueError, "optimizer LBFGS needs a closure"),
+        ({"optimizer": torch.optim.SparseAdam}, ValueError, "optimizer SparseAdam takes sparse gradients alone"),
         ({"schedule": 3}, TypeError, "called as schedule(optimizer, steps_per_epoch, epochs), got an object: int"),
         ({"schedule": lambda *args, **kwargs: 0.1}, TypeError, "must return a torch LRScheduler, it returned float"),
         ({"schedule": torch.optim.lr_scheduler.LinearLR}, TypeError, "unexpected keyword argument 'steps_per_epoch'"),

@@ -9,8 +9,9 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -155,6 +156,19 @@ def classes_made(annotation: Any) -> set[type]:
         return set().union(*map(classes_made, arguments))
     anything = {Any, object, type(None), bool, int, float, str, bytes, type, Path}
     return {annotation} - anything if inspect.isclass(annotation) else set()
+
+
+def names_made(annotation: Any, refused: Sequence[type] = ()) -> list[str]:
+    """The names of the classes that an annotation asks for, itself or as what a factory makes; some are refused."""
+    made = get_args(annotation)[-1] if get_origin(annotation) is Callable else annotation
+    waiting = list(get_args(made) or [made])
+    names = []
+    while waiting:
+        cls = waiting.pop(0)
+        waiting += cls.__subclasses__()
+        if not (inspect.isabstract(cls) or cls in refused or re.search(r"\b_|<locals>", cls.__qualname__)):
+            names.append(cls.__name__)
+    return sorted(set(names))
 
 
 def parameters(made: Any) -> dict[str, Any]:

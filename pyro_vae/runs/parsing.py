@@ -26,6 +26,8 @@ from pyro_vae.runs.factories import (
     check_factories,
     check_own,
     classes_made,
+    names_made,
+    parameters,
     plain,
     spelled,
     translated,
@@ -396,14 +398,19 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
     if re.search(
         r"import path|No module named|has no attribute|No \S+ attribute|cannot import name|subclass of", problem
     ):
-        classes = _classes(config, option.removeprefix("--"))
+        wanted = get_type_hints(config)[keys[0]] if len(keys) == 1 else parameters(pydoc.locate(path))[keys[-1]]
+        classes = names_made(wanted, getattr(config, "REFUSED", ()))
         problem = re.sub(r"\.* Got value: .*", "", problem)
         if found := re.match(r"Expected a dot import path string: (\S+)", problem):
             problem = f"'{found[1]}' is no known class{_near(found[1], classes)}"
-        elif found := re.match(r"Expected '(\S+)' to be a subclass of (?:<class ')?([\w |]+)", problem):
+        elif found := re.match(
+            r"(?:Import path|Expected) '?([\w.]+)'? (?:to be|does not correspond to) a subclass of "
+            r"(?:<class ')?([\w |]+)",
+            problem,
+        ):
             problem = f"{found[1]} is no {found[2]}"
         return f"{option}: {problem}; choose one of {', '.join(classes)}, or an import path such as my_package.MyClass"
-    if found := re.search(r"(?:Got|Given) value: ?(.*)", problem):
+    if found := re.search(r"(?:Got|Given) value: ?(.*?)(?: - Expected .*|$)", problem):
         types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", problem.split("Given value type")[0])
         wanted = " or ".join(str(VALUES.get(name, name)) for name in dict.fromkeys(types))
         if choices := re.search(r"Literal\[(.+?)\]", problem):
@@ -418,7 +425,7 @@ def _explain_union(option: str, problem: str, config: type) -> str | None:
     words = re.search(r"Literal\[(.+?)\]", problem)
     annotation = get_type_hints(config).get(option.removeprefix("--"))
     made = sorted(each.__name__ for each in classes_made(annotation))
-    given = re.search(r"Given value: (.*)$", problem)
+    given = re.search(r"Given value: (?:Namespace\(class_path=')?([^',]*)", problem)
     if not words or not made or not given:
         return None
     if inside := re.search(r"Option '([^']+)' is not accepted.*class_path='([^']+)'", problem):
@@ -434,13 +441,4 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def _classes(config: type, setting: str) -> list[str]:
     """The names of the classes that can be chosen for a setting that is annotated as a factory of them."""
-    made = get_args(get_type_hints(config)[setting])[-1]
-    waiting = list(get_args(made) or [made])
-    names = []
-    while waiting:
-        cls = waiting.pop(0)
-        waiting += cls.__subclasses__()
-        hidden = inspect.isabstract(cls) or cls in getattr(config, "REFUSED", ())
-        if not hidden and not re.search(r"\b_|<locals>", cls.__qualname__):
-            names.append(cls.__name__)
-    return sorted(set(names))
+    return names_made(get_type_hints(config)[setting], getattr(config, "REFUSED", ()))

@@ -42,6 +42,7 @@ from pyro_vae.runs.directory import (
 from pyro_vae.runs.loading import load
 from pyro_vae.runs.parsing import PLACE, parse, settings_text
 from pyro_vae.runs.reading import text_of
+from pyro_vae.runs.reporting import report_study_after
 from pyro_vae.runs.scoring import best, number, unit_of
 from pyro_vae.runs.settings import Settings, check_seed
 from pyro_vae.runs.spaces import MOST, grid, options, read_space
@@ -75,10 +76,12 @@ class SearchSettings:
             ray://host:port.
         cpus_per_run: of a node of the cluster, as many threads, at least 1.
         gpus_per_run: of a node of the cluster; 0.5 lets two trials share one.
+        report: write report.html to run_dir at the end, a page on the search; its trials have none.
     """
 
     MAIN: ClassVar[tuple[str, ...]] = (
         *("search", "space", "common", "trials", "by", "seed", "run_dir", "resume", "workers", "ray"),
+        "report",
     )
 
     search: Literal["grid", "random", "optuna"]
@@ -93,6 +96,7 @@ class SearchSettings:
     ray: bool | str = False
     cpus_per_run: int = 1
     gpus_per_run: float = 0
+    report: bool = True
 
     def __post_init__(self):
         check_workers(self)
@@ -213,6 +217,8 @@ def _run(settings: SearchSettings, text: str) -> Search:
     failures = do_all(partial(_shared, settings), run_dir, settings)
     done = Search(settings, run_dir, _ranked(settings, run_dir, failures))
     _report(done)
+    if settings.report:
+        report_study_after(run_dir)
     return done
 
 

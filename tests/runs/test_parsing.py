@@ -200,6 +200,15 @@ def test_help_of_a_part_teaches(capsys):
         (["--likelihood", "Bernouli"], ["'Bernouli' is no known class", "did you mean Bernoulli?"]),
         (["--dataset", "MNST"], ["--dataset", "did you mean MNIST?", "Digits", "Npz"]),
         (["--objective", "IVAE"], ["--objective: 'IVAE' is no known class", "ELBO", "Trace_ELBO"]),
+        (
+            ["--objective=pyro_vae.infer.turns.InTurn", "--objective.first=pyro.infer.Trace_ELBO"],
+            ["--objective.first: pyro.infer.Trace_ELBO is no Objective; choose one of BetaELBO", "DReG"],
+        ),
+        (
+            ["--likelihood=PixelDecoder", "--likelihood.pixel=Nope"],
+            ["--likelihood.pixel: 'Nope' is no known class; choose one of Bernoulli"],
+        ),
+        (["--optimizer", "torch.optim.Optimizer"], ["--optimizer: expected 'adam'", "got 'torch.optim.Optimizer'"]),
         (["--prior", "no_such_module.Prior"], ["--prior: No module named 'no_such_module'", "StandardNormal"]),
         (["--prior", "pyro_vae.Foo"], ["--prior: ", "attribute", "Foo", "StandardNormal"]),
         (["--prior", "pyro_vae.MLP"], ["--prior: pyro_vae.MLP is no Prior; choose one of", "StandardNormal"]),

@@ -23,12 +23,14 @@ from PIL import Image
 from scipy import stats
 
 from pyro_vae import cli, runs
+from pyro_vae.callbacks import Epoch
 from pyro_vae.data.datasets import Column, Schema
 from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import RunError
 from pyro_vae.runs import reporting, training
 from pyro_vae.runs.comparing import Difference, Gaps
 from pyro_vae.runs.reporting import contents, drawing, page, showing, svg, words
+from pyro_vae.runs.reporting import searched as searching_page
 
 OLD = Path(__file__).parent / "data" / "0.1.0"
 EVIL = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "a\"b'c", "x\u2028y", "$\\frac{a$ & b"]
@@ -506,6 +508,88 @@ def test_a_study_has_a_page(pair, tmp_path, without_figures):
     assert "one seed alone" in seen.text
 
 
+@pytest.fixture
+def searched(tmp_path):
+    """A search of twelve trials that was never run: log p(x) falls with the rate, and the schedule says nothing."""
+    trials = []
+    for i in range(12):
+        name, values = f"trial-{i:04}", {"lr": repr(10.0 ** (-i / 4)), "schedule": EVIL[i % 2]}
+        found = result(test_log_likelihood=-85.0 - i, validation_log_likelihood=None if i == 3 else -90.0 + i)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(found | {"num_validation_images": 100}))
+        (tmp_path / name / "metrics.csv").write_text(
+            ",".join(["epoch", *Epoch._fields[1:]]) + "\n1,0,-100,-101,1,2\n2,0,-95,-96,1,2\n"
+        )
+        value = found["validation_log_likelihood"]
+        numbers = {"validation": value, "validation_se": value and 0.5, "seconds": 1.0}
+        trials.append({"name": name, "values": values, **numbers, "reason": "" if value else "<b>it failed</b>"})
+    content = {"search": "grid", "by": "validation_log_likelihood", "unit": "nats per image, mass"}
+    (tmp_path / "result.json").write_text(json.dumps(content | {"best": {"name": "trial-0011"}, "trials": trials}))
+    (tmp_path / "config.yaml").write_text(f"search: grid\nspace: {{lr: '{EVIL[0]}'}}\n")
+    return tmp_path
+
+
+def test_a_search_has_a_page(searched):
+    cli.main(["report", str(searched)])
+    text = (searched / "report.html").read_text()
+    seen = check_safe(text)
+    assert "The validation data choose trial-0011, of 12 trials: lr 0.001778, schedule </script>" in seen.text
+    assert "is 1.00 lower" in seen.text
+    assert "Its test log p(x), by importance sampling, is -96.00; it was chosen without it" in seen.text
+    assert "-95.00" not in seen.text  # of no other
+    assert "1 trial of 12 have no validation value" in seen.text
+    assert "<b>it failed</b>" in seen.text
+    assert "<b>it" not in text
+    assert "lr 100% schedule 0%" in seen.text
+    labels = " ".join(attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg")
+    assert "Validation ELBO of each run against epochs; at the end: trial-0011 -96.00" in labels
+    assert "Validation log p(x), nats per image of 11 trials against lr; the best, -79.00, has 0.001778" in labels
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"unit": "nats per row, density"}, "trial-0011 cannot be ranked together"),
+        ({"best": {"name": "trial-0003"}}, "'best' is none of its trials"),
+        ({"best": {"name": "../elsewhere"}}, "'best' is none of its trials"),
+        ({"best": 3}, "'best' cannot be 3"),
+        ({"trials": [{"name": "../x"}]}, "'name' cannot be '../x'"),
+        ({"trials": [{"name": "x", "values": {}}]}, "'validation' is missing"),
+    ],
+)
+def test_a_search_that_is_damaged_is_refused(searched, changed, said):
+    path = searched / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(RunError, match=re.escape(said)):
+        runs.report(searched)
+
+
+def test_trials_of_other_units_are_refused(searched):
+    path = searched / "trial-0005" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unit": "nats per row, density"}))
+    with pytest.raises(RunError, match=r"trial-0005 and trial-0011 cannot be ranked together: unit is 'nats per row"):
+        runs.report(searched)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_log_likelihood": -1.0}))
+    with pytest.raises(RunError, match=r"validation_log_likelihood of trial-0005 is -1.0 in its own"):
+        runs.report(searched)
+
+
+def test_what_a_setting_explains_is_that_of_least_squares_on_ranks():
+    generator = np.random.default_rng(0)
+    numbers, words_ = generator.random(40), generator.integers(0, 3, 40)
+    found = (numbers + generator.random(40)).tolist()
+    rho = stats.spearmanr(numbers, found).statistic
+    assert searching_page.explained([str(each) for each in numbers], found) == pytest.approx(1 - (1 - rho**2) * 39 / 38)
+    f = stats.f_oneway(*(stats.rankdata(found)[words_ == each] for each in range(3))).statistic
+    expected = max(0, (f - 1) * 2 / (f * 2 + 37))  # Kelley's epsilon^2 of a one-way analysis of variance
+    assert searching_page.explained([EVIL[each] for each in words_], found) == pytest.approx(expected)
+    assert searching_page.explained(list("aabb"), [1, 1, 2, 2]) == pytest.approx(1)
+    by_chance = [searching_page.explained([EVIL[each] for each in words_], generator.random(40)) for _ in range(200)]
+    assert np.mean(by_chance) < 0.03
+    assert math.isnan(searching_page.explained(["a"] * 4, [1, 2, 3, 4]))
+    assert math.isnan(searching_page.explained(list("abcd"), [1, 2, 3, 4]))
+
+
 def folder_of(path, settings):
     (path / "other").mkdir()
     (path / "other" / "config.yaml").write_text(settings)
@@ -526,6 +610,12 @@ def test_an_unfinished_run_has_a_page_without_a_number(tmp_path, without_figures
     seen = check_safe(runs.report(OLD / "interrupted", tmp_path / "page.html").read_text())
     assert "not finished: it has no log-likelihood" in seen.text
     assert "log p(x) is" not in seen.text
+
+
+@pytest.mark.parametrize("damage", ["", "epoch\n1", "\0" * 50, "epoch,train_elbo\n" + "9" * 200_000, '"'])
+def test_without_what_training_recorded_there_are_no_curves(damage, tmp_path):
+    (tmp_path / "metrics.csv").write_text(damage)
+    assert contents.history_of(tmp_path) == []
 
 
 def test_without_its_data_it_has_numbers_alone(evil, tmp_path, without_figures):

@@ -1,4 +1,4 @@
-"""A report: one self-contained page of HTML on a run, on several runs or on a study.
+"""A report: one self-contained page of HTML on a run, on several runs, on a study or on a search.
 
 ``report([run])`` writes ``report.html``, which opens from disk and asks nobody for anything. Training and studies write
 theirs by :func:`report_after`, whose failure loses nothing.
@@ -22,6 +22,7 @@ from pyro_vae.runs.loading import Run, load
 from pyro_vae.runs.reading import json_of, yaml_of
 from pyro_vae.runs.reporting.contents import Told, history_of, run_page, unfinished_page
 from pyro_vae.runs.reporting.page import Page, check_page, write_page
+from pyro_vae.runs.reporting.searched import search_page
 from pyro_vae.runs.reporting.several import comparison_page, study_page
 
 FILE = "report.html"
@@ -32,10 +33,10 @@ class ReportSettings:
     """Settings of a report.
 
     Args:
-        runs: directories of finished runs, or hf://USER/NAME, the reference first, or of one study; may stand first,
-            without --runs.
-        out: the page to write, a new file named .html, or an earlier report; null: report.html in the run or study, or
-            of several runs in the current directory.
+        runs: directories of finished runs, or hf://USER/NAME, the reference first, or of one study or search; may stand
+            first, without --runs.
+        out: the page to write, a new file named .html, or an earlier report; null: report.html in the run, study or
+            search, or of several runs in the current directory.
         run_dir: directory to write report.html to, in place of --out.
         data: show the data themselves and what the model draws, for which both are read; false: numbers alone.
         trust: build whatever classes the runs' settings name; false: only those of pyro_vae; null: false for runs of
@@ -43,15 +44,17 @@ class ReportSettings:
     """
 
     DESCRIPTION: ClassVar[str] = (
-        "One page of HTML on a run, several runs or a study: is the number to be believed, which data are worst,\n"
-        "which run is better and by how much. It opens from disk and fetches nothing.\n\n"
+        "One page of HTML on a run, several runs, a study or a search: is the number to be believed, which data are\n"
+        "worst, which run is better and by how much. It opens from disk and fetches nothing.\n\n"
         "Usage: pyro-vae report RUN [RUN ...] [options]\n\n"
         "Of one run: log p(x) with its errors and whether to believe it, in words; settings that differ from the\n"
         "defaults; training; estimates against budget; every datum, sortable by log p(x), Pareto k and effective\n"
         "sample size, with the data themselves; reconstructions, samples, traversals and the map of the latents.\n"
         "Of several runs: differences to the first, paired by datum, with intervals, and a leaderboard; runs whose\n"
         "numbers mean different things, such as another unit, are not ranked together. Of a study: the same of its\n"
-        "contenders. Only an earlier report is ever overwritten. pyro-vae train and study write theirs at their end."
+        "contenders. Of a search: what the validation data choose, all trials, which settings mattered, and the\n"
+        "training of the best. Only an earlier report is ever overwritten. pyro-vae train and study write theirs at\n"
+        "their end."
     )
 
     runs: Sequence[Path]
@@ -72,12 +75,12 @@ def report(
     data: bool = True,
     trust: bool | None = None,
 ) -> Path:
-    """Write a page on finished runs, or their directories, or on one study; return its path.
+    """Write a page on finished runs, or their directories, or on one study or search; return its path.
 
     Args:
         runs: one or several, the reference first.
-        out: the page, a new file named .html, or an earlier report; None: ``report.html`` in the run or study, or of
-            several in the current directory.
+        out: the page, a new file named .html, or an earlier report; None: ``report.html`` in the run, study or search,
+            or of several runs in the current directory.
         data: show the data themselves and what the model draws; False: numbers alone.
         trust: see :func:`pyro_vae.runs.load`.
 
@@ -106,7 +109,7 @@ def report(
 
 
 def kind_of(directory: Path) -> str:
-    """What a directory holds: a ``run``, one ``unfinished``, or a ``study``.
+    """What a directory holds: a ``run``, one ``unfinished``, a ``study``, or a ``search``.
 
     Raises:
         RunError: if it is none of these.
@@ -117,7 +120,7 @@ def kind_of(directory: Path) -> str:
         if "summaries" in content:
             return "study"
         if "trials" in content:
-            raise RunError(f"{directory} is a search: name the directory of one of its runs")
+            return "search"
         if "test_elbo" not in content and ("estimator" in content or "differences" in content):
             raise RunError(f"{directory} is no run, but what was found of one: name the directory of the run")
         return "run"
@@ -142,12 +145,14 @@ def _page(
     if len(paths) == 1:
         if kinds[0] == "study":
             return study_page(paths[0], names[0], out.parent)
+        if kinds[0] == "search":
+            return search_page(paths[0], names[0], out.parent)
         if kinds[0] == "unfinished":
             return unfinished_page(names[0], paths[0])
         return run_page(_told(given[0], names[0], data, True, trust))
     if odd := [path for path, kind in zip(paths, kinds, strict=True) if kind != "run"]:
-        if kinds[paths.index(odd[0])] == "study":
-            raise RunError(f"{odd[0]} is a study: to compare runs, name the directories of runs alone")
+        if (kind := kinds[paths.index(odd[0])]) in ("study", "search"):
+            raise RunError(f"{odd[0]} is a {kind}: to compare runs, name the directories of runs alone")
         raise RunError(f"{odd[0]} is not finished: to compare runs, all must be finished")
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
     told: list[Told] = []
@@ -193,7 +198,7 @@ def report_after(run_dir: Path, vae: Any, data: Data) -> None:
 
 
 def report_study_after(run_dir: Path) -> None:
-    """Write the page of a study that was finished just now; whatever goes wrong is one line on stderr."""
+    """Write the page of a study or search that was finished just now; whatever goes wrong is one line on stderr."""
     quietly(lambda: report([run_dir]), run_dir)
 
 

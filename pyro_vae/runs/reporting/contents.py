@@ -60,7 +60,7 @@ def history_of(directory: Path) -> list[Epoch]:
     try:
         rows = list(csv.DictReader(text_of(directory / "metrics.csv").splitlines()))
         return [Epoch(int(row["epoch"]), *(float(row[name]) for name in Epoch._fields[1:])) for row in rows]
-    except (RunError, ValueError, KeyError, TypeError):
+    except (RunError, ValueError, KeyError, TypeError, csv.Error):
         return []
 
 
