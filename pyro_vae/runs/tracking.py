@@ -98,13 +98,15 @@ class WandB:
         usual = {"console": "off", "silent": True, "disable_git": True, "disable_code": True, "save_code": False}
         # the first is how long a server may take to answer, the last a person at a terminal, who is asked to log in
         waits = {"init_timeout": 30.0, "finish_timeout": 60.0, "login_timeout": 60.0}
-        known = set(wandb.Settings.model_fields)
-        usual |= {"reinit": "create_new"} | {name: each for name, each in waits.items() if name in known}
+        told = {name for name in wandb.Settings.model_fields if f"WANDB_{name.upper()}" not in os.environ}
+        usual |= {"reinit": "create_new"} | {name: each for name, each in waits.items() if name in told}
         told = {"project": project, "entity": entity or None, "id": self.identity, "name": run_dir.resolve().name}
         told |= {"dir": str(run_dir), "config": dict(settings), "resume": "allow"}
         try:
             self._run = wandb.init(**told, settings=wandb.Settings(**usual))
         except wandb.errors.Error as error:
+            if wandb.run is None:  # its process still waits for the server, in the name of this run
+                wandb.teardown()
             self._run = wandb.init(**told, mode="offline", settings=wandb.Settings(**usual))
             _say(f"Weights & Biases: {reason_without_secrets(error)}; the run is logged offline")
         folder = Path(self._run.dir).parent

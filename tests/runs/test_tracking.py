@@ -155,14 +155,22 @@ def records(content, block=2**15, header=7):
 
 
 @pytest.mark.slow
-def test_weights_and_biases_offline(train, tmp_path, monkeypatch, drawing, capsys):
+@pytest.mark.parametrize("away", [False, True], ids=["offline", "without a server"])
+def test_weights_and_biases_offline(train, tmp_path, monkeypatch, drawing, capsys, away):
     """The package itself: its file has what metrics.csv has, and no key."""
     proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    pytest.importorskip("wandb").teardown()  # it reads the environment once
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    if away:
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    else:
+        monkeypatch.setenv("WANDB_MODE", "offline")
     with drawing():
         run = train("run", "--wandb", "mine")
-    assert f"Weights & Biases: offline: wandb sync {run.path}/wandb/offline-run-" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"Weights & Biases: offline: wandb sync {run.path}/wandb/offline-run-" in said.out
+    assert ("; the run is logged offline" in said.err) == away
     (log,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
     rows, summary = {}, {}
     for content in records(log.read_bytes()):
