@@ -123,19 +123,21 @@ class Page:
 
     def _wire(self, blocks: Any) -> None:
         answers = [self.message, self.seen, self.scores, self.posterior, self.filled, self.moved, *self.sliders]
-        sources, last = [*self.entries, *self.given], "always_last"
-        asked = [each.input for each in sources]
-        hand = self.gr.on(asked, self.by_hand, [self.visit, *sources], answers, trigger_mode=last, **QUICK)
+        sources, how = [*self.entries, *self.given], {"trigger_mode": "always_last", **QUICK}
         shown = [*answers, *self.entries, *self.given]
-        test = self.show.click(self.by_place, [self.visit, self.place], shown, trigger_mode=last, **QUICK)
+        test = self.show.click(self.by_place, [self.visit, self.place], shown, **how)
         loaded = blocks.load(self.by_place, [self.visit, self.place], shown, **QUICK)
         file = self.upload.upload(self.by_file, [self.visit, self.upload, *self.given], shown, **QUICK)
-        for each in (hand, test, loaded, file):
+        asked = [test, loaded, file]
+        if self.entries:  # there is none of a table that is too wide for a form
+            changes = [each.input for each in sources]
+            asked.append(self.gr.on(changes, self.by_hand, [self.visit, *sources], answers, **how))
+        for each in asked:
             each.then(self.fill, [self.visit], [self.filled], **QUICK)
             each.then(self.anneal, [self.visit], [self.scores], **SLOW)
         if self.sliders:
             moves = [slider.input for slider in self.sliders]
-            self.gr.on(moves, self.move, [self.visit, *self.sliders], [self.moved], trigger_mode=last, **QUICK)
+            self.gr.on(moves, self.move, [self.visit, *self.sliders], [self.moved], **how)
             self.back.click(self.put_back, [self.visit], [self.moved, *self.sliders], **QUICK)
         for number, button in enumerate(self.ends):
             button.click(self._ending(number), [self.visit], [self.walked], **QUICK)
