@@ -25,7 +25,6 @@ To enter: put a file into experiments/recipes, commit it, and run python -m expe
 same command with --run_dir DIR --resume goes on.
 """
 
-import csv
 import os
 import shlex
 import subprocess
@@ -47,7 +46,7 @@ from pyro_vae import cli, runs
 from pyro_vae.data.fetched import cache_folder
 from pyro_vae.runs import figures
 from pyro_vae.runs.build import load_dataset
-from pyro_vae.runs.directory import several
+from pyro_vae.runs.directory import read_csv, several
 from pyro_vae.runs.reading import json_of, text_of, yaml_of
 from pyro_vae.runs.studies import do_all
 from pyro_vae.runs.workers import Shared
@@ -236,7 +235,7 @@ def _entry(recipe: Recipe, run_dir: Path, settings: Settings) -> Entry:
 def curve(directory: Path) -> list[tuple[float, float]]:
     """Seconds of training so far, and the validation ELBO, after each epoch of a run."""
     points, seconds = [], 0.0
-    for row in csv.DictReader(text_of(directory / "metrics.csv").splitlines()):
+    for row in read_csv(directory / "metrics.csv"):
         seconds += float(row["seconds"])
         points.append((seconds, float(row["validation_elbo"])))
     return points

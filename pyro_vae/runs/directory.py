@@ -24,7 +24,7 @@ import pyro_vae
 from pyro_vae.errors import RunError
 from pyro_vae.files import holds_anything, whole
 from pyro_vae.runs.hub import is_downloaded, named
-from pyro_vae.runs.reading import text_of, yaml_of
+from pyro_vae.runs.reading import damaged, text_of, yaml_of
 from pyro_vae.runs.seals import sealed, settings_sealed
 
 
@@ -278,6 +278,18 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that :func:`write_csv` wrote, as text.
+
+    Raises:
+        RunError: if there is no such file, or it is no CSV.
+    """
+    try:
+        return list(csv.DictReader(text_of(path).splitlines()))
+    except csv.Error as error:
+        raise damaged(path, error) from error
 
 
 def noun_of(result: dict[str, Any]) -> str:

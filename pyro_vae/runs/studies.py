@@ -8,7 +8,6 @@ of jobs, on this machine or on others that share the directory, shares the work;
 run that fails does not stop the others; the same command with --resume runs it again.
 """
 
-import csv
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +21,12 @@ import yaml
 
 from pyro_vae.errors import RunError
 from pyro_vae.runs.build import make
-from pyro_vae.runs.directory import open_run, run_dir_for, writing
+from pyro_vae.runs.directory import open_run, read_csv, run_dir_for, writing
 from pyro_vae.runs.given import check_made, check_name
 from pyro_vae.runs.parsing import parse, settings_text
 from pyro_vae.runs.ray_cluster import Cluster
 from pyro_vae.runs.ray_tasks import in_cluster
-from pyro_vae.runs.reading import text_of, yaml_of
+from pyro_vae.runs.reading import yaml_of
 from pyro_vae.runs.reporting import report_study_after
 from pyro_vae.runs.settings import Settings
 from pyro_vae.runs.summaries import (
@@ -308,7 +307,7 @@ def _log(run_dir: Path, directory: str) -> Path:
 def status(run_dir: Path, directory: str) -> str:
     """How far a run is that another process works on."""
     try:
-        *_, last = csv.DictReader(text_of(run_dir / directory / "metrics.csv").splitlines())
+        *_, last = read_csv(run_dir / directory / "metrics.csv")
         return f"epoch {last['epoch']}, validation ELBO {float(last['validation_elbo']):.2f}"
     except (RunError, ValueError, KeyError, TypeError):
         return "starts"

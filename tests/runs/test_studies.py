@@ -161,7 +161,7 @@ def test_masses_densities_and_scores_are_kept_apart(tmp_path, monkeypatch):
         "score": f"{density} experiments.likelihood_study.CrossEntropy",
     }
     run_dir = tmp_path / "study"
-    argv = [f"--run_dir={run_dir}", "--seeds=1", f"--contenders={json.dumps(contenders)}", COMMON]
+    argv = [f"--run_dir={run_dir}", "--seeds=1", f"--contenders={json.dumps(contenders)}", PYROS]
     likelihood_study.main(argv)
     content = json.loads((run_dir / "result.json").read_text())
     references = {s["name"]: s["reference"] for s in content["summaries"]}

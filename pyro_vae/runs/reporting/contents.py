@@ -1,6 +1,5 @@
 """What a page says of one run: its number, whether to believe it, what was run, its data, and what its model draws."""
 
-import csv
 import inspect
 import math
 import pydoc
@@ -20,10 +19,10 @@ from pyro_vae.data.datasets import Data
 from pyro_vae.data.images import ImageData
 from pyro_vae.data.sequences import SequenceData
 from pyro_vae.errors import RunError, is_of_no_number
-from pyro_vae.runs.directory import flat, noun_of, several
+from pyro_vae.runs.directory import flat, noun_of, read_csv, several
 from pyro_vae.runs.loading import Run
 from pyro_vae.runs.parsing import settings_text
-from pyro_vae.runs.reading import evaluation_of, text_of, yaml_of
+from pyro_vae.runs.reading import evaluation_of, yaml_of
 from pyro_vae.runs.reporting import drawing
 from pyro_vae.runs.reporting.page import Column, Figures, Folded, Gallery, Grid, Page, Rows, Section, Text, Verdicts
 from pyro_vae.runs.reporting.showing import Shown
@@ -58,7 +57,7 @@ class Told(NamedTuple):
 def history_of(directory: Path) -> list[Epoch]:
     """What ``metrics.csv`` has of a training; nothing, if it is not there or damaged: no number rests on it."""
     try:
-        rows = list(csv.DictReader(text_of(directory / "metrics.csv").splitlines()))
+        rows = read_csv(directory / "metrics.csv")
         return [Epoch(int(row["epoch"]), *(float(row[name]) for name in Epoch._fields[1:])) for row in rows]
     except (RunError, ValueError, KeyError, TypeError, csv.Error):
         return []
