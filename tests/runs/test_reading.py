@@ -325,6 +325,7 @@ def edit(run_dir, **settings):
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -372,6 +373,7 @@ def test_settings_by_reference_are_no_repetition(tmp_path):
     assert settings.decoder.keywords["hidden"] == [3]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "settings",
     [

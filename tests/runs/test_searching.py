@@ -144,6 +144,7 @@ def played(monkeypatch):
     return ran
 
 
+@pytest.mark.slow
 def test_validation_chooses_and_the_test_value_is_that_of_the_chosen_alone(tmp_path, played, capsys):
     space = {"seed": ["0 --lr 0.1", "1 --lr 1e-3", 13, 14]}
     done = runs.search("grid", space, COMMON, run_dir=tmp_path / "search")

@@ -338,6 +338,7 @@ def test_without_run_dir_each_run_gets_its_own(tmp_path, monkeypatch):
 # Choices
 
 
+@pytest.mark.slow
 def test_pyro_gives_the_same_run(finished, tmp_path):
     """The noise is the same, and so are all numbers but for rounding."""
     theirs, ours = result(run(tmp_path / "run", "--engine", "pyro")), result(finished[0])
@@ -347,6 +348,7 @@ def test_pyro_gives_the_same_run(finished, tmp_path):
         assert float(row["train_elbo"]) == pytest.approx(float(reference["train_elbo"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_only_a_long_run_is_compiled(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(training, "CompiledSVI", lambda *args, **given: made.append(given) or PyroSVI(*args))
@@ -425,6 +427,7 @@ def test_objectives_train_and_the_plain_elbo_is_logged(finished, tmp_path, argv)
     assert result(run_dir)["annealed_log_likelihood"] == pytest.approx(usual, abs=0.5)
 
 
+@pytest.mark.slow
 def test_best_weights_are_evaluated(tmp_path, monkeypatch):
     values = iter([-3.0, -1.0, -2.0])
     monkeypatch.setattr("pyro_vae.training._validation_elbo", lambda *args: next(values))
@@ -885,6 +888,7 @@ def test_a_mistake_has_status_2_and_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_has_status_130_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "write_csv", lambda path, rows: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
@@ -937,6 +941,7 @@ def test_optimizers_that_are_none_are_refused(tmp_path, options, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
     options = ["--optimizer", "torch.optim.SGD", "--optimizer.momentum", "0.9", "--lr", "1e-4", "--epochs", "2"]
     made = run(tmp_path / "run", *options)
@@ -950,6 +955,7 @@ def test_an_optimizer_from_the_command_line_trains_and_is_written(tmp_path):
     assert again.func is torch.optim.SGD
 
 
+@pytest.mark.slow
 def test_a_recipe_in_a_file_trains_and_is_written(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "optimizer: {class_path: pyro_vae.optimizers.Muon, init_args: {iterations: 3}}\n"

@@ -59,7 +59,7 @@ def history_of(directory: Path) -> list[Epoch]:
     try:
         rows = read_csv(directory / "metrics.csv")
         return [Epoch(int(row["epoch"]), *(float(row[name]) for name in Epoch._fields[1:])) for row in rows]
-    except (RunError, ValueError, KeyError, TypeError, csv.Error):
+    except (RunError, ValueError, KeyError, TypeError):
         return []
 
 
