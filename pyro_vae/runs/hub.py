@@ -22,6 +22,7 @@ TOLD = {
     "RevisionNotFoundError": "it has no such revision",
     "LocalTokenNotFoundError": f"the Hub wants to know who you are: {HINT}",
     "LocalEntryNotFoundError": "the Hub cannot be reached, and it was not downloaded before",
+    **dict.fromkeys(("ConnectError", "ConnectTimeout", "ConnectionError"), "the Hub cannot be reached"),
     "IncompleteSnapshotError": "the Hub cannot be reached, and it was not wholly downloaded before",
 }
 """What to say of errors of huggingface_hub, by the names of their classes."""

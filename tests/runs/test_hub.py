@@ -134,6 +134,7 @@ def test_a_run_comes_back_as_it_was_without_its_data_and_folders(made, there):
     assert there.asked == [("me/tables", None), ("me/tables", commit)]
 
 
+@pytest.mark.slow
 def test_nothing_is_pushed_over_or_made_public_unless_that_was_said(made, there):
     runs.push_to_hub(made, "me/a", private=False)
     assert "is public: --private false" in refused(runs.push_to_hub, made, "me/a")

@@ -70,6 +70,7 @@ def sent():
     return [row.epoch for news in StandIn.told for row in news.rows]
 
 
+@pytest.mark.slow
 def test_a_service_is_told_all_and_changes_nothing(service, train, tmp_path):
     plain, run = train("plain"), train("logged", "--wandb", "mine")
     weights = plain.model.state_dict()
@@ -106,6 +107,7 @@ def test_a_run_outlives_its_server_which_is_told_later(service, train, monkeypat
     assert service.told[-1].ended == "finished"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_the_same_one(service, train, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
