@@ -121,6 +121,8 @@ def test_parameters_are_in_the_units_of_the_data():
     assert tensors["x_part0_scale"][0].item() == 20
     assert tree["parts"][0]["family"] == "Normal"
     assert tree["parts"][0]["entries"].tolist() == [1]
+    _, tree = described(likelihoods.Categorical(2, 3)(rows(*[0.0] * 6)), "x")
+    assert tree == {"family": "Categorical", "parameters": {"logits": "x_logits"}}
     mean = mean_of(table_of([1, 0]), torch.tensor([True, False]))
     assert mean[0].tolist() == [1.0, 105.0]  # the most probable of two values, and a mean
 
@@ -337,6 +339,21 @@ def test_the_decoder_asks_only_for_what_it_needs(run, tmp_path):
     assert [each["name"] for each in done.manifest["programs"]["decoder"]["inputs"]] == ["z1"]
     weights = torch.export.load(done.path / "decoder.pt2").state_dict  # its own alone
     assert {each.shape for each in weights.values()} == {(3, 2), (3,), (64, 3), (64,)}
+
+
+@pytest.mark.slow
+def test_a_part_that_is_not_told_the_condition_has_no_input_for_it():
+    vae = ConditionalVAE(
+        Conditional(MLP(3, 4, [3]), MeanField(2)),
+        Conditional(MLP(2, 6, [3]), likelihoods.Bernoulli(6)),
+        Conditional(MLP(6, 4, [3]), MeanField(2)),
+        condition_dim=3,
+    ).eval()
+    x, c, noise = torch.zeros(5, 6), torch.zeros(5, 2), torch.zeros(5, 2)
+    names = ["x", "c", "normal"]
+    assert formats.unused(formats.traced(Encoder(vae, SCHEMA, names), (x, c, noise)), names) == ["c"]
+    names = ["c", "normal", "uniform"]
+    assert formats.unused(formats.traced(Sampler(vae, SCHEMA, names), (c, noise, x)), names) == []
 
 
 def test_a_program_that_differs_is_refused(run, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pyro_vae.runs.exporting.noise import NotExportable, bare
 Described = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and a tree for JSON: the family, and of each of its parameters the name of the tensor."""
 
+_FAMILIES = {own.WholeNumbers: "Categorical", own.ExactNegativeBinomial: "NegativeBinomial"}
 _BESIDE_LOGITS, _BESIDE_TRIL = ("probs",), ("covariance_matrix", "precision_matrix")
 
 
@@ -49,7 +50,8 @@ def _plain(made: Any, name: str) -> Described:
     tensors: dict[str, Any] = {f"{name}_{each}": getattr(made, each, None) for each in known}
     if not tensors or not all(isinstance(each, Tensor) for each in tensors.values()):
         raise NotExportable(f"{type(made).__name__} does not say its parameters, by arg_constraints")
-    tree: dict[str, Any] = {"family": type(made).__name__, "parameters": dict(zip(known, tensors, strict=True))}
+    family = _FAMILIES.get(type(made), type(made).__name__)
+    tree: dict[str, Any] = {"family": family, "parameters": dict(zip(known, tensors, strict=True))}
     if isinstance(made, own.DiscretizedLogistic):
         tree["levels"] = made.levels
     return tensors, tree

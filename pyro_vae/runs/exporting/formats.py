@@ -44,8 +44,10 @@ def traced(module: nn.Module, inputs: Sequence[Tensor]) -> torch.export.Exported
     able = [each.target for each in nodes if torch.Tag.nondeterministic_seeded in getattr(each.target, "tags", ())]
     if able and not _same_again(program, inputs):  # such as a GRU, which has no dropout here
         raise NotExportable(f"random numbers are drawn inside, by {able[0]}, that do not come from the noise")
-    for node in nodes:
+    for node in list(nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)  # it would keep what nothing else needs
     program.graph.eliminate_dead_code()
     _drop_idle_weights(program)
     program.graph_module.recompile()
@@ -76,9 +78,11 @@ def _drop_idle_weights(program: torch.export.ExportedProgram) -> None:
 
 
 def unused(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[str]:
-    """The inputs on which no output depends."""
+    """The inputs on which no output depends, but perhaps for how many data there are, which the others know too."""
+    size = torch.ops.aten.sym_size.int
     users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
-    return [name for name, node in zip(names, program.graph_signature.user_inputs, strict=True) if not users[str(node)]]
+    pairs = zip(names, program.graph_signature.user_inputs, strict=True)
+    return [name for name, node in pairs if all(user.target is size for user in users[str(node)])]
 
 
 def saved(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
