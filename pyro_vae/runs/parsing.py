@@ -83,7 +83,7 @@ def parse(
     """
     check_trust(trust)
     argv = _first_named(list(sys.argv[1:] if argv is None else argv), first, config)
-    argv = _run_dir_for_out(argv, config)
+    argv = _of_neighbours(_run_dir_for_out(argv, config), config)
     options = parser(config, prog)
     if "--help.all" in argv or {"-h", "--help"} & set(argv):
         print(options.format_help() if "--help.all" in argv else brief_help(config, options))
@@ -196,6 +196,13 @@ def _run_dir_for_out(argv: Sequence[str], config: type) -> list[str]:
         return list(argv)
     warnings.warn("--out is now --run_dir", DeprecationWarning, stacklevel=3)
     return ["--run_dir" + word[5:] if place in old else word for place, word in enumerate(argv)]
+
+
+def _of_neighbours(argv: Sequence[str], config: type) -> list[str]:
+    """The command line with its own options for those that a neighbouring command calls otherwise, as ``ALSO`` says."""
+    also = getattr(config, "ALSO", {})
+    theirs = rf"^--({'|'.join(map(re.escape, also)) or '$^'})(?=[.=]|$)"
+    return [re.sub(theirs, lambda found: f"--{also[found[1]]}", word) for word in argv]
 
 
 def _in_todays_names(argv: Sequence[str], contents: Sequence[dict[str, Any]]) -> list[str]:
@@ -403,11 +410,7 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         problem = re.sub(r"\.* Got value: .*", "", problem)
         if found := re.match(r"Expected a dot import path string: (\S+)", problem):
             problem = f"'{found[1]}' is no known class{_near(found[1], classes)}"
-        elif found := re.match(
-            r"(?:Import path|Expected) '?([\w.]+)'? (?:to be|does not correspond to) a subclass of "
-            r"(?:<class ')?([\w |]+)",
-            problem,
-        ):
+        elif found := re.match(r"(?:Import path|Expected) '?([\w.]+)'? .*?subclass of (?:<class ')?([\w |]+)", problem):
             problem = f"{found[1]} is no {found[2]}"
         return f"{option}: {problem}; choose one of {', '.join(classes)}, or an import path such as my_package.MyClass"
     if found := re.search(r"(?:Got|Given) value: ?(.*?)(?: - Expected .*|$)", problem):

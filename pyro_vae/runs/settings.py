@@ -200,6 +200,10 @@ class Settings:
         *("objective", "epochs", "lr", "seed", "device", "run_dir", "resume", "report"),
     )
     """What ``--help`` shows."""
+    ALSO: ClassVar[dict[str, str]] = {
+        name: f"evidence.{name}" for name in ("num_samples", "num_images", "annealed_images", "annealing")
+    }
+    """Options as :class:`EvaluationSettings` calls them, and what they are here."""
     REFUSED: ClassVar[tuple[type, ...]] = (ReweightedWakeSleep,)
     """Losses that :func:`pyro_vae.fit` does not take: of several values."""
 
@@ -323,7 +327,8 @@ class EvaluationSettings:
             posterior chains; smc, bridge, thermodynamic: other estimators, to compare with.
         split: test or training images.
         num_images: how many of them, drawn at random, the same in every evaluation, at least 2; null: all.
-        num_samples: importance samples per image, at least 1; literature uses 5000.
+        num_samples: importance samples per image, at least 1; literature uses 5000. This, --num_images and --annealing
+            may be called as pyro-vae train calls them, --evidence.num_samples, and there as here.
         proposal: of importance sampling: the guide, or a Gaussian at each posterior's mode with its curvature.
         widening: factor of the Laplace proposal's standard deviations, positive; 1.1 lightens the weights' tail.
         annealing: settings of annealed importance sampling.
@@ -344,6 +349,8 @@ class EvaluationSettings:
     """
 
     DESCRIPTION: ClassVar[str] = EVALUATION
+    ALSO: ClassVar[dict[str, str]] = {f"evidence.{name}": name for name in ("num_samples", "num_images", "annealing")}
+    """Options as :class:`Settings` calls them, and what they are here."""
     BEGINS: ClassVar[bool] = True
     MAIN: ClassVar[tuple[str, ...]] = (
         *("run", "estimator", "split", "num_images", "num_samples", "proposal", "seed", "device", "name", "run_dir"),

@@ -356,6 +356,18 @@ def test_settings_of_another_kind_are_refused_at_every_depth(content, words, in_
     assert "mine.yaml" in message
 
 
+def test_train_and_evaluate_take_each_others_names():
+    argv = ["--num_samples", "7", "--annealing.num_chains=3", "--evidence.num_images=5", "--annealed_images=0"]
+    evidence = parsing.parse(Settings, argv)[0].evidence
+    assert (evidence.num_samples, evidence.annealing.num_chains) == (7, 3)
+    assert (evidence.num_images, evidence.annealed_images) == (5, 0)
+    argv = ["run", "--evidence.num_images", "6", "--evidence.annealing.num_chains=4"]
+    found = parsing.parse(EvaluationSettings, argv, first="run")[0]
+    assert (found.num_images, found.annealing.num_chains) == (6, 4)
+    with pytest.raises(RunError, match=r"unknown option --evidence\.annealed_images"):
+        parsing.parse(EvaluationSettings, ["run", "--evidence.annealed_images=3"], first="run")
+
+
 @pytest.mark.parametrize(
     "content", ["lr: -1", "epochs: many", "prior: NoPrior", "encoder: {class_path: MLP, init_args: {hiden: [3]}}"]
 )
