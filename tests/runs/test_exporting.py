@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_draws_of_noise_have_their_distribution(make):
     assert all(len(each) == ROWS for each in tensors.values())
 
 
+def test_draws_of_no_number_are_none():
+    nothing = rows(torch.nan, torch.nan)
+    with pyro.validation_enabled(False):
+        for made in (likelihoods.Bernoulli(2)(nothing), likelihoods.Categorical(1, 2)(nothing)):
+            assert drawn(made, Noise(ROWS)).isnan().all()
+
+
 def test_what_is_no_function_of_noise_is_named():
     class Shifted(dist.Normal):
         def sample(self, *args, **kwargs):
@@ -159,6 +167,9 @@ def test_programs_have_the_numbers_of_the_models_own_distributions():
         drawn_x = Sampler(vae, SCHEMA, ["c", "normal", "uniform"])(c, noise, u)
         p = vae.likelihood_given(noise, own_c)
         torch.testing.assert_close(drawn_x, {"z": noise, "x": (u < p.mean).float(), "mean": p.mean})
+        lost = Sampler(vae, SCHEMA, ["c", "normal", "uniform"])(torch.tensor([[7.0, 40]]), noise[:1], u[:1])
+        assert lost["x"].isnan().all()  # of a category that there is not
+        assert lost["mean"].isnan().all()
 
 
 def test_conditions_are_read_as_they_are_stored():

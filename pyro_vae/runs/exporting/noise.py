@@ -150,11 +150,12 @@ def _mixture(made: Any, noise: Noise) -> Tensor:
 
 def _bernoulli(made: Any, noise: Noise) -> Tensor:
     probs = made.probs
-    return (noise.uniform(*made.batch_shape[1:]) < probs).to(probs.dtype)
+    return torch.where(probs.isnan(), torch.nan, (noise.uniform(*made.batch_shape[1:]) < probs).to(probs.dtype))
 
 
 def _categorical(made: Any, noise: Noise) -> Tensor:
-    return place_of(made.probs, noise.uniform(*made.batch_shape[1:])).to(made.probs.dtype)
+    place = place_of(made.probs, noise.uniform(*made.batch_shape[1:])).to(made.probs.dtype)
+    return torch.where(made.probs.isnan().any(-1), torch.nan, place)  # and no silent zero
 
 
 def _scaled(made: Any, noise: Noise) -> Tensor:
