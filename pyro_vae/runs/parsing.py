@@ -376,6 +376,8 @@ def _explain(message: str, config: type, options: ArgumentParser) -> str:
         return f"unknown option {name}{_near(name, inside or known)}; --help lists the options"
     if found := re.match(r"argument (--[\w.]+): expected one argument", message):
         return f"{found[1]}: expected one argument; one that begins with a minus is joined to it, as in {found[1]}=-1"
+    if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return f"--{found[1]}.{found[2]}: there is no such option"
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
     problem = re.split(r'Parser key "[^"]+": ', message)[-1]
     if found := re.match(r"--(\w+)\.help: (.*)", message):

@@ -196,6 +196,7 @@ LATER: dict[str, Is] = {
 """What it may hold beside that."""
 
 TOGETHER = {
+    "share_khat_above_threshold": ("khat_threshold",),
     "annealed_log_likelihood": ("annealed_images", "annealed_mc_se"),
     "annealed_reliable": ("annealed_share_reliable",),
     "validation_log_likelihood": ("num_validation_images",),
@@ -233,8 +234,7 @@ def check_entries(path: Path, content: Mapping[str, Any], needed: Mapping[str, I
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+    return text if len(text := repr(value)) < 60 else f"{text[:57]}..."
 
 
 # The files of a run
@@ -251,6 +251,8 @@ def result_of(directory: Path) -> dict[str, Any]:
         raise RunError(f"{directory} holds no finished run: there is no result.json")
     content = json_of(path)
     check_entries(path, content, RESULT, LATER)
+    if content.get("annealed_images") and "annealed_log_likelihood" not in content:  # null, if it is not finite
+        raise damaged(path, "'annealed_log_likelihood' is missing, beside 'annealed_images'")
     for name, others in TOGETHER.items():
         if content.get(name) is not None and (missing := [each for each in others if content.get(each) is None]):
             raise damaged(path, f"'{missing[0]}' is missing, beside '{name}'")
@@ -347,8 +349,7 @@ def evaluation_of(directory: Path) -> tuple[dict[str, Any], dict[str, xr.Dataset
     if "share_reliable" not in result:
         named: dict[str, Is] = dict.fromkeys(("share_khat_above_threshold", "khat_threshold"), or_null(is_number))
         check_entries(path, result, named, {})
-    path = directory / "evidence.nc"
-    groups = groups_of(path)
+    groups = groups_of(path := directory / "evidence.nc")
     if set(groups) != ({"lower", "upper"} if "width" in result else {result["estimator"]}):
         raise damaged(path, f"it has the groups {', '.join(groups) or 'of nothing'}")
     for name, group in groups.items():
@@ -378,8 +379,7 @@ def memory_of(directory: Path) -> dict[str, Any]:
     path = directory / "result.json"
     if not os.path.lexists(path):
         return {}
-    content = json_of(path)
-    check_entries(path, content, {}, {"data": or_null(is_text)})
+    check_entries(path, content := json_of(path), {}, {"data": or_null(is_text)})
     return {"fingerprint": content.get("data")}
 
 

@@ -204,6 +204,7 @@ def test_help_of_a_part_teaches(capsys):
             ["--objective=pyro_vae.infer.turns.InTurn", "--objective.first=pyro.infer.Trace_ELBO"],
             ["--objective.first: pyro.infer.Trace_ELBO is no Objective; choose one of BetaELBO", "DReG"],
         ),
+        (["--top", "{latent_tim: 3}"], ["--top.latent_tim: there is no such option"]),
         (
             ["--likelihood=PixelDecoder", "--likelihood.pixel=Nope"],
             ["--likelihood.pixel: 'Nope' is no known class; choose one of Bernoulli"],

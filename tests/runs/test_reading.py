@@ -44,6 +44,7 @@ ENTRIES = [
     ("num_images", 99, "'importance' has 100 data, result.json 99"),
     ("annealed_images", 3, "'annealed' has 40 data, result.json 3"),
     ("annealed_images", None, "'annealed_images' is missing, beside 'annealed_log_likelihood'"),
+    ("khat_threshold", None, "'khat_threshold' is missing, beside 'share_khat_above_threshold'"),
     ("test_log_likelihood", -20.0, "evidence.nc is damaged: its mean log p(x) is -28.2665, that of result.json -20"),
     ("test_elbo", [1.0], "'test_elbo' cannot be [1.0]"),
     ("test_elbo", 10**400, "'test_elbo' cannot be 1000"),
