@@ -46,10 +46,12 @@ def served():
         command = [sys.executable, "-m", "pyro_vae", "explore", str(run), "--port=0", "--browser=false"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
-        line = process.stdout.readline()
-        found = re.match(r"http://127\.0\.0\.1:\d+/", line)
-        assert found, line + process.stdout.read()
-        return found[0]
+        lines = []
+        for line in process.stdout:  # the first ones may be on the data
+            if found := re.match(r"http://127\.0\.0\.1:\d+/", line):
+                return found[0]
+            lines.append(line)
+        raise AssertionError("".join(lines))
 
     yield serve
     for process in started:
