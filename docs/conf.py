@@ -16,7 +16,7 @@ author = "the authors of pyro_vae"
 project_copyright = author
 repository = "OWNER/pyro_vae"  # on GitHub; badges and first cells of tutorials/ name it, which a test compares
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]  # where executed pages are left, beside the site
 
 html_theme = "furo"
 html_title = "pyro_vae"
