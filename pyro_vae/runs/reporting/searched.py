@@ -172,7 +172,7 @@ def _table(trials: Sequence[Trial], directory: Path, beside: Path, title: str, n
         name = (each["name"], page) if here and (directory / each["name"] / "report.html").exists() else each["name"]
         numbers = number(each["validation"], 2), number(each["validation_se"], 2), number(each["seconds"], 0)
         rows.append((name, *map(_short, each["values"].values()), *numbers, each["reason"]))
-    header = ("trial", *trials[0]["values"], "validation", f"± over {noun}s", "train s", "")
+    header = ("trial", *trials[0]["values"], "validation", f"± over {noun}s", "train s", "why it has none")
     return Grid(f"{title}; larger is better", header, rows)
 
 
