@@ -85,6 +85,9 @@ def application(explorer: Explorer, aside: Aside, host: str) -> Any:
     blocks = Page(explorer, aside).build()
     blocks.queue(api_open=False)
     app = FastAPI(openapi_url=None)
+    narrow = TEMPLATES.joinpath("narrow.css").read_text(
+        "utf-8"
+    )  # of what is around the page, which css= does not reach
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )  # none of Google
@@ -100,6 +103,7 @@ def application(explorer: Explorer, aside: Aside, host: str) -> Any:
         max_file_size="20mb",
         theme=theme,
         css=TEMPLATES.joinpath("explore.css").read_text("utf-8"),
+        head=f"<style>{narrow}</style>",
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
     return with_policy(app)
