@@ -27,6 +27,7 @@ from pyro_vae.infer.parallel import DataParallel, Processes
 from pyro_vae.infer.programs import Program, evaluating
 from pyro_vae.infer.retreat import Retreat, Step
 from pyro_vae.infer.trees import Data, call, check_same_structure, concatenate, first_tensor
+from pyro_vae.infer.turns import WarmUp
 from pyro_vae.optimizers import OptimizerFactory, ScheduleFactory, make_optimizer, make_schedule, name_of, switch
 
 FORMAT = "pyro_vae.training/3"  # of a checkpoint; another layout gets another number
@@ -259,7 +260,7 @@ class Training:
             svi = DataParallel(svi, processes)
 
         def take(step: Step) -> object:
-            if isinstance(loss, Objective):
+            if isinstance(loss, Objective | WarmUp):
                 loss.advance(step.number)
             value = call(svi.step, step.batch)
             self.scheduler.step()
@@ -381,7 +382,7 @@ class Training:
             name = f"mini-batch {number + 1} of epoch {len(self.history) + 1}"
             watch.look(batch, name)
             retreat.add(Step(before + number, batch, name))
-            if isinstance(loss, Objective):
+            if isinstance(loss, Objective | WarmUp):
                 loss.advance(before + number)
             value = watch.step(svi.step, batch)
             if isinstance(value, tuple):

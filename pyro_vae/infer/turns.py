@@ -1,6 +1,5 @@
 """Training objectives that change on the way: one after the other, and a loss of Pyro that is warmed up."""
 
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,11 +7,12 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae.errors import check_at_least_one
 from pyro_vae.infer.objectives import Objective, uncounted
 from pyro_vae.infer.programs import Program
-from pyro_vae.infer.trees import Data, call, data_size, first_tensor
+from pyro_vae.infer.trees import Data
 
 
 class InTurn(Objective):
@@ -55,46 +55,61 @@ class InTurn(Objective):
             return self._now(model, guide, data)
 
 
-class WarmUp(Objective):
+class WarmUp(PyroELBO):
     """A loss of Pyro whose KL divergence counts in part at first, so that units of z that carry nothing yet stay alive.
 
     The log-probabilities of the latent sites are scaled, in model and guide, as in Pyro's own deep Markov model, by a
     weight that rises linearly over the first gradient steps (Sonderby et al. 2016, section 3.2); from then on it is 1,
-    and this is the loss of Pyro. Before, it is no bound of log p(x). The weight advances by itself, as that of
-    :class:`pyro_vae.BetaELBO`, whose gradient is the pathwise one.
+    and this is the loss of Pyro, a sum over the batch as that. Before, it is no bound of log p(x).
+
+    :func:`pyro_vae.fit` counts the steps; a loop of your own calls :meth:`advance` before each.
+    :class:`pyro_vae.BetaELBO` is an objective that advances by itself.
 
     Args:
         steps: gradient steps below a weight of 1, at least 1; the first has the weight 1 / (steps + 1).
-        loss: such as ``Trace_ELBO()``, the default, or ``TraceMeanField_ELBO()``.
+        warmed: a loss of Pyro, such as ``Trace_ELBO()``, the default.
 
     Raises:
-        TypeError: if ``loss`` is no loss of Pyro.
+        TypeError: if ``warmed`` is no loss of Pyro, or one of these.
         ValueError: if ``steps`` is below 1.
     """
 
-    def __init__(self, steps: int, loss: PyroELBO | None = None):
+    def __init__(self, steps: int, warmed: PyroELBO | None = None):
         check_at_least_one(steps=steps)
-        loss = Trace_ELBO() if loss is None else loss
-        if not isinstance(loss, PyroELBO):
-            what = loss.__name__ if isinstance(loss, type) else type(loss).__name__
-            raise TypeError(f"loss: {what} is no loss of Pyro, such as Trace_ELBO()")
-        self.steps, self.loss = steps, loss
+        super().__init__()
+        warmed = Trace_ELBO() if warmed is None else warmed
+        if not isinstance(warmed, PyroELBO) or isinstance(warmed, WarmUp):
+            what = warmed.__name__ if isinstance(warmed, type) else type(warmed).__name__
+            raise TypeError(f"warmed: {what} is no loss of Pyro to be warmed up, such as Trace_ELBO()")
+        self.steps, self.warmed = steps, warmed
         self._weight = torch.tensor(0.0)  # a tensor, so that a compiled step sees it change
         self.advance(0)
 
     def advance(self, step: int) -> None:
-        """Set the weight of gradient step ``step``, counted from 0; the steps after it are counted from there."""
-        super().advance(step)
+        """Set the weight of gradient step ``step``, counted from 0."""
         self._weight.fill_(min(1.0, (step + 1) / (self.steps + 1)))
 
-    def __call__(self, model: Program, guide: Program, data: Data) -> Tensor:
-        if self._weight.device != first_tensor(data).device:
-            self._weight = self._weight.to(first_tensor(data).device)
-        # a copy: the weight of the next step is set while this loss is differentiated
-        latent = _Scaled(self._weight.clone())
-        differentiable = cast(Any, self.loss).differentiable_loss
-        total = call(partial(differentiable, latent(model), latent(guide)), data)
-        return self.counted(torch.as_tensor(total) / data_size(data))  # Pyro's is a number where no site is random
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The value, as that of ``warmed``."""
+        return cast(Any, self.warmed).loss(*self._scaled(model, guide, args, kwargs), *args, **kwargs)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The value; gradients are added to the parameters'."""
+        return cast(Any, self.warmed).loss_and_grads(*self._scaled(model, guide, args, kwargs), *args, **kwargs)
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """The value, with its graph, of a loss that has it."""
+        return cast(Any, self.warmed).differentiable_loss(*self._scaled(model, guide, args, kwargs), *args, **kwargs)
+
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
+        return cast(Any, self.warmed)._get_trace(*self._scaled(model, guide, args, kwargs), args, kwargs)
+
+    def _scaled(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Program, Program]:
+        device = next((each.device for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)), None)
+        if device is not None and device != self._weight.device:
+            self._weight = self._weight.to(device)
+        latent = _Scaled(self._weight)
+        return latent(model), latent(guide)
 
 
 class _Scaled(Messenger):

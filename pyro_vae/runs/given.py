@@ -24,6 +24,8 @@ LARGEST = 2**31 - 1
 """No count of anything is larger, but for seeds."""
 MOST_ENTRIES, MOST_IN_A_LIST, MOST_DEPTH = 10_000, 1_000, 32
 """Of a file of settings, where each alias stands for what it names; the parser takes minutes for a list of 10,000."""
+_OF_A_TRAINING = {"model", "dataset", "prior", "likelihood", "objective", "engine", "lr", "weights", "seed", "evidence"}
+"""What is in each ``config.yaml`` of a training since version 0.1.0."""
 _RELATIVE = ("run_dir", "run", "runs", "file", "out")
 
 
@@ -37,6 +39,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if "config" in content:
         raise RunError(f"{path}: a file of settings cannot name another one, by config")
     check_written(content, str(path))
+    if content.keys() >= _OF_A_TRAINING:
+        content.setdefault("warmup", 0.0)  # of a run that was made before there was a warm-up
     return content
 
 

@@ -1,10 +1,10 @@
 """Train one variational autoencoder, written as a Pyro program, and report its test log-likelihood with its error.
 
 With no options: the one-layer VAE of the IWAE paper (784-200-200-50, with SiLU) on dynamically binarized MNIST, trained
-by SVI with Pyro's Trace_ELBO, evaluated on all 10,000 test images by importance sampling. Every part can be swapped by
-name, or by import path for a class of your own; a part takes its own options after its name, as in --encoder MLP
---encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, or row of a table;
-larger is better.
+by SVI with Pyro's Trace_ELBO, whose KL divergence is warmed up, and evaluated on all 10,000 test images. Every part can
+be swapped by name, or by import path for a class of your own; a part takes its own options after its name, as in
+--encoder MLP --encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, or row of
+a table; larger is better.
 """
 
 from collections.abc import Callable, Sequence
@@ -197,7 +197,7 @@ class Settings:
 
     MAIN: ClassVar[tuple[str, ...]] = (
         *("model", "dataset", "condition", "prior", "likelihood", "posterior", "encoder", "decoder", "latent_dim"),
-        *("objective", "epochs", "lr", "seed", "device", "run_dir", "resume", "report"),
+        *("objective", "warmup", "epochs", "lr", "seed", "device", "run_dir", "resume", "report"),
     )
     """What ``--help`` shows."""
     ALSO: ClassVar[dict[str, str]] = {
@@ -279,7 +279,8 @@ class Settings:
             raise ValueError(f"--warmup must be at least 0 and below 1, a share of all steps, got {self.warmup}")
         if self.warmup and isinstance(loss, type) and not issubclass(loss, ELBO):
             raise ValueError(
-                f"--warmup is for a loss of Pyro, not for --objective {loss.__name__}; BetaELBO has --objective.warmup"
+                f"--warmup is for a loss of Pyro, not for --objective {loss.__name__}; "
+                "BetaELBO has --objective.warmup, and InTurn may have it as --objective.first"
             )
 
     @property

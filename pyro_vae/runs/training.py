@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +28,7 @@ from pyro_vae.infer.engines import PyroSVI
 from pyro_vae.infer.objectives import Objective
 from pyro_vae.infer.parallel import Processes
 from pyro_vae.infer.trees import call, data_size, select
-from pyro_vae.infer.turns import WarmUp
+from pyro_vae.infer.turns import InTurn, WarmUp
 from pyro_vae.optimizers import OptimizerFactory, make_optimizer, make_schedule
 from pyro_vae.runs import figures
 from pyro_vae.runs.blockwise import Files, code, fingerprint, forget_parts
@@ -335,8 +336,8 @@ def fit_run(
     batches = data.batches(settings.batch_size)
     all_steps = settings.epochs * len(batches)
     num_steps = 0 if data.device.type == "mps" else all_steps  # for which inductor is young
-    loss, max_norm = _warmed_up(settings, objective, all_steps)
-    compiled = compiled_engine(num_steps, max_norm=max_norm, precision=settings.precision)
+    loss = _warmed_up(settings, objective, all_steps)
+    compiled = compiled_engine(num_steps, max_norm=settings.max_norm, precision=settings.precision)
     engine = PyroSVI if settings.engine == "pyro" or _slower_traced(settings, vae, num_steps) else compiled
     try:
         return fit(
@@ -367,16 +368,16 @@ def fit_run(
         log.close()
 
 
-def _warmed_up(
-    settings: Settings, objective: Objective | ELBO, num_steps: int
-) -> tuple[Objective | ELBO, float | None]:
-    """The loss of a training of so many steps, and the norm to which its gradients are clipped."""
+def _warmed_up(settings: Settings, objective: Objective | ELBO, num_steps: int) -> Objective | ELBO:
+    """The loss of a training of so many steps."""
+    if isinstance(objective, InTurn | WarmUp) and objective.steps >= num_steps:
+        name = type(objective).__name__
+        warnings.warn(
+            f"{name} has {objective.steps:,} steps before it changes, the training {num_steps:,}", stacklevel=2
+        )
     share = 0.1 * (type(objective) is Trace_ELBO) if settings.warmup is None else settings.warmup
-    if not (steps := round(share * num_steps)):
-        return objective, settings.max_norm
-    loss = make("warmup", WarmUp, steps, objective)
-    # which is the mean over the batch, where a loss of Pyro is the sum
-    return loss, None if settings.max_norm is None else settings.max_norm / settings.batch_size
+    steps = round(share * num_steps)
+    return make("warmup", WarmUp, steps, objective) if steps else objective
 
 
 def optimizer_of(settings: Settings) -> Literal["adam"] | OptimizerFactory:

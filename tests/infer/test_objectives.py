@@ -23,7 +23,7 @@ from pyro_vae.infer.objectives import CIWAE, MIWAE, PIWAE, STL, TVO, Renyi
 from pyro_vae.infer.turns import InTurn, WarmUp
 from pyro_vae.parts import priors
 from pyro_vae.parts.posteriors import FullRank, LowRank
-from pyro_vae.training import Checkpoint
+from pyro_vae.training import Checkpoint, OnEpoch
 
 X, NOISE = 1.7, 0.5
 WEIGHT, LOC, LOG_SCALE = 0.9, 0.6, -0.9  # the posterior is at 1.43 with scale 0.486: the guide is off in both
@@ -616,7 +616,10 @@ def test_objectives_in_turn_are_one_and_then_the_other(engine):
 @pytest.mark.parametrize("pyros", [pyro.infer.Trace_ELBO(), pyro.infer.TraceMeanField_ELBO()])
 def test_a_loss_of_pyro_that_is_warmed_up_is_the_elbo_with_part_of_its_divergence(pyros):
     """Value and gradient by quadrature; from the last step of the warm-up on, those of the loss itself."""
-    replicates, objective = Replicates(100_000), WarmUp(3, pyros)
+    replicates, loss = Replicates(100_000), WarmUp(3, pyros)
+
+    def mean(model, guide, x):
+        return loss.differentiable_loss(model, guide, x) / len(x)
 
     def partly(weight, *given):
         z = given[1] + given[2].exp() * NODES
@@ -624,30 +627,40 @@ def test_a_loss_of_pyro_that_is_warmed_up_is_the_elbo_with_part_of_its_divergenc
         return (NODE_WEIGHTS * (log_normal(X, given[0] * z, NOISE) + weight * rest)).sum()
 
     for step, weight in ((0, 0.25), (2, 0.75), (3, 1.0), (10, 1.0)):
-        objective.advance(step)
+        loss.advance(step)
         torch.manual_seed(1)
-        value, gradient = replicates.sample(objective)
+        value, gradient = replicates.sample(mean)
         true = partly(weight, *(given := parameters()))
         assert value == pytest.approx(true.item(), abs=0.03)
         expected = torch.stack(torch.autograd.grad(true, given))
         torch.testing.assert_close(gradient.mean(1), expected, atol=0.05, rtol=0)
-    torch.manual_seed(1)
-    theirs = pyros.differentiable_loss(replicates.model, replicates.guide, replicates.x)
-    assert value == pytest.approx(-theirs.item() / len(replicates.x), rel=1e-12)
+    for ours, theirs in ((loss.loss, pyros.loss), (loss.loss_and_grads, pyros.loss_and_grads)):
+        both = []
+        for each in (ours, theirs):
+            torch.manual_seed(1)
+            both.append(each(replicates.model, replicates.guide, replicates.x))
+        assert both[0] == pytest.approx(both[1], rel=1e-12)
 
 
-def test_a_warm_up_goes_on_by_itself_alike_under_both_engines():
+@pytest.mark.parametrize("make", [pyro.infer.Trace_ELBO, pyro.infer.RenyiELBO])
+def test_fit_warms_up_a_loss_of_pyro_alike_under_both_engines_in_its_own_scale(make):
     x, found = binary(20), []
     for engine in (PyroSVI, partial(CompiledSVI, compiler="none")):
         torch.manual_seed(3)
-        vae, loss = small_vae(), WarmUp(4)
-        svi = engine(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), lr=0.01), loss)
-        found.append([])
-        for step in range(7):
-            assert loss._weight.item() == pytest.approx(min(1, (step + 1) / 5))
-            found[-1].append(float(svi.step(x)))
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
+        vae, loss, weights = small_vae(), WarmUp(4, make()), []
+        see = OnEpoch(lambda _, loss=loss, weights=weights: weights.append(loss._weight.item()))
+        optimizer = partial(torch.optim.SGD, momentum=0.5)
+        rows = fit(
+            vae, [x], epochs=7, lr=1e-3, optimizer=optimizer, loss=loss, engine=engine, callbacks=[see], progress=False
+        )
+        assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
+        found.append([row.objective for row in rows])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_what_cannot_be_warmed_up():
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
         WarmUp(0)
-    with pytest.raises(TypeError, match="loss: IWAE is no loss of Pyro"):
-        WarmUp(3, IWAE(2))
+    for wrong in (IWAE(2), WarmUp(2), pyro.infer.Trace_ELBO):
+        with pytest.raises(TypeError, match=r"warmed: .* is no loss of Pyro to be warmed up"):
+            WarmUp(3, wrong)

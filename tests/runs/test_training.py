@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyro_vae import (
+    IWAE,
     MLP,
     VAE,
     Bernoulli,
     CompiledSVI,
+    DReG,
     Evidence,
     Likelihood,
     Network,
@@ -34,6 +36,7 @@ from pyro_vae import (
 from pyro_vae.data.fetched import MNIST, Digits
 from pyro_vae.data.images import Dataset
 from pyro_vae.errors import RunError
+from pyro_vae.infer.turns import InTurn, WarmUp
 from pyro_vae.runs import figures, reading, scoring, training
 from pyro_vae.training import BestWeights
 
@@ -349,6 +352,28 @@ def test_pyro_gives_the_same_run(finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "steps"),
+    [
+        ([], 60),
+        (["--warmup", "0"], None),
+        (["--warmup", "0.5"], 300),
+        (["--objective", "pyro.infer.RenyiELBO"], None),
+        (["--objective", "pyro.infer.RenyiELBO", "--warmup", "0.5"], 300),
+        (["--objective", "IWAE"], None),
+    ],
+)
+def test_which_loss_is_warmed_up_and_for_how_long(argv, steps):
+    settings = runs.parse(runs.Settings, argv)[0]
+    loss = training._warmed_up(settings, settings.objective(), 600)
+    assert (loss.steps if isinstance(loss, WarmUp) else None) == steps
+
+
+def test_an_objective_that_ends_before_it_changes_is_told():
+    with pytest.warns(UserWarning, match="InTurn has 50 steps before it changes, the training 50"):
+        training._warmed_up(runs.parse(runs.Settings, [])[0], InTurn(IWAE(2), DReG(2), 50), 50)
+
+
 def test_only_a_long_run_is_compiled(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(training, "CompiledSVI", lambda *args, **given: made.append(given) or PyroSVI(*args))
@@ -356,8 +381,7 @@ def test_only_a_long_run_is_compiled(tmp_path, monkeypatch):
     run(tmp_path / "long", "--epochs", "2", "--precision", "bfloat16", "--max_norm", "2.5")
     run(tmp_path / "short", "--epochs", "1")
     assert made == [
-        # the loss that is warmed up is the mean over the batch, and its gradient as much smaller
-        {"max_norm": 2.5 / 256, "precision": "bfloat16", "compiler": "inductor"},
+        {"max_norm": 2.5, "precision": "bfloat16", "compiler": "inductor"},
         {"max_norm": None, "precision": "float32", "compiler": "none"},
     ]
 
@@ -403,7 +427,7 @@ def test_settings_reach_the_training(tmp_path, monkeypatch):
     assert {name: given[name] for name in expected} == expected
     assert given["loss"].num_particles == 5
     assert (given["sizes"], given["validation"]) == ([500, 500, 200], 200)
-    checkpoint, _, best, stopping = given["callbacks"]
+    checkpoint, *_, best, stopping = given["callbacks"]
     assert (checkpoint.path, checkpoint.resume) == (tmp_path / "run" / "checkpoint.pt", False)
     assert (type(best), stopping.patience) == (BestWeights, 7)
 

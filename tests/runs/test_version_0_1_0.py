@@ -38,6 +38,11 @@ def test_the_files_are_old_ones():
     assert sum(path.stat().st_size for path in OLD.rglob("*") if path.is_file()) < 300_000
 
 
+def test_a_run_of_before_there_was_a_warm_up_has_none(old):
+    assert runs.parse(runs.Settings, [f"--config={old / 'config.yaml'}"])[0].warmup == 0.0
+    assert runs.parse(runs.Settings, [])[0].warmup is None
+
+
 def test_a_run_loads_without_data(old, monkeypatch):
     def fail(*args):
         raise AssertionError("data were read")

@@ -54,8 +54,8 @@ class ExportSettings:
         parts: which programs: encoder, from x and noise to the parameters of q(z given x) and a draw; decoder, from z
             to the parameters of p(x given z) and its mean; sampler, from noise to z, x and that mean.
         license: identifier of the licence of the weights, such as apache-2.0, for the model card; null: none is said.
-        tolerance: how far an output may be from that of the model, ``|a - b| / max(1, |b|)``, positive; with more, nothing
-            is written.
+        tolerance: how far an output may be from that of the model, ``|a - b| / max(1, |b|)``, positive; with more,
+            nothing is written.
         trust: build whatever classes the run's settings name; false: only those of pyro_vae; null: false for a run of
             hf://, else true.
     """
