@@ -87,7 +87,7 @@ def push_to_hub(
     api = HfApi(library_name="pyro_vae")
     with on_hub(where):
         api.create_repo(repo, private=private, exist_ok=True)
-        about = api.repo_info(repo)
+        about: Any = api.repo_info(repo)
         if private and not about.private:
             raise RunError(f"{where} is there already and is public: --private false says that this is meant")
         there = {each.rfilename for each in about.siblings or ()}.difference(HARMLESS)
