@@ -159,9 +159,8 @@ class Settings:
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
-        warmup: share of all steps, below 1, over which the weight of the KL divergence rises from 0 to 1, if the
-            objective is a loss of Pyro, so that units of z are not lost before they carry anything; null: 0.1 with
-            Trace_ELBO, none with any other.
+        warmup: share of the steps over which the KL divergence of a loss of Pyro gets its full weight; null: 0.1 with
+            Trace_ELBO, 0 with any other.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
             recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
             pyro.infer.SVI itself, for what cannot be traced and as a reference.
