@@ -1,10 +1,9 @@
 """Train one variational autoencoder, written as a Pyro program, and report its test log-likelihood with its error.
 
 With no options: the one-layer VAE of the IWAE paper (784-200-200-50, with SiLU) on dynamically binarized MNIST, trained
-by SVI with Pyro's Trace_ELBO, whose KL divergence is warmed up, and evaluated on all 10,000 test images. Every part can
-be swapped by name, or by import path for a class of your own; a part takes its own options after its name, as in
---encoder MLP --encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per image, or row of
-a table; larger is better.
+by SVI with Pyro's Trace_ELBO, whose KL divergence is warmed up, and scored on all 10,000 test images. Every part can be
+swapped by name, or by import path for a class of your own; a part takes its own options after its name, as in --encoder
+MLP --encoder.activation relu, and --encoder.help MLP explains them. Numbers are in nats per datum; larger is better.
 """
 
 from collections.abc import Callable, Sequence
@@ -159,8 +158,7 @@ class Settings:
             entry, whether it was seen; with IWAE as objective, the bound is the one of MIWAE.
         latent_dim: dimensions of z, at least 1.
         objective: what is maximized: an objective of pyro_vae or, as pyro.infer.Trace_ELBO, a loss of Pyro.
-        warmup: share of the steps over which the KL divergence of a loss of Pyro gets its full weight; null: 0.1 with
-            Trace_ELBO, 0 with any other.
+        warmup: share of the steps before a loss of Pyro counts its KL in full; null: 0.1 with Trace_ELBO, else 0.
         engine: compiled traces loss and gradients into one graph and, for long runs, compiles it; short ones of
             recurrent networks, whose graphs are slower than Pyro while they are not compiled, are Pyro's; pyro runs
             pyro.infer.SVI itself, for what cannot be traced and as a reference.

@@ -261,7 +261,8 @@ def command(*argv, cwd, code=None):
 
 
 def test_the_command_lists_its_commands(capsys):
-    known = "train, evaluate, classify, compare, study, report, score, embed, sample, reconstruct, impute"
+    known = "train, evaluate, classify, compare, study, report, explore, export, push, "
+    known += "score, embed, sample, reconstruct, impute"
     for argv in ([], ["--help"], ["-h"]):
         cli.main(argv)
         text = capsys.readouterr().out
