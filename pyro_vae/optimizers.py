@@ -182,10 +182,13 @@ def make_optimizer(optimizer: str | OptimizerFactory, parameters: list[Tensor], 
     if isinstance(optimizer, partial) and "lr" in optimizer.keywords:
         raise ValueError(f"optimizer {name_of(optimizer)}: its lr is that of fit(..., lr=), give it there")
     made = _made("optimizer", optimizer, Optimizer, parameters, lr=lr)
-    if any(map(_needs_closure, getattr(made, "optimizers", (made,)))):
-        raise ValueError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
-    if any(isinstance(each, SparseAdam) for each in getattr(made, "optimizers", (made,))):
-        raise ValueError(f"optimizer {name_of(optimizer)} takes sparse gradients alone, there are none: choose another")
+    for each in getattr(made, "optimizers", (made,)):
+        if _needs_closure(each):
+            raise ValueError(f"optimizer {name_of(optimizer)} needs a closure, which no engine gives: choose another")
+        if isinstance(each, SparseAdam):
+            raise ValueError(
+                f"optimizer {name_of(optimizer)} takes sparse gradients alone, there are none: choose another"
+            )
     for group in made.param_groups:
         if on_gpu and "capturable" in group:
             group["capturable"] = True
