@@ -106,3 +106,15 @@ def pytest_collection_finish():
     """What was imported is not looked through whenever garbage is collected, which took a tenth of all time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, without a window."""
+    from tests.chromium import CHROMIUM
+
+    playwright = pytest.importorskip("playwright.sync_api", reason="there is no Playwright here")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()

@@ -4,9 +4,7 @@ Skipped where there is no Chromium, Playwright or Gradio: ``pip install 'pyro-va
 ``chromium``. Pictures of it are left in the folder that SCREENSHOTS names.
 """
 
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,23 +15,14 @@ import pandas as pd
 import pytest
 
 from pyro_vae import cli, runs
+from tests.chromium import MARKS, keep_picture, opening, violations
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(__file__).parent / "data" / "0.1.0" / "vae"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 240_000
 """Milliseconds: an answer takes a fraction of a second, on machines that others use far more."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="there is no Playwright here")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +57,16 @@ def images(served):
 @pytest.fixture
 def opened(browser):
     """A function that opens an address: the page once it has answered, and what went wrong on it."""
-    contexts = []
+    with opening(browser) as new_page:
 
-    def open_address(address, width=1200, dark=False):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
-        context.set_default_timeout(PATIENCE)
-        page, wrong = context.new_page(), []
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.on(
-            "request", lambda sent: None if sent.url.startswith((address, "data:", "blob:")) else wrong.append(sent.url)
-        )
-        page.goto(address)
-        page.locator("#scores tbody tr").nth(1).wait_for()  # the annealed estimate
-        return page, wrong
+        def open_address(address, width=1200, dark=False):
+            page, wrong = new_page(width, dark, (address, "data:", "blob:"), ("error",))
+            page.set_default_timeout(PATIENCE)
+            page.goto(address)
+            page.locator("#scores tbody tr").nth(1).wait_for()  # the annealed estimate
+            return page, wrong
 
-    yield open_address
-    for context in contexts:
-        context.close()
+        yield open_address
 
 
 SHOWN = "place => place.innerText + [...place.querySelectorAll('img')].map(image => image.src).join()"
@@ -159,11 +136,8 @@ def test_latents_are_moved_walked_and_drawn(opened, images):
 def test_it_fits_and_axe_finds_nothing_serious(opened, images, width, dark):
     page, wrong = opened(images, width, dark)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"explore_{width}.png", full_page=True)
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="there is no axe-core here")
-    found = [each for each in axe.Axe().run(page).response["violations"] if each["impact"] in ("serious", "critical")]
-    assert not [(each["id"], each["impact"], each["nodes"][0]["html"]) for each in found]
+    keep_picture(page, f"explore_{width}")
+    assert not [each for each in violations(page) if each[1] in ("serious", "critical")]
     assert not wrong
 
 

@@ -6,8 +6,6 @@ Pictures of a report are left in the folder that SCREENSHOTS names.
 
 import base64
 import io
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +14,23 @@ from PIL import Image
 
 from pyro_vae import runs
 from pyro_vae.runs.reporting import page as pages
+from tests.chromium import MARKS, keep_picture, opening, violations
 
 OLD = Path(__file__).parent / "data" / "0.1.0" / "vae"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="there is no Playwright here")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+pytestmark = MARKS
 
 
 @pytest.fixture
 def opened(browser):
     """A function that opens a file: the page, and what went wrong on it."""
-    contexts = []
+    with opening(browser) as new_page:
 
-    def open_file(path, width=1200, dark=False):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
-        page, wrong = context.new_page(), []
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.on("request", lambda sent: None if sent.url.startswith(("data:", "file:")) else wrong.append(sent.url))
-        page.goto(path.as_uri())
-        return page, wrong
+        def open_file(path, width=1200, dark=False):
+            page, wrong = new_page(width, dark, ("data:", "file:"))
+            page.goto(path.as_uri())
+            return page, wrong
 
-    yield open_file
-    for context in contexts:
-        context.close()
+        yield open_file
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +116,7 @@ def test_the_policy_of_the_page_stops_what_is_not_its_own(opened, report):
 def test_it_fits_and_changes_its_colours(opened, report, width):
     page, wrong = opened(report, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"report_{width}.png", full_page=True)
+    keep_picture(page, f"report_{width}")
     ground = "getComputedStyle(document.body).backgroundColor"
     line = "getComputedStyle(document.querySelector('figure svg')).fill"
     light, ink = page.evaluate(ground), page.evaluate(line)
@@ -157,8 +134,6 @@ def test_it_fits_and_changes_its_colours(opened, report, width):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_axe_finds_no_violation(opened, report, dark):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="there is no axe-core here")
     page, _ = opened(report, 400 if dark else 1200, dark)
     page.locator("summary").first.click()
-    found = axe.Axe().run(page).response["violations"]
-    assert not [(each["id"], each["impact"], each["nodes"][0]["html"]) for each in found]
+    assert not violations(page)
