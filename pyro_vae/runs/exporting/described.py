@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_vae.infer.scales import base_of
 from pyro_vae.parts import distributions as own
 from pyro_vae.parts.pixels import Autoregressive
-from pyro_vae.runs.exporting.noise import NotExportable, bare
+from pyro_vae.runs.exporting.noise import NotExportable
 
 Described = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and a tree for JSON: the family, and of each of its parameters the name of the tensor."""
@@ -23,7 +24,7 @@ def described(made: Any, name: str) -> Described:
     Raises:
         NotExportable: if it has no parameters that say all, as where each entry depends on those before it.
     """
-    made = bare(made)
+    made = base_of(made)
     if isinstance(made, own.FlowDistribution):
         return _flow(made, name)
     if isinstance(made, own.Scaled):
@@ -67,7 +68,7 @@ def _flow(made: Any, name: str) -> Described:
 
 def _scaled(made: Any, name: str) -> Described:
     """In the units of x: those of a location and a scale are told by them, others beside what they are in."""
-    base = bare(made.base)
+    base = base_of(made.base)
     if set(base.arg_constraints) == {"loc", "scale"}:
         tensors = {f"{name}_loc": made.loc + made.scale * base.loc, f"{name}_scale": made.scale * base.scale}
         tree = {"loc": f"{name}_loc", "scale": f"{name}_scale"}
@@ -106,7 +107,7 @@ def mean_of(made: Any, listed: Tensor | None = None) -> Tensor:
     Raises:
         NotExportable: if E[x] has no formula.
     """
-    made = bare(made)
+    made = base_of(made)
     try:
         mean = made.mean
     except NotImplementedError:
@@ -116,7 +117,7 @@ def mean_of(made: Any, listed: Tensor | None = None) -> Tensor:
 
 def _most_probable(made: Any) -> Tensor:
     """Of each entry; NaN of a distribution of which it is not known."""
-    made = bare(made)
+    made = base_of(made)
     if isinstance(made, own.Columns):
         return made.join([_most_probable(part) for part in made.parts])
     if isinstance(made, td.Bernoulli):

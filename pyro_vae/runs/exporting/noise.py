@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_vae.errors import RunError
+from pyro_vae.infer.scales import base_of
 from pyro_vae.parts import distributions as own
 
 KINDS = {"normal": "independent, standard normal", "uniform": "independent, uniform between 0 and 1"}
@@ -62,15 +63,8 @@ def drawn(made: Any, noise: Noise) -> Tensor:
     Raises:
         NotExportable: naming a distribution whose draws are no such function.
     """
-    made = bare(made)
+    made = base_of(made)
     return _DRAWS.get(type(made), _icdf)(made, noise)  # of this very class: one that is derived may draw otherwise
-
-
-def bare(made: Any) -> Any:
-    """What a distribution is inside of ``to_event`` and masks, which change neither draws nor parameters."""
-    while isinstance(made, td.Independent | dist.MaskedDistribution):
-        made = made.base_dist
-    return made
 
 
 def place_of(probs: Tensor, u: Tensor) -> Tensor:
