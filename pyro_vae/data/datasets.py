@@ -47,6 +47,10 @@ class Column:
             return torch.nn.functional.one_hot(stored.long(), self.width).to(torch.get_default_dtype())
         return ((stored - self.loc) / self.scale).unsqueeze(-1)
 
+    def decode(self, part: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`: ``(N, width)`` to ``(N,)``."""
+        return part.argmax(-1).to(part) if self.kind == "categorical" else part[..., 0] * self.scale + self.loc
+
 
 @dataclass(frozen=True)
 class Pixels:

@@ -362,10 +362,6 @@ def _by_site(found: Any, sites: list[str]) -> Latents:
 
 def given_of(columns: tuple[Column, ...], c: Tensor) -> dict[str, Any]:
     """A condition ``(C,)`` as values by name, as they are in the file."""
-    given, start = {}, 0
-    for column in columns:
-        part = c[start : start + column.width]
-        start += column.width
-        stored = float(part.argmax()) if column.kind == "categorical" else part.item() * column.scale + column.loc
-        given[column.name] = column.values[round(stored)] if column.values else stored
-    return given
+    parts = c.double().split([column.width for column in columns])
+    stored = [(column, column.decode(part).item()) for column, part in zip(columns, parts, strict=True)]
+    return {column.name: column.values[round(value)] if column.values else value for column, value in stored}

@@ -176,12 +176,7 @@ def encoded(c: Tensor, columns: Sequence[Column]) -> Tensor:
 def stored(c: Tensor, columns: Sequence[Column]) -> Tensor:
     """The inverse of :func:`encoded`."""
     parts = c.split([column.width for column in columns], 1)
-    pairs = zip(parts, columns, strict=True)
-    values = [
-        part.argmax(1, keepdim=True).to(c) if column.kind == "categorical" else part * column.scale + column.loc
-        for part, column in pairs
-    ]
-    return torch.cat(values, 1)
+    return torch.stack([column.decode(part) for part, column in zip(parts, columns, strict=True)], 1)
 
 
 PROGRAMS = {"encoder": Encoder, "decoder": Decoder, "sampler": Sampler}

@@ -219,7 +219,7 @@ class Shown:
 
     def _texts(self, x: Tensor, c: Tensor | None) -> list[str]:
         """An observation ``(X,)`` and its condition ``(C,)`` as texts, one for each name."""
-        given = [] if c is None else _given(self.schema, c.tolist())
+        given = [] if c is None else _given(self.schema, c)
         entries = x.tolist()
         if not self.schema.columns:
             return [*given, *(_number(entry) for entry in entries[:MOST_VALUES])]
@@ -255,14 +255,8 @@ def _number(value: float) -> str:
     return "missing" if math.isnan(value) else f"{value:.4g}"
 
 
-def _given(schema: Schema, c: Sequence[float]) -> list[str]:
+def _given(schema: Schema, c: Tensor) -> list[str]:
     """The condition of a datum, as it is in the file."""
-    texts, start = [], 0
-    for column in schema.condition:
-        part = c[start : start + column.width]
-        start += column.width
-        if column.kind == "categorical":
-            texts.append(_text(column, float(np.argmax(part))))
-        else:
-            texts.append(_text(column, part[0] * column.scale + column.loc))
-    return texts
+    columns = schema.condition
+    parts = c.double().split([column.width for column in columns])
+    return [_text(column, column.decode(part).item()) for column, part in zip(columns, parts, strict=True)]
