@@ -229,14 +229,15 @@ def name_of(factory: object) -> str:
 def _made(what: str, factory: Callable[..., object], kind: type[Made], *args: object, **kwargs: object) -> Made:
     """What a factory makes of these arguments, checked."""
     name = name_of(factory)
+    given = f"{what}({', '.join(('parameters' if what == 'optimizer' else 'optimizer', *kwargs))})"
     if not callable(factory) or isinstance(factory, kind):
-        given = f"{what}({', '.join(('parameters' if what == 'optimizer' else 'optimizer', *kwargs))})"
         raise TypeError(f"{what} must be a short name or a factory, called as {given}, got an object: {name}")
     try:
         made = factory(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        kept = TypeError if isinstance(error, TypeError) else ValueError
-        raise kept(f"{what} {name}: {reason_of(error)}") from error
+    except TypeError as error:
+        raise TypeError(f"{what} {name}: {reason_of(error)}; it is called as {given}") from error
+    except ValueError as error:
+        raise ValueError(f"{what} {name}: {reason_of(error)}") from error
     if not isinstance(made, kind):
         raise TypeError(f"{what} {name} must return a torch {kind.__name__}, it returned {name_of(made)}")
     return made

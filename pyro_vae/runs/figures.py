@@ -99,7 +99,7 @@ def training_curve(history: Sequence[Epoch], path: Place, noun: str = "image") -
         if np.isfinite(values).all():
             low, high = np.quantile(values, 0.05), max(values)
             axes.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
-        axes.set(xlabel="epoch", ylabel=f"nats per {noun}", title="Evidence lower bound")
+        axes.set(xlabel="epoch", ylabel=f"nats per {noun}", title="Training")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower right")
 

@@ -26,7 +26,7 @@ class PushSettings:
     """Settings of a push.
 
     Args:
-        run: directory of a finished run; may stand first, without --run.
+        run: directory of a finished run, or hf://USER/NAME; may stand first, without --run.
         repo: name of the repository, USER/NAME or ORGANIZATION/NAME, made if it is not there; may stand second.
         private: only you, or your organization, can read a repository that is made; false: everybody can. One that is
             public already is pushed to only if this says false.

@@ -116,7 +116,7 @@ def importance_sampling(
         if one is not None:
             draw = _from_laplace(one, rows, size, widening, df, graphs)
         total = num_samples * data_size(data)
-        bar = tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="log p(x)")
+        bar = tqdm(total=total, disable=not progress, unit="sample", unit_scale=True, desc="importance sampling")
 
         def chunks(weigh: Callable[[int], Tensor]) -> Iterator[Tensor]:
             for start in range(0, num_samples, samples):

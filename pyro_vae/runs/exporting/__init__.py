@@ -48,7 +48,7 @@ class ExportSettings:
     """Settings of an export.
 
     Args:
-        run: directory of a finished run; may stand first, without --run.
+        run: directory of a finished run, or hf://USER/NAME; may stand first, without --run.
         format: onnx, for onnxruntime and others; torch: programs of torch.export, .pt2, for torch alone.
         out: directory to write, new or empty; null: export-onnx, or export-torch, in the run.
         parts: which programs: encoder, from x and noise to the parameters of q(z given x) and a draw; decoder, from z
