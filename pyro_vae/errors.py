@@ -74,7 +74,7 @@ def need_extra(extra: str, packages: Sequence[str]) -> None:
         MissingExtra: naming the extra and what is missing.
     """
     if missing := [name for name in packages if not _is_installed(name)]:
-        remedy = f"pyro-vae needs the extra '{extra}': pip install 'pyro-vae[{extra}]'"
+        remedy = f"pyro-vae needs the extra '{extra}': pip install -e '.[{extra}]' in its checkout"
         raise MissingExtra(f"{remedy} (missing: {', '.join(missing)})")
 
 

@@ -1,6 +1,6 @@
 """Chromium for the tests of pages: where it is, and pages that tell what goes wrong on them.
 
-Skipped where there is no Chromium, or no Playwright: ``pip install 'pyro-vae[browser]'``, and Debian's ``chromium``.
+Skipped where there is no Chromium, or no Playwright: ``pip install -e '.[browser]'``, and Debian's ``chromium``.
 Pictures of pages are left in the folder that SCREENSHOTS names.
 """
 

@@ -37,8 +37,9 @@ class Settings:
     Args:
         tables: iwae, vampprior, or both.
         rows: names of rows of these tables, or patterns such as mnist-1-* or *-k50; null: a few of each table.
-        schedule: paper: as published; short: a constant rate that falls linearly at the end; turns: the same, of iwae
-            alone, with the ELBO of one sample in place of bounds of several for the first 80 % of the epochs.
+        schedule: paper: as published; short: one cycle of the rate, or of vampprior a constant one that falls linearly
+            at the end, and the KL divergence warmed up over the first tenth; turns: short, of iwae alone,
+            with the ELBO of one sample in place of bounds of several for the first 80 % of the epochs.
         epochs: of each row, at least 1; null: all of the schedule paper, or as --hours allows.
         hours: of training each row, positive, at most all epochs of the schedule; null: as --epochs says, and if that
             says nothing, 0.2 with the schedule short.
@@ -214,7 +215,10 @@ def _plans(settings: Settings, todo: Mapping[str, Chosen]) -> dict[str, Plan]:
 
 def _plan(settings: Settings, row: Row, schedule: Schedule) -> Plan:
     budget = settings.budget(schedule)
-    argv = [*_common(settings), *shlex.split(row.arguments(schedule._replace(first=0.0), budget.epochs or 1))]
+    argv = [
+        *_common(settings),
+        *shlex.split(row.arguments(schedule._replace(first=0.0, warmup=0.0), budget.epochs or 1)),
+    ]
     return measured(runs.parse(runs.Settings, argv)[0], budget)
 
 

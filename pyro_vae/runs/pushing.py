@@ -40,7 +40,7 @@ class PushSettings:
         "of training, and a model card as README.md; no data, checkpoints or figures, no folders of this machine.\n\n"
         "Usage: pyro-vae push RUN USER/NAME [options]\n\n"
         "It is read back wherever a command takes a RUN, as hf://USER/NAME or hf://USER/NAME@REVISION. Log in before,\n"
-        "with 'hf auth login', or set HF_TOKEN. It needs the extra 'hub': pip install 'pyro-vae[hub]'."
+        "with 'hf auth login', or set HF_TOKEN. It needs the extra 'hub': pip install -e '.[hub]' in the checkout."
     )
 
     run: Path
@@ -51,6 +51,8 @@ class PushSettings:
 
     def __post_init__(self):
         check_made(self)
+        checked_repo(self.repo, "--repo")
+        checked_license(self.license)
 
 
 def push_to_hub(

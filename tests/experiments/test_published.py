@@ -54,7 +54,13 @@ def test_iwae_recipe_is_the_papers():
     assert ROWS["mnist-1-vae-k1"].steps(paper) * paper.epochs == 9_774_400  # the code's 59,600 images
     assert ROWS["omniglot-1-vae-k1"].num_train == 24_345 - 1345
     assert settings_of("mnist-1-vae-k5", "short", 7).latent_dim == 50
-    assert type(settings_of("mnist-1-vae-k5", "short", 7).objective()).__name__ == "ELBO"
+    short = settings_of("mnist-1-vae-k5", "short", 20).objective()
+    assert (type(short).__name__, short.num_particles, short.beta, short.warmup) == ("BetaELBO", 5, 1.0, 2 * 239)
+    bound = settings_of("mnist-1-iwae-k5", "short", 20).objective()  # which has no KL divergence to be warmed up
+    assert (type(bound.first).__name__, bound.first.warmup, bound.steps) == ("BetaELBO", 2 * 239, 2 * 239)
+    assert (type(bound.then).__name__, bound.then.num_particles) == ("IWAE", 5)
+    for row in IWAE.rows:
+        check_common(row, IWAE.schedules["short"])
 
 
 def test_vampprior_recipe_is_the_papers():
@@ -188,9 +194,9 @@ def test_bounds_take_turns():
     schedule = IWAE.schedules["turns"]
     run = settings_of("mnist-1-iwae-k50", "turns", 20)
     objective = run.objective()
-    assert [type(each).__name__ for each in (objective.first, objective.then)] == ["ELBO", "IWAE"]
-    assert objective.then.num_particles == 50
-    assert objective.steps == 16 * 596
+    assert [type(each).__name__ for each in (objective.first, objective.then)] == ["BetaELBO", "IWAE"]
+    assert (objective.first.warmup, objective.then.num_particles) == (2 * 239, 50)
+    assert objective.steps == 16 * 239
     check_common(ROWS["mnist-1-iwae-k50"], schedule)  # the bound of the row is the last one
     assert "InTurn" not in ROWS["mnist-1-vae-k1"].arguments(schedule, 20)
     cheap, dear = (Plan(1, 596, step, 600 * step, 60.0) for step in (0.01, 0.1))

@@ -1,6 +1,6 @@
 """The page of a run in Chromium: draw, erase, slide, walk and sample; it asks no other host, and anybody can use it.
 
-Skipped where there is no Chromium, Playwright or Gradio: ``pip install 'pyro-vae[browser,explore]'``, and Debian's
+Skipped where there is no Chromium, Playwright or Gradio: ``pip install -e '.[browser,explore]'``, and Debian's
 ``chromium``. Pictures of it are left in the folder that SCREENSHOTS names.
 """
 

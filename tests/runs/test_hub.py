@@ -232,7 +232,7 @@ def test_what_the_network_does_is_one_line(made, monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             cli.main(argv)
         assert caught.value.code == 2
-        assert "pip install 'pyro-vae[hub]' (missing: huggingface_hub)" in capsys.readouterr().err
+        assert "pip install -e '.[hub]' in its checkout (missing: huggingface_hub)" in capsys.readouterr().err
 
 
 def fail(*args, **kwargs):

@@ -326,7 +326,7 @@ def test_a_missing_extra_is_one_line(tmp_path):
     hidden = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda name, *a: None if name == 'arviz' "
     hidden += "else f(name, *a); from pyro_vae import cli; cli.main()"
     done = command("train", "--epochs", "1", cwd=tmp_path, code=hidden)
-    line = "pyro-vae needs the extra 'runs': pip install 'pyro-vae[runs]' (missing: arviz)"
+    line = "pyro-vae needs the extra 'runs': pip install -e '.[runs]' in its checkout (missing: arviz)"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")
     with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[runs\]' \(missing: no_such, neither\)"):
         need_extra("runs", ["json", "no_such", "neither"])

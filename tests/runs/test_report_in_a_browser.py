@@ -1,6 +1,6 @@
 """Reports in Chromium: they open from disk and sort at once, ask nobody for anything, and can be used by anybody.
 
-Skipped where there is no Chromium, or no Playwright: ``pip install 'pyro-vae[browser]'``, and Debian's ``chromium``.
+Skipped where there is no Chromium, or no Playwright: ``pip install -e '.[browser]'``, and Debian's ``chromium``.
 Pictures of a report are left in the folder that SCREENSHOTS names.
 """
 
