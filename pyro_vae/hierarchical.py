@@ -17,7 +17,7 @@ from pyro_vae.parts.networks import MLP, Activation, Network
 from pyro_vae.parts.posteriors import MeanField, Posterior
 from pyro_vae.parts.priors import Prior
 from pyro_vae.parts.residual import Residual
-from pyro_vae.vae import _beside, _encoded, _initialize_prior, _into_support, _mean, _scored
+from pyro_vae.parts.wiring import beside, encoded, initialize_prior, into_support_of, mean_of, scored
 
 __all__ = ["HierarchicalVAE", "Level", "residual_levels"]
 
@@ -67,7 +67,7 @@ class Level(nn.Module):
 
     def below(self, h: Tensor | None, z: Tensor) -> Tensor:
         """h_(l-1) of h_l and z_l."""
-        return z if self.down is None else self.down(z if h is None else _beside(h, z))
+        return z if self.down is None else self.down(z if h is None else beside(h, z))
 
 
 class HierarchicalVAE(nn.Module):
@@ -131,7 +131,7 @@ class HierarchicalVAE(nn.Module):
 
     def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """p(x, z1, .., zL) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x, seen = _scored(x, seen, self._reader, self.likelihood)
+        x, seen = scored(x, seen, self._reader, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             h = None
             for number, level in self._downwards():
@@ -141,7 +141,7 @@ class HierarchicalVAE(nn.Module):
 
     def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z1, .., zL | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``; returns z_L."""
-        x = _encoded(x, seen, self._reader, self.likelihood.head.event_size)
+        x = encoded(x, seen, self._reader, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return self._from_below(x) if self.inference == "bottom_up" else self._from_above(x)
 
@@ -150,7 +150,7 @@ class HierarchicalVAE(nn.Module):
         for number, level in enumerate(self._levels(), 1):
             posterior = level.posterior(level.above(z))
             if number == len(self.levels):
-                posterior = _into_support(posterior, self.prior, self._prior)
+                posterior = into_support_of(posterior, self.prior, self._prior)
             z = pyro.sample(f"z{number}", posterior)
         return z
 
@@ -159,9 +159,9 @@ class HierarchicalVAE(nn.Module):
         for number, level in self._downwards():
             d = states[number - 1]
             if h is None:
-                top = z = pyro.sample(f"z{number}", _into_support(level.posterior(d), self.prior, self._prior))
+                top = z = pyro.sample(f"z{number}", into_support_of(level.posterior(d), self.prior, self._prior))
             elif self.inference == "top_down":
-                z = pyro.sample(f"z{number}", level.posterior(_beside(d, h)))
+                z = pyro.sample(f"z{number}", level.posterior(beside(d, h)))
             else:
                 z = pyro.sample(f"z{number}", _product(level.posterior(d), cast(Any, level.prior)(h)))
             if number > 1:
@@ -178,7 +178,7 @@ class HierarchicalVAE(nn.Module):
             inputs.initialize(without_gaps(x), self.likelihood.head)
             bottom.up.initialize(inputs.first(x) if isinstance(bottom.up, Incomplete) else x)
         self.likelihood.initialize(x)
-        _initialize_prior(self.prior, x, self._reader)
+        initialize_prior(self.prior, x, self._reader)
 
     def _levels(self) -> list[Level]:
         return cast(list[Level], list(self.levels))
@@ -209,7 +209,7 @@ class HierarchicalVAE(nn.Module):
         if self.inference != "bottom_up":
             return top.posterior(self._states(x)[-1])
         for level in self._levels()[:-1]:
-            x = _mean(level.posterior(level.above(x)))
+            x = mean_of(level.posterior(level.above(x)))
         return top.posterior(top.above(x))
 
 

@@ -19,7 +19,8 @@ from pyro_vae.parts.conditional import Conditional
 from pyro_vae.parts.missing import Incomplete, of_seen
 from pyro_vae.parts.networks import Network
 from pyro_vae.parts.posteriors import Posterior
-from pyro_vae.vae import ConditionalVAE, _encoded, _scored
+from pyro_vae.parts.wiring import encoded, scored
+from pyro_vae.vae import ConditionalVAE
 
 __all__ = ["SemiSupervisedELBO", "SemiSupervisedVAE"]
 
@@ -91,7 +92,7 @@ class SemiSupervisedVAE(nn.Module):
     def model(self, x: Tensor, y: Tensor, seen: Tensor | None = None) -> Tensor:
         """p(x, y, z) for observations ``x``, labels ``y``, and what was ``seen`` of x, shape ``(B, X)``."""
         vae, known = self.conditional, self._known(x, y)
-        x, seen = _scored(x, seen, vae.posterior, vae.likelihood)
+        x, seen = scored(x, seen, vae.posterior, vae.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             self._observe(y, known)
             with _unless(known):
@@ -104,7 +105,7 @@ class SemiSupervisedVAE(nn.Module):
         """q(y, z | x) for observations ``x``, labels ``y``, and what was ``seen`` of x, shape ``(B, X)``."""
         vae, known = self.conditional, self._known(x, y)
         log_q = self._where_known(known, y, self.classify(x, seen).clamp(min=LEAST), LEAST)
-        x = _encoded(x, seen, vae.posterior)
+        x = encoded(x, seen, vae.posterior)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             with _unless(known):
                 drawn = pyro.sample("y_unobserved", dist.Categorical(logits=log_q), infer={"enumerate": "parallel"})
@@ -115,7 +116,7 @@ class SemiSupervisedVAE(nn.Module):
         """p(x, z) where y is unknown, p(x, y, z) where it is known: y is summed out inside."""
         vae, known = self.conditional, self._known(x, y)
         every = torch.eye(self.num_classes).to(x)
-        x, seen = _scored(x, seen, vae.posterior, vae.likelihood)
+        x, seen = scored(x, seen, vae.posterior, vae.likelihood)
         log_p = self._where_known(known, y, self.log_prior.expand(len(x), -1), -torch.inf)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             self._observe(y, known)
@@ -131,14 +132,14 @@ class SemiSupervisedVAE(nn.Module):
         """q(z | x), a mixture over y of q(z | x, y) with weights q(y | x); q(z | x, y) where y is known."""
         vae, known = self.conditional, self._known(x, y)
         log_q = self._where_known(known, y, self.classify(x, seen), -torch.inf)
-        x = _encoded(x, seen, vae.posterior)
+        x = encoded(x, seen, vae.posterior)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             made = vae.posterior_given(x.unsqueeze(-2), torch.eye(self.num_classes).to(x))
             return pyro.sample("z", _mixture(log_q, made))
 
     def classify(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """log q(y | x) of each class, ``(B, L)``."""
-        made: Any = self.classifier(_encoded(x, seen, self.classifier))
+        made: Any = self.classifier(encoded(x, seen, self.classifier))
         return made.logits
 
     def told(self, x: Tensor, y: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,17 @@
 """The variational autoencoder as a Pyro program: a model, a guide, and the three parts they are made of."""
 
-import copy
-import math
-from collections.abc import Callable
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.errors import ContractError, check_at_least_one
-from pyro_vae.infer.supports import innermost, into_support, is_whole_space
 from pyro_vae.parts.conditional import Conditional, check_made, num_outputs
 from pyro_vae.parts.likelihoods import Likelihood
-from pyro_vae.parts.missing import Incomplete, check_flat, check_seen, of_seen, without_gaps
+from pyro_vae.parts.missing import of_seen
 from pyro_vae.parts.posteriors import Posterior
-from pyro_vae.parts.priors import Prior, VampPrior
+from pyro_vae.parts.priors import Prior
+from pyro_vae.parts.wiring import beside, encoded, initialize_prior, into_support_of, mean_of, scored
 
 __all__ = ["VAE", "Conditional", "ConditionalVAE", "TwoLayerVAE", "num_outputs"]
 
@@ -70,22 +66,22 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """p(x, z) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x, seen = _scored(x, seen, self.posterior, self.likelihood)
+        x, seen = scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", self._prior())
             return pyro.sample("x", of_seen(self.likelihood(z), seen, self.likelihood.head), obs=x)
 
     def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
+        x = encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
-            return pyro.sample("z", _into_support(self.posterior(x), self.prior, self._prior))
+            return pyro.sample("z", into_support_of(self.posterior(x), self.prior, self._prior))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         self.posterior.initialize(x, self.likelihood.head)
         self.likelihood.initialize(x)
-        _initialize_prior(self.prior, x, self.posterior)
+        initialize_prior(self.prior, x, self.posterior)
 
 
 class TwoLayerVAE(nn.Module):
@@ -133,12 +129,12 @@ class TwoLayerVAE(nn.Module):
         self.top_posterior = top_posterior
 
     def _prior(self) -> dist.TorchDistribution:
-        made = self.prior(lambda x: self.top_posterior(_mean(self.posterior(x))))
+        made = self.prior(lambda x: self.top_posterior(mean_of(self.posterior(x))))
         return check_made(self.prior, made, (), self.prior.latent_dim)
 
     def model(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """p(x, z1, z2) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x, seen = _scored(x, seen, self.posterior, self.likelihood)
+        x, seen = scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z2 = pyro.sample("z2", self._prior())
             z1 = pyro.sample("z1", self.latent(z2))
@@ -146,16 +142,16 @@ class TwoLayerVAE(nn.Module):
 
     def guide(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z1, z2 | x) for observations ``x``, and what was ``seen`` of them, shape ``(B, X)``."""
-        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
+        x = encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z1 = pyro.sample("z1", self.posterior(x))
-            return pyro.sample("z2", _into_support(self.top_posterior(z1), self.prior, self._prior))
+            return pyro.sample("z2", into_support_of(self.top_posterior(z1), self.prior, self._prior))
 
     def initialize(self, x: Tensor) -> None:
         """Start every part from training images ``x``, shape ``(N, X)``. Call once, before making the optimizer."""
         self.posterior.initialize(x, self.likelihood.head)
         self.likelihood.initialize(x)
-        _initialize_prior(self.prior, x, self.posterior)
+        initialize_prior(self.prior, x, self.posterior)
 
 
 class ConditionalVAE(nn.Module):
@@ -211,7 +207,7 @@ class ConditionalVAE(nn.Module):
     def model(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
         """p(x, z | c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
         self._check(x, c)
-        x, seen = _scored(x, seen, self.posterior, self.likelihood)
+        x, seen = scored(x, seen, self.posterior, self.likelihood)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             z = pyro.sample("z", self.prior_given(c))
             return pyro.sample("x", of_seen(self.likelihood_given(z, c), seen, self.likelihood.head), obs=x)
@@ -219,7 +215,7 @@ class ConditionalVAE(nn.Module):
     def guide(self, x: Tensor, c: Tensor, seen: Tensor | None = None) -> Tensor:
         """q(z | x, c) for observations ``x``, shape ``(B, X)``, and conditions ``c``, shape ``(B, C)``."""
         self._check(x, c)
-        x = _encoded(x, seen, self.posterior, self.likelihood.head.event_size)
+        x = encoded(x, seen, self.posterior, self.likelihood.head.event_size)
         with pyro.plate("data", x.shape[0], dim=-1, device=x.device):  # pyright: ignore[reportArgumentType]
             return pyro.sample("z", self.posterior_given(x, c))
 
@@ -238,18 +234,18 @@ class ConditionalVAE(nn.Module):
         self.posterior.initialize(x, self.likelihood.head, c if self.encoder_sees else None)
         self.likelihood.initialize(x)
         if isinstance(self.prior, Prior):
-            _initialize_prior(self.prior, x, self.posterior)
+            initialize_prior(self.prior, x, self.posterior)
         else:
             self.prior.initialize(c)
 
     def likelihood_given(self, z: Tensor, c: Tensor) -> dist.TorchDistribution:
         """p(x | z, c), ``(*, D)`` and ``(*, C)``, whose batch shapes broadcast."""
-        return self.likelihood(_beside(z, c) if self.decoder_sees else z)
+        return self.likelihood(beside(z, c) if self.decoder_sees else z)
 
     def posterior_given(self, x: Tensor, c: Tensor) -> dist.TorchDistribution:
         """q(z | x, c), ``(*, X)`` and ``(*, C)``, whose batch shapes broadcast."""
-        made = self.posterior(_beside(x, c) if self.encoder_sees else x)
-        return _into_support(made, self.prior, lambda: self.prior_given(c)) if isinstance(self.prior, Prior) else made
+        made = self.posterior(beside(x, c) if self.encoder_sees else x)
+        return into_support_of(made, self.prior, lambda: self.prior_given(c)) if isinstance(self.prior, Prior) else made
 
     def prior_given(self, c: Tensor) -> dist.TorchDistribution:
         """p(z | c), of conditions ``(*, C)``; without batch shape, where it does not see them."""
@@ -275,86 +271,11 @@ def _sees(name: str, part: Conditional, own: int, condition_dim: int) -> bool:
     return read != own
 
 
-def _beside(x: Tensor, c: Tensor) -> Tensor:
-    batch = torch.broadcast_tensors(x[..., 0], c[..., 0])[0].shape
-    return torch.cat([x.expand(*batch, x.shape[-1]), c.to(x).expand(*batch, c.shape[-1])], -1)
-
-
 def _without_condition(x: Tensor) -> dist.TorchDistribution:
     raise ContractError(
         "a prior made of posteriors, such as the VampPrior, takes q(z | x), but this encoder sees a condition too: "
         "choose another prior, or an encoder that reads x alone"
     )
-
-
-def _initialize_prior(prior: Prior, x: Tensor, posterior: Conditional[Posterior]) -> None:
-    """Start a prior; one that is made of posteriors is told how the encoder sees x."""
-    if isinstance(prior, VampPrior) and posterior.inputs is not None:
-        prior.inputs = copy.deepcopy(posterior.inputs)
-    prior.initialize(without_gaps(x))
-
-
-def _scored(
-    x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], likelihood: Conditional[Likelihood]
-) -> tuple[Tensor, Tensor | None]:
-    """What the likelihood scores, and which entries of it count, None if all do; the others are possible values."""
-    check_flat(x, likelihood.head.event_size)
-    if isinstance(posterior.network, Incomplete):
-        known = ~x.isnan()
-        seen = known if seen is None else check_seen(x, seen) & known
-    elif seen is not None:
-        check_seen(x, seen)
-    return (x, None) if seen is None else (torch.where(seen, x, likelihood.head.filler), seen)
-
-
-def _encoded(x: Tensor, seen: Tensor | None, posterior: Conditional[Posterior], size: int | None = None) -> Tensor:
-    """What the encoder is shown: NaN where nothing was seen, if it knows what that means, otherwise zero.
-
-    Others than ``size`` entries are refused."""
-    if size is not None:
-        check_flat(x, size)
-    if seen is None:
-        return x
-    return torch.where(check_seen(x, seen), x, _unseen(posterior))
-
-
-def _unseen(posterior: Conditional[Posterior]) -> float | Tensor:
-    if isinstance(posterior.network, Incomplete) or posterior.inputs is None:
-        return math.nan
-    return 0.0 if posterior.inputs.is_identity else posterior.inputs.neutral
-
-
-def _mean(posterior: dist.TorchDistribution) -> Tensor:
-    try:
-        return posterior.mean
-    except NotImplementedError as error:
-        raise ContractError(
-            f"a prior made of posteriors, such as the VampPrior, takes the mean of q(z1 | x), which "
-            f"{type(posterior).__name__} has not: choose another prior, or a Gaussian posterior"
-        ) from error
-
-
-def _into_support(
-    posterior: dist.TorchDistribution, prior: Prior, build: Callable[[], dist.TorchDistribution]
-) -> dist.TorchDistribution:
-    """Map a posterior over the whole space into the prior's support, where that is smaller, by torch's ``biject_to``.
-
-    A posterior that has a support of its own keeps it. The prior is asked each time, since it may be replaced.
-    """
-    if not is_whole_space(posterior.support):
-        return posterior
-    support = prior.support(posterior)
-    if support is None:
-        support = build().support
-    if is_whole_space(support):
-        return posterior
-    if innermost(support).is_discrete:
-        raise ContractError(
-            f"a posterior over the reals, {type(posterior).__name__}, cannot serve a prior with the discrete "
-            f"support {support}: choose a posterior with that support"
-        )
-    # the transform remembers its last point: its inverse is inexact near the support's boundary
-    return dist.TransformedDistribution(posterior, [into_support(support).with_cache(1)])
 
 
 def _check_latent_dims(**dims: int) -> None:
