@@ -154,7 +154,7 @@ for program in {NEED_AN_EXTRA}:
     told = done.stdout.splitlines()
     assert len(told) == len(NEED_AN_EXTRA)
     for line in told:
-        assert re.fullmatch(r".* pip install 'pyro-vae\[runs\]' \(missing: .*\)", line)
+        assert re.fullmatch(r".* pip install -e '\.\[runs\]' in its checkout \(missing: .*\)", line)
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_the_command_is_one_line_without_the_extra(installed):
     program = f"from {module} import {function}; {function}(['train'])"
     done = run(installed, program, without=names(EXTRAS["runs"]))
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .* pip install 'pyro-vae\[runs\]' \(missing: .*\)\n", done.stderr)
+    assert re.fullmatch(r"error: .* pip install -e '\.\[runs\]' in its checkout \(missing: .*\)\n", done.stderr)
     everything = "from pyro_vae import data, runs\nfor name in pyro_vae.__all__: getattr(pyro_vae, name)\n"
     with_it = run(installed, everything + f"from {module} import {function}; {function}(['train', '--help'])")
     assert with_it.returncode == 0, with_it.stderr

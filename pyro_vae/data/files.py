@@ -73,10 +73,13 @@ def _pictures(path: Path, schema: Schema) -> NewData:
     channels, height, width = schema.shape
     source = ImageFolder(Path(), path, (height, width), channels == 1)
     images, names = source.pictures(path) if path.is_dir() else (source.picture(path)[None], [path.name])
-    if schema.pixels is not None and schema.pixels.max_value == 65535:
+    rule, white = schema.pixels, 65535 if images.dtype == np.uint16 else 255
+    if rule is not None and rule.max_value == 65535:
         images = wide(images)
-    if schema.pixels is not None and schema.pixels.max_value == 1:
-        images = images / (65535 if images.dtype == np.uint16 else 255)
+    elif rule is not None and rule.max_value != white:  # a picture's range is that of its file, not of the model's data
+        images = images / white
+        if rule.max_value > 1 and rule.binarization in ("integers", "dequantized"):
+            images = (images * rule.max_value).round().astype(np.int64)
     return NewData(images, None, names)
 
 

@@ -281,6 +281,15 @@ def report_run(run_dir: Path) -> None:
     print(f"\n{table([('test', result['unit'], ''), *rows_of(result)])}\n\n{run_dir}")
 
 
+def _is_lower(result: dict[str, Any]) -> bool:
+    """Whether importance sampling is lower than annealing by more than both errors."""
+    annealed = result.get("annealed_log_likelihood")
+    if annealed is None:
+        return False
+    error = math.hypot(result["mc_se"] or 0.0, result.get("annealed_mc_se") or 0.0)
+    return annealed - result["test_log_likelihood"] > 2 * error
+
+
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Each number of a run with its meaning and with what speaks against it: name, number, and what it says."""
     noun = noun_of(result)
@@ -288,7 +297,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     samples = f"{result['num_samples']:,} samples from the guide, {tests}: the customary number"
     share, believe = result["share_khat_above_threshold"], "another run would differ by this"
     if result.get("reliable") is False:
-        samples += ", too low here"
+        samples += ", too low here" if _is_lower(result) else ", which may be too low"
         believe = "not to be believed here, see k" if share is not None and share > MANY else MORE_ELSEWHERE
         believe = BY_ROUNDING if share is None else believe
         believe = "not to be believed: it is no number" if result.get("num_not_finite") else believe

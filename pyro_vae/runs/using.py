@@ -93,7 +93,8 @@ class Using:
         parts = [found] if c is None else [found, c.to(found)]
         if gaps.any():
             rows = int(gaps.any(1).sum())
-            self.told(f"{rows:,} of {len(found):,} rows have missing values: what follows is given what was seen")
+            which = f"{rows:,} of {len(found):,} rows have" if len(found) > 1 else "the row has"
+            self.told(f"{which} missing values: what follows is given what was seen")
             if not isinstance(self._part("posterior", "network"), Incomplete):
                 parts = [torch.where(gaps, 0.0, found), *parts[1:], ~gaps]
         data = parts[0] if len(parts) == 1 else tuple(parts)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from pyro_vae.parts import likelihoods
 from pyro_vae.runs import figures, new_data
 from pyro_vae.runs.exploring import ExploreSettings, explore, markup, serving
 from pyro_vae.runs.exploring.explorer import SAMPLES, Datum, Explorer, given_of
+from pyro_vae.runs.exploring.page import Page, Visit
 from pyro_vae.runs.using import Using
 from pyro_vae.vae import ConditionalVAE
 
@@ -100,8 +102,9 @@ def test_it_looks_as_the_parts_do(explorer):
     torch.testing.assert_close(looked.loc["z"], q.mean)
     torch.testing.assert_close(looked.scale["z"], q.stddev)
     torch.testing.assert_close(looked.made.flatten(1), made)
-    with pytest.raises(RunError, match=r"from 0: there is no 99999"):
-        explorer.test_datum(99_999)
+    for place, told in ((99_999, "no 99999"), (-1, "no -1"), (3.5, "no 3.5"), (None, "no such number")):
+        with pytest.raises(RunError, match=f"from 0: there is {told}$"):
+            explorer.test_datum(place)
 
 
 def test_units_are_the_active_ones_and_move_alone(explorer):
@@ -234,6 +237,12 @@ def test_rows_of_a_table_are_typed_in():
     assert page.score(datum).log_px == expected.log_px.item()
     gap = page.read(pd.DataFrame({columns[0].name: [1.5], "town": [None]}))
     assert page.impute(gap).values["town"].iloc[0] in ("Bonn", "<b>")
+    shown = Page.__new__(Page)  # without Gradio
+    shown.explorer, shown._computing, visit = page, threading.Lock(), Visit()
+    visit.datum = page.read(pd.DataFrame({columns[0].name: [None], "town": ["Bonn"]}))
+    filled = page.impute(visit.datum)
+    assert f"<td>{filled.imputation.std[0, 0].item():.5g}</td>" in shown.fill(visit)
+    assert "1 entry" in shown.fill(visit)
     for text in (markup.frame(page.sample(3), columns[0].name), markup.notes(["<script>"]), markup.frame(datum.x, "")):
         assert "<script" not in text
         assert "<b>" not in text
@@ -290,7 +299,7 @@ def test_without_data_or_gradio_it_says_so(monkeypatch, gradio):
     with pytest.raises(RunError, match="explore needs the data of the run: no such files"):
         explore(ExploreSettings(OLD / "vae"))
     monkeypatch.setattr("pyro_vae.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[explore\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[explore\]' in its checkout"):
         explore(ExploreSettings(OLD / "vae"))
 
 

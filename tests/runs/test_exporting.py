@@ -269,7 +269,7 @@ def test_wrong_settings_are_refused_before_any_work(run, tmp_path, monkeypatch):
             runs.export(run, **{"out": tmp_path / "out", "format": "torch"} | wrong)
     assert [each.name for each in tmp_path.iterdir()] == ["mine.txt"]
     monkeypatch.setattr("pyro_vae.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[export\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[export\]' in its checkout"):
         runs.export(run, tmp_path / "out")
 
 

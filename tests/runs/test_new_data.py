@@ -26,11 +26,15 @@ from pyro_vae import (
     runs,
 )
 from pyro_vae.data import Digits
-from pyro_vae.data.datasets import Column, Schema
+from pyro_vae.data.datasets import Column, Pixels, Schema
+from pyro_vae.data.files import read_new
+from pyro_vae.data.incoming import observations
 from pyro_vae.errors import RunError
 from pyro_vae.runs.using import Using
 
 DIGITS = load_digits().images.astype(np.uint8)[1400:]
+WHITE = (DIGITS * (255 / 16)).round().astype(np.uint8)
+"""As pictures, where white is 255."""
 MINUTE = [
     *("--dataset=Digits", "--encoder.hidden=[4]", "--decoder.hidden=[4]", "--latent_dim=2", "--epochs=1"),
     *("--device=cpu", "--evidence.num_samples=5", "--evidence.num_images=2", "--evidence.annealed_images=0"),
@@ -235,7 +239,7 @@ def files(tmp_path_factory, trained):
     flat.to_csv(folder / "bare.csv", header=False, index=False)
     flat.to_csv(folder / "named.csv", index=False)
     (folder / "pictures").mkdir()
-    for place, picture in enumerate(DIGITS[:3]):
+    for place, picture in enumerate(WHITE[:3]):
         Image.fromarray(picture).save(folder / "pictures" / f"{place}.png")
     gaps = DIGITS[:4].astype(float)
     gaps[:, :3] = np.nan
@@ -259,7 +263,25 @@ def test_pictures_are_named(run, files):
     done = command("embed", run, files / "pictures", f"--out={files / 'z.csv'}")
     table = pd.read_csv(done.path)
     assert table["row"].tolist() == ["0.png", "1.png", "2.png"]
-    np.testing.assert_allclose(table[["z0", "z1"]], run.encode(DIGITS[:3]), rtol=1e-5)
+    np.testing.assert_allclose(table[["z0", "z1"]], run.encode(WHITE[:3] / 255), rtol=1e-5)
+
+
+def test_white_of_a_picture_is_the_models_and_dark_stays_dark(tmp_path):
+    grey = np.array([[0, 16], [128, 255]], np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    for largest, rule, expected in (
+        (16, "dynamic", grey / 255),
+        (1, "none", grey / 255),
+        (16, "integers", [[0, 1], [8, 16]]),
+        (16, "dequantized", [[0, 1], [8, 16]]),
+        (255, "integers", grey),
+        (65535, "integers", grey * np.int64(257)),
+    ):
+        x = read_new(tmp_path / "a.png", Schema((1, 2, 2), pixels=Pixels(rule, 0, largest))).x
+        np.testing.assert_array_equal(x[0], expected)
+    Image.fromarray(np.full((8, 8), 16, np.uint8)).save(tmp_path / "dark.png")  # which are bright digits as numbers
+    schema = Schema((1, 8, 8), pixels=Pixels("dynamic", 0, 16))
+    assert observations(read_new(tmp_path / "dark.png", schema).x, schema).mean() < 0.2
 
 
 def test_scores_are_written(run, files, trained, capsys):

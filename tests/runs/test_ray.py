@@ -71,7 +71,10 @@ def test_mistakes_are_named(tmp_path, argv, message, monkeypatch):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("pyro_vae.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[ray\]'"), ray_cluster.connected(Cluster()):
+    with (
+        pytest.raises(MissingExtra, match=r"pip install -e '\.\[ray\]' in its checkout"),
+        ray_cluster.connected(Cluster()),
+    ):
         pass
 
 

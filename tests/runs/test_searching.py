@@ -110,7 +110,7 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, argv, message, monkey
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("pyro_vae.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[search\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[search\]' in its checkout"):
         runs.search("optuna", {"lr": [1e-3]}, COMMON, trials=1, run_dir=tmp_path / "search")
     assert not (tmp_path / "search").exists()
 

@@ -137,7 +137,7 @@ def test_keys_and_other_names_are_refused(monkeypatch, train):
     with pytest.raises(ValueError, match="--mlflow: a name has letters"):
         Settings(mlflow="a/b")
     monkeypatch.setattr("pyro_vae.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pyro-vae\[mlflow\]' \(missing: mlflow\)"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[mlflow\]' in its checkout \(missing: mlflow\)"):
         train("run", "--mlflow")
 
 

@@ -149,14 +149,16 @@ class Explorer:
     def num_test(self) -> int:
         return data_size(self.data.test)
 
-    def test_datum(self, place: int) -> Datum:
+    def test_datum(self, place: float | None) -> Datum:
         """A datum of the test set, from 0.
 
         Raises:
-            RunError: if there are not so many.
+            RunError: if there are not so many, or the number is not whole.
         """
-        if not 0 <= place < self.num_test:
-            raise RunError(f"there are {self.num_test:,} test {self.schema.noun}s, from 0: there is no {place}")
+        if place is None or not 0 <= place < self.num_test or place != int(place):
+            told = "no such number" if place is None else f"no {place:.12g}"
+            raise RunError(f"there are {self.num_test:,} test {self.schema.noun}s, from 0: there is {told}")
+        place = int(place)
         data = select(self.data.test, slice(place, place + 1))
         return self._first(tensors(data)[0], data)
 

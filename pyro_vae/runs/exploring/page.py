@@ -109,7 +109,7 @@ class Page:
                 self.entries = [self._field(column, column.name) for column in self.fields]
         with self.gr.Row():
             last = self.explorer.num_test - 1
-            self.place = self.gr.Number(0, label=f"test {noun}, 0 to {last:,}", precision=0, minimum=0, maximum=last)
+            self.place = self.gr.Number(0, label=f"test {noun}, 0 to {last:,}", step=1)
             self.show = self.gr.Button(f"Show the test {noun}")
         kinds = [*PICTURES, ".npy", ".npz"] if self.explorer.is_image else [".csv", ".tsv", ".parquet"]
         self.upload = self.gr.UploadButton(f"Upload: the first {noun} of a file", file_types=kinds)
@@ -164,8 +164,7 @@ class Page:
 
     def by_place(self, visit: Visit, place: Any) -> list[Any]:
         """Answers on a test datum, which is brought into the canvas or the form, with its condition."""
-        number = -1 if place is None else int(place)
-        return [*self._answers(visit, lambda: self.explorer.test_datum(number)), *self._back(visit)]
+        return [*self._answers(visit, lambda: self.explorer.test_datum(place)), *self._back(visit)]
 
     def by_file(self, visit: Visit, file: str, *given: Any) -> list[Any]:
         """Answers on the first datum of a file, which may have its condition."""
@@ -179,7 +178,8 @@ class Page:
                 looked = self.explorer.look(datum)
                 first = self.explorer.score(datum)
         except REFUSED as error:
-            return [markup.notes([str(error)], "wrong"), *(self.gr.skip() for _ in range(5 + len(self.sliders)))]
+            visit.datum = visit.looked = visit.first = None  # nothing of another datum stands beside the refusal
+            return [markup.notes([str(error)], "wrong"), *[""] * 5, *(self.gr.skip() for _ in self.sliders)]
         visit.datum, visit.looked, visit.first = datum, looked, first
         visit.latents = looked.loc
         return [
@@ -229,14 +229,15 @@ class Page:
             return markup.notes([str(error)], "wrong")
         found = filled.imputation
         good = found.evidence.reliable
-        told = ["Pareto k of the weights is too large: not to be believed."] if good is not None and not good[0] else []
+        doubt = "Pareto k of the weights of these draws is too large: they are not to be believed."
+        told = [doubt] if good is not None and not good[0] else []
         if not self.explorer.is_image:
             names = [column.name for column in self.explorer.schema.columns]
             rows = [
                 (
                     name,
                     markup.cell(filled.values[name].iloc[0]),
-                    "-" if column.values else markup.cell(found.std[0, place]),
+                    "-" if column.values else markup.cell(found.std[0, place].item()),
                 )
                 for place, (name, column) in enumerate(zip(names, self.explorer.schema.columns, strict=True))
                 if gaps.flatten()[place]
@@ -247,7 +248,8 @@ class Page:
             rows = torch.stack([found.mean[0], *found.draws[:SHOWN_DRAWS, 0]]).reshape(-1, *shape)
             names = ["mean", *(f"draw {number + 1}" for number in range(SHOWN_DRAWS))]
             made = markup.pictures(self.explorer, rows, names, "what was not seen, filled in")
-        head = f"<h3>What was not seen, given what was: {int(gaps.sum()):,} entries</h3>"
+        entries = f"{gaps.sum():,} entr{'y' if gaps.sum() == 1 else 'ies'}"
+        head = f"<h3>What was not seen, given what was: {entries}</h3>"
         return f'{head}<div class="small">{made}</div>{markup.notes(told)}'
 
     def anneal(self, visit: Visit) -> Any:
@@ -274,7 +276,7 @@ class Page:
         told += "test data; the units that vary most are first."
         self.gr.HTML(markup.notes([told, *([f"{left:,} more active units stay where they are."] if left else [])]))
         with self.gr.Row():
-            with self.gr.Column(scale=1, min_width=200, elem_classes="beside"):
+            with self.gr.Column(scale=1 if self.explorer.is_image else 3, min_width=200, elem_classes="beside"):
                 self.moved = self.gr.HTML(elem_id="moved")
                 self.back = self.gr.Button("Back to the datum")
             with self.gr.Column(scale=4, min_width=260, elem_classes="sliders"):

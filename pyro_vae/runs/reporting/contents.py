@@ -323,7 +323,7 @@ def _warning(known: xr.Dataset, some: np.ndarray, threshold: float) -> str:
     if not bad:
         return ""
     told = f"{bad:,} of these {len(some):,} have a Pareto k above {threshold:.2f} and are not annealed"
-    return f"{told}: their log p(x) is too low by an unknown amount, so that their order is not known."
+    return f"{told}: their log p(x) may be too low by an unknown amount, so that their order is not sure."
 
 
 def ranked(known: xr.Dataset) -> dict[str, np.ndarray]:

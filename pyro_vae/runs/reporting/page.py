@@ -199,10 +199,11 @@ def _render(page: Page) -> str:
 
 
 def _with_minus(value: Any) -> Any:
-    """Text with minus signs where numbers are negative; what is escaped already stays as it is."""
+    """Numbers with minus signs where they are negative; text, which may be that of data and names, stays as it is."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return re.sub(r"(?<![\w.,/)-])-(?=\d)", "\u2212", value)
+    number = re.fullmatch(r"(?:[-+\d.,\u00b1%()\s]|e[-+]|to|nats)*", value)
+    return re.sub(r"(?<![\w.,/)-])-(?=\d)", "\u2212", value) if number else value
 
 
 def _hash(text: str) -> str:

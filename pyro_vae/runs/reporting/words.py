@@ -143,9 +143,9 @@ def _of_both(result: Result, evidence: Mapping[str, xr.Dataset]) -> list[Claim]:
         claims.append(Claim(None, f"{told}: that is what it misses."))
     else:
         speaks = True if len(gap) >= min(FEW_ANNEALED, result["num_images"]) else None  # of two data all may agree
-        claims.append(
-            Claim(speaks, f"Of the same {noun}s, importance sampling agrees: {mean:+.2f} nats (± {spread:.2f}).")
-        )
+        more = mean if abs(mean) >= 0.005 else 0.0  # which has no sign
+        told = f"Of the same {noun}s, importance sampling agrees: {more:+.2f} nats (± {spread:.2f})."
+        claims.append(Claim(speaks, told))
     return claims
 
 
@@ -167,7 +167,7 @@ def _of_importance(result: Result, annealed: bool) -> list[Claim]:
         threshold = result["khat_threshold"] or 0.7
         told = f"Pareto k of the importance weights is above {threshold:.2f} for {share:.1%} of the {noun}s"
         if share > MANY:
-            why = "there the estimate is too low by an unknown amount, and so is its error"
+            why = "there the estimate may be too low by an unknown amount, and so may its error"
             claims.append(Claim(False, f"{told}: {why}.{elsewhere}", of))
         else:
             claims.append(Claim(True, f"{told}: few enough for the mean of all."))
@@ -193,7 +193,7 @@ def _of_weights(result: Result, history: Sequence[Epoch]) -> list[Claim]:
     told = f"The weights are those of the last epoch, {last.epoch}"
     lead = top.validation_elbo - last.validation_elbo
     if not lead > 0.5:  # that of NaN is not
-        return [Claim(None, f"{told}; no epoch was better by more than {max(lead, 0):.2f} nats of validation ELBO.")]
+        return [Claim(None, f"{told}; no epoch was better by more than 0.5 nats of validation ELBO.")]
     better = f"epoch {top.epoch} had a validation ELBO {lead:.2f} nats higher"
     return [Claim(None, f"{told}; {better}, and --weights best would have taken it.")]
 

@@ -78,8 +78,10 @@ function sortable(root) {
     });
     const last = Math.min(start + most, size), way = descending ? "descending" : "ascending";
     told.textContent = `${start + 1} to ${last} of ${size.toLocaleString("en")} rows, by ${columns[by].title}, ${way}`;
-    back.disabled = start === 0;
-    on.disabled = last === size;
+    for (const [button, ends, other] of [[back, start === 0, on], [on, last === size, back]]) {
+      if (ends && button === document.activeElement) { other.disabled = false; other.focus(); }
+      button.disabled = ends;
+    }
   }
 
   heads.forEach((head, i) => head.querySelector("button").addEventListener("click", () => {
