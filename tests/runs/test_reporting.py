@@ -782,3 +782,13 @@ def test_drawing_a_page_leaves_random_numbers_alone(pair, tmp_path, without_figu
     state = torch.get_rng_state()
     runs.report(runs.load(pair[0].path), tmp_path / "page.html")  # which makes the model, and draws from it
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_data_are_shown_as_they_are_and_numbers_of_ours_with_minus_signs():
+    item = page.Item("line 71, -3.25 nats", values=[("code", "-3x", "-3"), ("-2", "a -1.50", "b-2")])
+    shown = [page.Text("-7.25 (-0.02 to -0.01), of a-3, -3x and 2024-05-01"), page.Gallery("g", [item])]
+    html = page.render(page.Page("-1", "", [page.Section("s", shown)]))
+    for text in (">-3x<", ">-3<", ">-2<", ">a -1.50<", ">b-2<", "<h1>-1<", "a-3, -3x and 2024-05-01"):
+        assert text in html
+    for text in ("line 71, \u22123.25 nats", "\u22127.25 (\u22120.02 to \u22120.01)"):
+        assert text in html

@@ -199,11 +199,10 @@ def _render(page: Page) -> str:
 
 
 def _with_minus(value: Any) -> Any:
-    """Numbers with minus signs where they are negative; text, which may be that of data and names, stays as it is."""
+    """Text with minus signs where numbers are negative; what is escaped already, as data are, stays as it is."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    number = re.fullmatch(r"(?:[-+\d.,\u00b1%()\s]|e[-+]|to|nats)*", value)
-    return re.sub(r"(?<![\w.,/)-])-(?=\d)", "\u2212", value) if number else value
+    return re.sub(r"(?<![\w.,/)-])-(?=\d+(?:[.,]\d+)*(?![\w-]|[.,]\d))", "\u2212", value)
 
 
 def _hash(text: str) -> str:
