@@ -112,6 +112,22 @@ def test_a_datum_is_shown_drawn_and_erased(opened, images):
     assert not wrong
 
 
+def test_the_annealed_estimate_of_a_stroke_is_not_lost_to_the_one_before(opened, images):
+    page, wrong = opened(images)
+    box = page.locator("#canvas canvas").bounding_box()
+    for x in (0.2, 0.4, 0.6, 0.8):  # while that of another stroke is on its way
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + 0.2 * box["height"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + 0.8 * box["height"], steps=4)
+        changed(page, "#scores table", page.mouse.up)
+    page.locator("#scores tbody tr").nth(1).wait_for()
+    page.get_by_label("test image, 0 to").fill("3.5")
+    changed(page, "#message", lambda: page.get_by_role("button", name="Show the test image").click())
+    assert "there is no 3.5" in page.locator("#message").inner_text()
+    assert not page.locator("#scores").inner_text().strip()
+    assert not wrong
+
+
 def test_latents_are_moved_walked_and_drawn(opened, images):
     page, wrong = opened(images)
     slider = page.locator(".sliders input[type=range]").first

@@ -123,7 +123,8 @@ class Page:
 
     def _wire(self, blocks: Any) -> None:
         answers = [self.message, self.seen, self.scores, self.posterior, self.filled, self.moved, *self.sliders]
-        sources, how = [*self.entries, *self.given], {"trigger_mode": "always_last", **QUICK}
+        last = {"trigger_mode": "always_last"}  # what is asked meanwhile is answered too, not dropped
+        sources, how = [*self.entries, *self.given], {**last, **QUICK}
         shown = [*answers, *self.entries, *self.given]
         test = self.show.click(self.by_place, [self.visit, self.place], shown, **how)
         loaded = blocks.load(self.by_place, [self.visit, self.place], shown, **QUICK)
@@ -133,8 +134,8 @@ class Page:
             changes = [each.input for each in sources]
             asked.append(self.gr.on(changes, self.by_hand, [self.visit, *sources], answers, **how))
         for each in asked:
-            each.then(self.fill, [self.visit], [self.filled], **QUICK)
-            each.then(self.anneal, [self.visit], [self.scores], **SLOW)
+            each.then(self.fill, [self.visit], [self.filled], **how)
+            each.then(self.anneal, [self.visit], [self.scores], **last, **SLOW)
         if self.sliders:
             moves = [slider.input for slider in self.sliders]
             self.gr.on(moves, self.move, [self.visit, *self.sliders], [self.moved], **how)
