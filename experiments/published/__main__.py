@@ -215,10 +215,8 @@ def _plans(settings: Settings, todo: Mapping[str, Chosen]) -> dict[str, Plan]:
 
 def _plan(settings: Settings, row: Row, schedule: Schedule) -> Plan:
     budget = settings.budget(schedule)
-    argv = [
-        *_common(settings),
-        *shlex.split(row.arguments(schedule._replace(first=0.0, warmup=0.0), budget.epochs or 1)),
-    ]
+    alone = schedule._replace(first=0.0, warmup=0.0)  # the bound of the row, with none before it
+    argv = [*_common(settings), *shlex.split(row.arguments(alone, budget.epochs or 1))]
     return measured(runs.parse(runs.Settings, argv)[0], budget)
 
 

@@ -162,7 +162,8 @@ SHORT = Schedule(
     (
         "The schedule is not the paper's, which has 3,280 epochs of batches of 20 at eight rates from 1e-3 to 1e-4: "
         "here batches of 250, a rate that rises to 4e-3 and falls to 0 in one cycle, and as many epochs as are told; "
-        "in the first tenth of them the weight of the KL divergence of the ELBO rises to 1.",
+        "in the first tenth of them the weight of the KL divergence of the ELBO rises to 1, which is trained, with one "
+        "sample, before an IWAE.",
     ),
 )
 IWAE = Table(
