@@ -16,7 +16,7 @@ from pyro_vae.data.files import PICTURES
 from pyro_vae.errors import RunError
 from pyro_vae.runs.exploring import markup
 from pyro_vae.runs.exploring.aside import Aside
-from pyro_vae.runs.exploring.explorer import MOST_UNITS, Datum, Estimate, Explorer, Latents, Looked, Unit
+from pyro_vae.runs.exploring.explorer import MOST_UNITS, Datum, Estimate, Explorer, Latents, Unit
 
 STEPS = 9
 """Of a walk."""
@@ -38,7 +38,6 @@ class Visit:
 
     def __init__(self):
         self.datum: Datum | None = None
-        self.looked: Looked | None = None
         self.first: Estimate | None = None
         self.ends: list[Datum | None] = [None, None]
         self.latents: Latents = {}
@@ -179,9 +178,9 @@ class Page:
                 looked = self.explorer.look(datum)
                 first = self.explorer.score(datum)
         except REFUSED as error:
-            visit.datum = visit.looked = visit.first = None  # nothing of another datum stands beside the refusal
+            visit.datum = visit.first = None  # nothing of another datum stands beside the refusal
             return [markup.notes([str(error)], "wrong"), *[""] * 5, *(self.gr.skip() for _ in self.sliders)]
-        visit.datum, visit.looked, visit.first = datum, looked, first
+        visit.datum, visit.first = datum, first
         visit.latents = looked.loc
         return [
             markup.notes(datum.told),
